@@ -1,0 +1,89 @@
+"""Config: the settings of a method, from which CLI help, recipes' JSON Schema and docs are made.
+
+class Config(lfm.core.Config):
+    rank: Annotated[int, Meta(ge=1, description="rank of the update")] = 8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+from lfm.core.errors import ConfigError
+
+__all__ = ["Config", "Field", "Meta", "configure", "fields", "schema", "values"]
+
+C = TypeVar("C", bound="Config")
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Frozen, keyword-only settings; every field has a default, a type and (by Meta) a range and a description."""
+
+
+class Field(msgspec.Struct, frozen=True):
+    """One setting, as help and docs show it."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+def values(config: Config) -> dict[str, Any]:
+    """The settings as plain JSON values."""
+    return msgspec.to_builtins(config)
+
+
+def schema(kind: type[Config]) -> dict[str, Any]:
+    """JSON Schema of a Config type, inlined (no $ref)."""
+    whole = msgspec.json.schema(kind)
+    name = whole["$ref"].rsplit("/", 1)[-1]
+    return whole["$defs"].pop(name) | ({"$defs": whole["$defs"]} if whole["$defs"] else {})
+
+
+def fields(kind: type[Config]) -> list[Field]:
+    """The settings of a Config type in the order of their definition."""
+    found = []
+    for field in msgspec.structs.fields(kind):
+        help_ = ""
+        type_ = field.type
+        if get_origin(type_) is Annotated:
+            type_, *notes = get_args(type_)
+            help_ = next((n.description for n in notes if isinstance(n, Meta) and n.description), "")
+        default = field.default if field.default is not msgspec.NODEFAULT else None
+        if field.default_factory is not msgspec.NODEFAULT:
+            default = field.default_factory()
+        shown = getattr(type_, "__name__", None) if not get_args(type_) else str(type_).replace("typing.", "")
+        found.append(Field(field.encode_name, shown or str(type_), default, help_))
+    return found
+
+
+def configure(kind: type[C], settings: Mapping[str, Any], *, where: str = "") -> C:
+    """A Config from plain values (strings from a command line are converted to the field's type).
+
+    Raises ConfigError naming the setting, its range, and the nearest known name.
+    """
+    known = {field.name: field for field in fields(kind)}
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{where + ': ' if where else ''}unknown setting {name!r}",
+                fix=f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(known) or 'none'}",
+            )
+    try:
+        return msgspec.convert(dict(settings), kind, strict=False)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        name = text.rsplit("$.", 1)[-1].split("`")[0].split("[")[0] if "$." in text else ""
+        what = f"setting {name!r}: {text.split(' - at')[0]}" if name else text
+        hint = known.get(name)
+        raise ConfigError(
+            f"{where + ': ' if where else ''}{what}",
+            why=f"{name}: {hint.help}" if hint and hint.help else "",
+            fix=f"the default is {hint.default!r}" if hint else "",
+        ) from None

@@ -1,0 +1,63 @@
+"""Finding: what a method found out about models, as a table with its evidence and curves."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import msgspec
+
+from lfm.core.errors import CorruptError
+
+
+@final
+class Curve(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a plot: y over x."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    x_label: str = ""
+    y_label: str = ""
+
+
+@final
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """A table (rows share the keys of `columns`), its headline numbers, per-item evidence and curves."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    metrics: Mapping[str, float] = {}
+    evidence: tuple[Mapping[str, Any], ...] = ()
+    curves: tuple[Curve, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+
+    def save(self, out: Path) -> None:
+        """Write finding.json (everything) and table.csv (the rows) into the existing directory `out`."""
+        text = json.dumps(msgspec.to_builtins(self), indent=1, ensure_ascii=False)
+        (out / "finding.json").write_text(text, encoding="utf-8")
+        with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.columns), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def read(directory: Path) -> Finding:
+    """The finding saved in a directory. CorruptError if it is not one."""
+    try:
+        return msgspec.json.decode((directory / "finding.json").read_bytes(), type=Finding)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise CorruptError(f"{directory / 'finding.json'} is not a finding", why=str(error)) from None
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any]], **rest: Any) -> Finding:
+    """A finding from rows; columns in the order of the first row."""
+    return Finding(title=title, columns=tuple(rows[0]) if rows else (), rows=tuple(rows), **rest)

@@ -1,0 +1,233 @@
+"""A method maps models (and a little data) to a model, or to a finding about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, final
+
+from lfm.core.config import Config
+from lfm.core.errors import AccessError, DataError, SlotError
+from lfm.core.finding import Finding
+from lfm.core.model import Facts, Model, names_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+C = TypeVar("C", bound=Config)
+T = TypeVar("T")
+
+
+class Data(IntEnum):
+    """How much a method asks of a data role, from the least to the most."""
+
+    NONE = 0
+    UNLABELED = 1  # text or images as they come
+    FEW_SHOT = 2  # a few labelled examples a class, or a few facts
+    LABELED = 3  # a training set
+
+
+@final
+@dataclass(frozen=True)
+class Slot:
+    """One role that models play, and the interfaces asked of each. max None: any number."""
+
+    needs: tuple[type, ...]
+    min: int = 1
+    max: int | None = 1
+    help: str = ""
+
+
+@final
+@dataclass(frozen=True)
+class DataSlot:
+    """One role that records play. kinds: the record kinds understood (tags of lfm.data.records)."""
+
+    level: Data
+    kinds: tuple[str, ...] = ()
+    optional: bool = False
+    help: str = ""
+
+
+class Amount(NamedTuple):
+    """How much data fills a role: known before a model is loaded."""
+
+    records: int
+    tokens: int
+
+
+class Sizes(NamedTuple):
+    """What a cost estimate rests on: facts of the models and amounts of the data, by role."""
+
+    models: Mapping[str, tuple[Facts, ...]]
+    data: Mapping[str, Amount]
+
+    def model(self, role: str) -> Facts:
+        return self.models[role][0]
+
+
+class Cost(NamedTuple):
+    """What a run will take. flops: arithmetic; steps: sequential passes (each has a fixed overhead); bytes; API use."""
+
+    flops: float = 0.0
+    steps: int = 0
+    memory: int = 0
+    disk: int = 0
+    queries: int = 0
+    tokens: int = 0
+
+
+@final
+@dataclass(frozen=True)
+class Inputs:
+    """The checked models and records by role. Each model gives what its slot declares, and nothing else."""
+
+    models: Mapping[str, tuple[Model, ...]]
+    data: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def model(self, role: str) -> Model:
+        return self.models[role][0]
+
+    def all(self, role: str) -> tuple[Model, ...]:
+        return self.models.get(role, ())
+
+    def records(self, role: str) -> Sequence[Any]:
+        """The role's records; empty where the role is optional and was not given."""
+        return self.data.get(role, ())
+
+
+class Run(Protocol):
+    """What a run hands to a method: randomness, progress, journalled steps."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def work(self) -> Path:
+        """A directory that outlives a kill and goes with the run's end."""
+        ...
+
+    def step(self, name: str, fn: Callable[[], T]) -> T:
+        """fn's result, kept on disk: after an interruption the same name gives the kept result.
+
+        The result is made of None, bool, int, float, str, list, tuple (kept as list), dict with str keys, and tensors.
+        """
+        ...
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """The items, with progress and an estimate of the time left."""
+        ...
+
+    def note(self, **numbers: float | str) -> None:
+        """Numbers for run.json and beside the progress."""
+        ...
+
+    def curve(self, name: str, value: float) -> None:
+        """One more point of a curve for the report."""
+        ...
+
+    def seed_for(self, *key: object) -> int:
+        """A 63-bit seed keyed by the run's seed and the key, the same on every machine."""
+        ...
+
+    def generator(self, *key: object) -> torch.Generator:
+        """A CPU generator seeded by seed_for(key)."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class Parts:
+    """A saved program's contents: its part models by role, its own tensors, and plain state."""
+
+    models: Mapping[str, tuple[Model, ...]]
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+    def model(self, role: str) -> Model:
+        return self.models[role][0]
+
+
+@final
+@dataclass(frozen=True)
+class Method(Generic[C]):
+    """One system: what it asks for, what it costs, and the function that does it.
+
+    agree: raises before any weight is read if the inputs cannot go together. open: brings back a program saved by run.
+    """
+
+    paper: str
+    config: type[C]
+    models: Mapping[str, Slot]
+    run: Callable[[C, Inputs, Run], Model | Finding]
+    cost: Callable[[C, Sizes], Cost]
+    data: Mapping[str, DataSlot] = field(default_factory=dict)
+    agree: Callable[[C, Inputs], None] | None = None
+    open: Callable[[C, Parts], Model] | None = None
+    gives: str = "model"  # or "finding"
+
+    @property
+    def level(self) -> Data:
+        """The most asked of any required data role."""
+        return max((slot.level for slot in self.data.values() if not slot.optional), default=Data.NONE)
+
+
+def check(
+    id: str, method: Method[Any], inputs: Inputs, *, alternatives: Callable[[], Sequence[str]] = list
+) -> Inputs:
+    """The inputs restricted to what the method declares, or the first error. Opens no interface.
+
+    alternatives: ids that would work with what the models give; named in an AccessError.
+    """
+    for role in inputs.models:
+        if role not in method.models:
+            raise SlotError(f"{id} has no model slot {role!r}", fix=f"its slots: {', '.join(method.models)}")
+    for role in inputs.data:
+        if role not in method.data:
+            raise SlotError(
+                f"{id} has no data slot {role!r}", fix=f"its slots: {', '.join(method.data) or 'none'}"
+            )
+    for role, slot in method.models.items():
+        given = inputs.all(role)
+        if len(given) < slot.min:
+            wants = ", ".join(names_of(slot.needs))
+            raise SlotError(
+                f"{id} needs {slot.min if slot.min > 1 else 'a'} model{'s' if slot.min > 1 else ''} for {role!r}"
+                f", got {len(given) or 'none'}",
+                why=f"{slot.help + '; ' if slot.help else ''}it must give {wants}",
+                fix=f"add {role}=REF",
+            )
+        if slot.max is not None and len(given) > slot.max:
+            raise SlotError(f"{id} takes at most {slot.max} for {role!r}, got {len(given)}")
+        for model in given:
+            missing = [kind for kind in slot.needs if kind not in model.gives]
+            if missing:
+                others = list(alternatives())
+                raise AccessError(
+                    f"{id} asks {', '.join(names_of(missing))} of {role!r}, which {model.ref} does not give",
+                    why=f"this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}",
+                    fix=f"methods that work with it: {', '.join(others)}" if others else "",
+                )
+    for role, slot in method.data.items():
+        records = inputs.records(role)
+        if not len(records):
+            if slot.optional:
+                continue
+            raise SlotError(
+                f"{id} needs data for {role!r}",
+                why=slot.help,
+                fix=f"add {role}=FILE with records of kind {' or '.join(slot.kinds) or 'any'}",
+            )
+        kind = type(records[0]).__struct_config__.tag
+        if slot.kinds and kind not in slot.kinds:
+            raise DataError(
+                f"{id} reads {' or '.join(slot.kinds)} records for {role!r}, these are {kind}",
+                fix="docs/data.md shows each kind as one line of JSON",
+            )
+    restricted = {
+        role: tuple(m.only(method.models[role].needs) for m in given) for role, given in inputs.models.items()
+    }
+    return Inputs(restricted, dict(inputs.data))

@@ -1,0 +1,252 @@
+"""A model is the set of interfaces it gives; nothing is read until one is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast, final
+
+from lfm.core.errors import AccessError, OutputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+I = TypeVar("I")
+
+Batch = Mapping[str, "Tensor"]
+"""What a module's forward takes by keyword: input_ids, attention_mask, pixel_values, labels, …"""
+
+
+class Score(NamedTuple):
+    """A continuation's tokens and their natural-log probabilities, in order."""
+
+    tokens: tuple[str, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        return sum(self.logprobs)
+
+
+Ranked = Sequence[tuple[str, float]]
+"""Next tokens as text with natural-log probability, best first."""
+
+
+class Text(Protocol):
+    """Text in, text out."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]:
+        """One continuation a prompt, without the prompt. Temperature 0 is greedy."""
+        ...
+
+
+class Logprobs(Protocol):
+    """Probabilities of text. A masked model fills the gap between prompt and suffix; a causal one ignores suffixes."""
+
+    def score(
+        self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()
+    ) -> list[Score]:
+        """Log-probability of each continuation after its prompt, token by token."""
+        ...
+
+    def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
+        """The k most probable next tokens after each prompt (fewer where the model tells fewer)."""
+        ...
+
+
+class Codec(Protocol):
+    """What turns raw inputs into a batch and back: a tokenizer, or an image processor."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer; AccessError where the model takes no text."""
+        ...
+
+    def texts(
+        self, texts: Sequence[str], *, add_special: bool = True, max_length: int | None = None
+    ) -> Batch:
+        """input_ids and attention_mask (B, T), right-padded."""
+        ...
+
+    def images(self, images: Sequence[Any]) -> Batch:
+        """pixel_values (B, C, H, W) from uint8 arrays (H, W) or (H, W, 3); AccessError where it takes no images."""
+        ...
+
+
+class Logits(Protocol):
+    """A forward pass without gradients."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T, V) for language models, (B, classes) for classifiers; fp32."""
+        ...
+
+
+class Embeddings(Protocol):
+    """A causal language model that accepts input embeddings in place of tokens."""
+
+    def table(self) -> Tensor:
+        """(V, d) input embeddings."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        """Each text's input embeddings (t, d), special tokens as the model's tokenizer adds them."""
+        ...
+
+    def next_from(self, embeds: Sequence[Tensor], k: int) -> list[Ranked]:
+        """The k most probable next tokens after each sequence of embeddings (t, d)."""
+        ...
+
+
+class Features(Protocol):
+    """Activations inside the model. Sites are those of lfm.models.structure: ("hidden"|"ffn_in"|"ffn_key", block)."""
+
+    def features(self, batch: Batch, sites: Sequence[tuple[str, int]]) -> list[Tensor]:
+        """One (B, T, width) tensor a site, fp32. Blocks count from 0; negative ones from the end."""
+        ...
+
+
+class Gradients(Protocol):
+    """The module itself, to differentiate and to train."""
+
+    def module(self) -> nn.Module:
+        """A fresh fp32 copy in eval mode; changing it changes no input."""
+        ...
+
+    def rewrap(self, module: nn.Module) -> Model:
+        """A model like this one (same codec, config and storage dtype) with that module's weights."""
+        ...
+
+
+class LazyTensor(Protocol):
+    """A tensor that is read, or computed, only when asked."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read(self) -> Tensor:
+        """The whole tensor, on the CPU, in its stored dtype."""
+        ...
+
+
+class Weights(Protocol):
+    """Named tensors as stored."""
+
+    def tensors(self) -> Mapping[str, LazyTensor]: ...
+
+    def replace(self, tensors: Mapping[str, LazyTensor | Tensor]) -> Model:
+        """The same architecture and files with these tensors in place of those of the same names."""
+        ...
+
+
+INTERFACES: Mapping[str, type] = {
+    "text": Text,
+    "logprobs": Logprobs,
+    "codec": Codec,
+    "logits": Logits,
+    "embeddings": Embeddings,
+    "features": Features,
+    "gradients": Gradients,
+    "weights": Weights,
+}
+"""Every interface by the name that the command line uses, from the least access to the most."""
+
+
+def name_of(kind: type) -> str:
+    """The interface's name as users meet it."""
+    return next((name for name, known in INTERFACES.items() if known is kind), kind.__name__.lower())
+
+
+def names_of(kinds: Iterable[type]) -> list[str]:
+    """Interface names, from the least access to the most."""
+    wanted = {name_of(kind) for kind in kinds}
+    return [name for name in INTERFACES if name in wanted]
+
+
+class Facts(NamedTuple):
+    """What is known of a model before any weight is read: the plan and the early checks rest on it."""
+
+    task: str = ""  # causal-lm, masked-lm, seq2seq-lm, text-classification, image-classification, encoder
+    architecture: str = ""
+    parameters: int = 0
+    bytes: int = 0
+    dtype: str = ""
+    vocabulary: int = 0
+    vocabulary_digest: str = ""
+    labels: tuple[str, ...] = ()
+    layers: int = 0
+    width: int = 0
+
+
+@final
+@dataclass(frozen=True)
+class Model:
+    """A model: where it came from, what it gives, how it is identified and written.
+
+    gives: interface → how to open it. identify: computes the digest. formats: name → writer; the first is the default.
+    """
+
+    ref: str
+    kind: str  # checkpoint, adapter, api, program, module
+    gives: Mapping[type, Callable[[], Any]]
+    identify: Callable[[], str]
+    formats: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    look: Callable[[], Facts] = Facts
+    parents: tuple[str, ...] = ()  # digests of the models this one is stored as a change of
+    _opened: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over content: equal models have equal digests wherever they lie."""
+        if "digest" not in self._opened:
+            self._opened["digest"] = self.identify()
+        return self._opened["digest"]
+
+    @property
+    def facts(self) -> Facts:
+        if "facts" not in self._opened:
+            self._opened["facts"] = self.look()
+        return self._opened["facts"]
+
+    def can(self, *kinds: type) -> bool:
+        return all(kind in self.gives for kind in kinds)
+
+    def ask(self, kind: type[I]) -> I:
+        """Open an interface (once). AccessError if this model does not give it."""
+        if kind not in self.gives:
+            raise AccessError(
+                f"{self.ref} does not give {name_of(kind)}",
+                why=f"this {self.kind} gives {', '.join(names_of(self.gives)) or 'nothing'}",
+                fix=f"`lfm methods --have {','.join(names_of(self.gives)) or 'none'}` lists what works with it",
+            )
+        if kind not in self._opened:
+            self._opened[kind] = self.gives[kind]()
+        return cast("I", self._opened[kind])
+
+    def only(self, kinds: Iterable[type]) -> Model:
+        """The same model giving no more than these interfaces, and nothing to save it by."""
+        wanted = set(kinds)
+        given = {kind: (lambda kind=kind: self.ask(kind)) for kind in self.gives if kind in wanted}
+        return replace(
+            self, gives=given, formats={}, identify=lambda: self.digest, look=lambda: self.facts, _opened={}
+        )
+
+    def save(self, out: Path, form: str = "") -> None:
+        """Write the artefact into the existing, empty directory `out`; the default format unless one is named."""
+        if not self.formats:
+            raise OutputError(f"{self.ref} cannot be saved", why=f"a {self.kind} has no files of its own")
+        if form and form not in self.formats:
+            raise OutputError(f"{self.ref} has no format {form!r}", fix=f"formats: {', '.join(self.formats)}")
+        self.formats[form or next(iter(self.formats))](out)

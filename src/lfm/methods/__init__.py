@@ -1,0 +1,1 @@
+"""One file per method; the folder is the area and the path is the id."""

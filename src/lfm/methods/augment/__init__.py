@@ -1,0 +1,1 @@
+"""augment: databases and tools beside a frozen model."""

@@ -1,0 +1,1 @@
+"""distill: students from teachers."""

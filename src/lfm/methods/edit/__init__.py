@@ -1,0 +1,1 @@
+"""edit: changing what a model knows."""

@@ -1,0 +1,1 @@
+"""meta: learning to adapt."""

@@ -1,0 +1,1 @@
+"""probe: what a model knows."""

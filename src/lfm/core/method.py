@@ -175,9 +175,7 @@ class Method(Generic[C]):
         return max((slot.level for slot in self.data.values() if not slot.optional), default=Data.NONE)
 
 
-def check(
-    id: str, method: Method[Any], inputs: Inputs, *, alternatives: Callable[[], Sequence[str]] = list
-) -> Inputs:
+def check(id: str, method: Method[Any], inputs: Inputs, *, alternatives: Callable[[], Sequence[str]] = list) -> Inputs:
     """The inputs restricted to what the method declares, or the first error. Opens no interface.
 
     alternatives: ids that would work with what the models give; named in an AccessError.
@@ -187,9 +185,7 @@ def check(
             raise SlotError(f"{id} has no model slot {role!r}", fix=f"its slots: {', '.join(method.models)}")
     for role in inputs.data:
         if role not in method.data:
-            raise SlotError(
-                f"{id} has no data slot {role!r}", fix=f"its slots: {', '.join(method.data) or 'none'}"
-            )
+            raise SlotError(f"{id} has no data slot {role!r}", fix=f"its slots: {', '.join(method.data) or 'none'}")
     for role, slot in method.models.items():
         given = inputs.all(role)
         if len(given) < slot.min:

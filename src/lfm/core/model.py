@@ -53,9 +53,7 @@ class Text(Protocol):
 class Logprobs(Protocol):
     """Probabilities of text. A masked model fills the gap between prompt and suffix; a causal one ignores suffixes."""
 
-    def score(
-        self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()
-    ) -> list[Score]:
+    def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
         """Log-probability of each continuation after its prompt, token by token."""
         ...
 
@@ -72,9 +70,7 @@ class Codec(Protocol):
         """The transformers tokenizer; AccessError where the model takes no text."""
         ...
 
-    def texts(
-        self, texts: Sequence[str], *, add_special: bool = True, max_length: int | None = None
-    ) -> Batch:
+    def texts(self, texts: Sequence[str], *, add_special: bool = True, max_length: int | None = None) -> Batch:
         """input_ids and attention_mask (B, T), right-padded."""
         ...
 
@@ -239,9 +235,7 @@ class Model:
         """The same model giving no more than these interfaces, and nothing to save it by."""
         wanted = set(kinds)
         given = {kind: (lambda kind=kind: self.ask(kind)) for kind in self.gives if kind in wanted}
-        return replace(
-            self, gives=given, formats={}, identify=lambda: self.digest, look=lambda: self.facts, _opened={}
-        )
+        return replace(self, gives=given, formats={}, identify=lambda: self.digest, look=lambda: self.facts, _opened={})
 
     def save(self, out: Path, form: str = "") -> None:
         """Write the artefact into the existing, empty directory `out`; the default format unless one is named."""

@@ -64,9 +64,7 @@ def get(id: str) -> Listed:
     return Listed(id, module.METHOD, inspect.cleandoc(module.__doc__ or ""))
 
 
-def methods(
-    area: str | None = None, *, have: Iterable[type] | None = None, data: Data | None = None
-) -> list[Listed]:
+def methods(area: str | None = None, *, have: Iterable[type] | None = None, data: Data | None = None) -> list[Listed]:
     """The methods of an area (of all areas), and of those only what works with this access and this much data.
 
     have: the interfaces that *each* model in hand gives; a slot that may stay empty asks nothing.
@@ -74,9 +72,7 @@ def methods(
     listed = [get(id) for id in ids() if area is None or id.split(".")[0] == area]
     if have is not None:
         given = set(have)
-        listed = [
-            m for m in listed if all(set(s.needs) <= given for s in m.method.models.values() if s.min > 0)
-        ]
+        listed = [m for m in listed if all(set(s.needs) <= given for s in m.method.models.values() if s.min > 0)]
     if data is not None:
         listed = [m for m in listed if m.method.level <= data]
     return listed

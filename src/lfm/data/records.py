@@ -1,0 +1,91 @@
+"""What data is made of. Every record kind is one line of JSON: {"kind": "fact", …}; the kind may be left out of a
+file in which one kind fits every line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Record(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", omit_defaults=True
+):
+    """One example. group: the task, domain or episode it belongs to, where that matters."""
+
+    group: str = ""
+
+
+class Text(Record, tag="text"):
+    """Running text."""
+
+    text: str
+
+
+class Completion(Record, tag="completion"):
+    """A prompt and what should follow it (leading space included where the model needs one)."""
+
+    prompt: str
+    completion: str
+
+
+class Label(Record, tag="label"):
+    """Text and its class, by name."""
+
+    text: str
+    label: str
+
+
+class Pair(Record, tag="pair"):
+    """Two texts and the class of their relation."""
+
+    text: str
+    text_b: str
+    label: str
+
+
+class Image(Record, tag="image"):
+    """An image as a file's path, as PNG/JPEG bytes, or (in memory) as a uint8 array (H, W) or (H, W, 3), and its class."""
+
+    image: Any
+    label: str
+
+
+class Fact(Record, tag="fact"):
+    """subject –relation→ object. prompt ends where the object begins; suffix is what follows it in that sentence.
+
+    paraphrases: other prompts for the same object. neighbours: prompts (with the object each has now) that an edit of
+    this fact must leave as they are.
+    """
+
+    subject: str
+    relation: str
+    object: str
+    prompt: str
+    suffix: str = "."
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[tuple[str, str], ...] = ()
+
+
+class Edit(Record, tag="edit"):
+    """A fact to change: from `object` (what the model says now) to `new_object`."""
+
+    subject: str
+    relation: str
+    object: str
+    new_object: str
+    prompt: str
+    suffix: str = "."
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[tuple[str, str], ...] = ()
+
+
+KINDS: dict[str, type[Record]] = {
+    k.__struct_config__.tag: k for k in (Text, Completion, Label, Pair, Image, Fact, Edit)
+}  # type: ignore[misc]
+
+
+def kind_of(record: Record) -> str:
+    """The record's kind, as files name it."""
+    return str(record.__struct_config__.tag)

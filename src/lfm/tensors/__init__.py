@@ -1,0 +1,1 @@
+"""State dicts larger than memory: read, compute and write them in chunks."""

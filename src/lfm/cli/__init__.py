@@ -1,0 +1,91 @@
+"""The command line. Each group of commands is one file; heavy libraries load when a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from lfm.cli import discover
+from lfm.core.errors import LfmError
+
+UNEXPECTED = 70
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="lfm",
+    help="Learn From Model: models in, a verified new model (or a finding about them) out.",
+    epilog="Start with `lfm demo`, or ask `lfm methods --have text,logprobs` what can be done with what you have.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (at any place).")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"lfm {installed('learn-from-model')}")
+        raise typer.Exit
+
+
+for group in (discover,):
+    group.register(app)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and give its exit code; errors go to stderr as what, why and fix."""
+    words = list(arguments)
+    debug = "--debug" in words
+    if debug:
+        words.remove("--debug")
+    try:
+        return int(app(words, standalone_mode=False, prog_name="lfm") or 0)
+    except LfmError as error:
+        if debug:
+            raise
+        from lfm.cli.screen import complain
+
+        complain(error)
+        return error.exit_code
+    except typer.TyperException as error:
+        return _usage(error)
+    except typer.Abort:
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = None  # the reader has gone; nothing is left to flush
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        sys.stderr.write(
+            f"lfm stopped on an unexpected {type(error).__name__}: {first}\nrun with --debug for details\n"
+        )
+        return UNEXPECTED
+
+
+def _usage(error: typer.TyperException) -> int:
+    from lfm.cli.screen import complain
+
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "lfm"
+    if type(error).__name__ != "NoArgsIsHelpError":
+        complain(LfmError(error.format_message().rstrip("."), fix=f"`{command} --help` shows what it takes"))
+    elif context is not None:
+        print(context.get_help())
+    return error.exit_code
+
+
+def main() -> NoReturn:
+    """Entry point of the `lfm` command."""
+    sys.exit(run(sys.argv[1:]))

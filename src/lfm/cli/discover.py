@@ -1,0 +1,333 @@
+"""`lfm methods` and `lfm show`: what can be done with what you have, and how each method works."""
+
+from __future__ import annotations
+
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from lfm.cli import screen
+from lfm.core import config as configs
+from lfm.core import registry
+from lfm.core.errors import LfmError
+from lfm.core.method import Data
+from lfm.core.model import INTERFACES, names_of
+from lfm.core.registry import Listed
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+ABOUT = {
+    "tune": "change a model's weights for a task",
+    "prompt": "change what goes in, not the weights",
+    "augment": "put a database or tools beside a frozen model",
+    "distill": "teach a student what a teacher knows",
+    "reuse": "ensemble, merge and select models",
+    "meta": "learn to learn from few examples",
+    "edit": "change single facts and behaviours",
+    "probe": "find out what a model knows",
+}
+
+IMPLIED = {
+    "logits": ("codec",),
+    "embeddings": ("codec",),
+    "features": ("codec", "logits"),
+    "gradients": ("codec", "logits", "features"),
+    "weights": ("codec",),
+}
+"""What comes along with an interface, whatever gives it."""
+
+
+def level_name(level: Data) -> str:
+    """NONE → "none", FEW_SHOT → "few-shot"."""
+    return level.name.lower().replace("_", "-")
+
+
+LEVELS = {level_name(level): level for level in Data}
+
+
+class Fit(NamedTuple):
+    """How a method fits what is in hand: the interfaces and the data level that are missing."""
+
+    listed: Listed
+    missing: tuple[str, ...]
+    data: str
+
+    @property
+    def works(self) -> bool:
+        return not self.missing and not self.data
+
+    @property
+    def near(self) -> bool:
+        """One more thing would make it work."""
+        return len(self.missing) + bool(self.data) == 1
+
+
+def parse_have(text: str) -> frozenset[type]:
+    """Interfaces from names (`text,logprobs`) or from a model's reference, whose header is read to find out."""
+    given: set[type] = set()
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        if word in INTERFACES:
+            given |= {INTERFACES[name] for name in (word, *IMPLIED.get(word, ()))}
+        elif ":" in word or "/" in word or Path(word).exists():
+            from lfm.models import load
+
+            given |= set(load(word).gives)
+        else:
+            near = get_close_matches(word, INTERFACES, n=1)
+            raise LfmError(
+                f"--have: no interface {word!r}",
+                why=f"interfaces, from the least access to the most: {', '.join(INTERFACES)}",
+                fix=f"did you mean {near[0]!r}?" if near else "or give a model: --have ./my-model, --have api:URL",
+            )
+    return frozenset(given)
+
+
+def parse_level(text: str) -> Data:
+    """A data level by name."""
+    if text not in LEVELS:
+        raise LfmError(f"--data: no level {text!r}", fix=f"levels, from the least to the most: {', '.join(LEVELS)}")
+    return LEVELS[text]
+
+
+def listed(area: str | None) -> list[Listed]:
+    """The methods of an area. A third party's that cannot be imported is named on stderr and left out."""
+    if area is not None and area not in registry.AREAS and not any(i.startswith(area + ".") for i in registry.ids()):
+        near = get_close_matches(area, registry.AREAS, n=1)
+        raise LfmError(
+            f"no area {area!r}",
+            fix=f"did you mean {near[0]!r}?" if near else f"areas: {', '.join(registry.AREAS)}",
+        )
+    found = []
+    for id, module in registry.ids().items():
+        if area is not None and id.split(".")[0] != area:
+            continue
+        try:
+            found.append(registry.get(id))
+        except Exception as error:
+            if module.startswith("lfm."):
+                raise
+            sys.stderr.write(f"left out {id}: {module} cannot be imported ({error})\n")
+    return found
+
+
+def fit(method: Listed, have: frozenset[type] | None, level: Data | None) -> Fit:
+    """What a method still asks beyond this access and this much data."""
+    needs = {kind for slot in method.method.models.values() if slot.min > 0 for kind in slot.needs}
+    missing = names_of(needs - have) if have is not None else []
+    asked = method.method.level
+    return Fit(method, tuple(missing), level_name(asked) if level is not None and asked > level else "")
+
+
+def facts(item: Fit) -> dict[str, Any]:
+    """A method as scripts read it."""
+    method = item.listed.method
+    return {
+        "id": item.listed.id,
+        "area": item.listed.area,
+        "summary": item.listed.summary,
+        "paper": method.paper,
+        "gives": method.gives,
+        "models": {
+            role: {"needs": names_of(slot.needs), "min": slot.min, "max": slot.max, "help": slot.help}
+            for role, slot in method.models.items()
+        },
+        "data": {
+            role: {"level": level_name(s.level), "kinds": list(s.kinds), "optional": s.optional, "help": s.help}
+            for role, s in method.data.items()
+        },
+        "level": level_name(method.level),
+        "works": item.works,
+        "missing": list(item.missing),
+        "missing_data": item.data or None,
+    }
+
+
+def asked(method: Listed) -> list[str]:
+    """The interfaces worth showing: codec comes along with the others."""
+    names = names_of({kind for slot in method.method.models.values() if slot.min > 0 for kind in slot.needs})
+    return [name for name in names if name != "codec"] or names
+
+
+def _line(item: Fit) -> list[Text]:
+    from rich.text import Text
+
+    method = item.listed
+    level = level_name(method.method.level)
+    if item.works:
+        name = Text(method.id, style="bold")
+        return [name, Text(method.summary), screen.badges(asked(method), screen.ACCESS), _data(level)]
+    gap = " and ".join([*item.missing, *([f"{item.data} data"] if item.data else [])])
+    return [Text(method.id, style="dim"), Text(method.summary, style="dim"), Text(f"+ {gap}", style="yellow"), Text("")]
+
+
+def _data(level: str) -> Text:
+    label = "no data" if level == "none" else level
+    return screen.badge(label, screen.DATA[level])
+
+
+def methods(
+    area: Annotated[str | None, typer.Argument(help=f"One of {', '.join(registry.AREAS)}.")] = None,
+    have: Annotated[
+        str, typer.Option(help="What each model gives: text,logprobs,… or a model's reference.", metavar="ACCESS")
+    ] = "",
+    data: Annotated[
+        str, typer.Option(help=f"The data in hand: {', '.join(LEVELS)}.", metavar="LEVEL", show_default=False)
+    ] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What can I do with what I have? All methods, or those that work with this access and this data first."""
+    given = parse_have(have) if have else None
+    level = parse_level(data) if data else None
+    fits = [fit(method, given, level) for method in listed(area)]
+    if json:
+        screen.emit([facts(item) for item in fits])
+        return
+    console = screen.out()
+    asking = given is not None or level is not None
+    works, near = [f for f in fits if f.works], [f for f in fits if f.near]
+    console.print()
+    if asking:
+        console.print(f"  [bold]{len(works)}[/] of {len(fits)} methods work with {_hand(given, level)}")
+    else:
+        console.print(f"  [bold]{len(fits)} methods[/], from models you have to the model you need")
+    _groups(works)
+    if asking and near:
+        console.print("\n  [yellow]With one thing more[/]")
+        _groups(near, heads=False)
+    _hints(works or fits, asking)
+
+
+def _hand(given: frozenset[type] | None, level: Data | None) -> str:
+    access = ", ".join(n for n in names_of(given or ()) if n != "codec")
+    parts = [access] if given is not None else []
+    if level is not None:
+        parts.append("no data" if level == Data.NONE else f"{level_name(level)} data")
+    return " and ".join(part for part in parts if part) or "nothing"
+
+
+def _groups(fits: list[Fit], *, heads: bool = True) -> None:
+    from rich.table import Table
+
+    console = screen.out()
+    wide = console.width >= 100
+    table = Table.grid(padding=(0, 2), expand=False)
+    table.add_column(no_wrap=True, min_width=18)
+    table.add_column(no_wrap=wide, overflow="ellipsis" if wide else "fold", max_width=max(console.width - 62, 24))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    last = ""
+    for item in fits:
+        if heads and item.listed.area != last:
+            last = item.listed.area
+            table.add_row("")
+            table.add_row(f"[bold cyan]{last}[/]", f"[dim italic]{ABOUT.get(last, 'third party')}[/]")
+        table.add_row(*_line(item))
+    from rich.padding import Padding
+
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _hints(fits: list[Fit], asking: bool) -> None:
+    from rich.padding import Padding
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    if not asking:
+        grid.add_row("[dim]what works with an API and no data?[/]", "lfm methods --have text,logprobs --data none")
+        grid.add_row("[dim]…with the model in this folder?[/]", "lfm methods --have ./my-model")
+    example = fits[0].listed.id if fits else "edit.rome"
+    grid.add_row("[dim]how does one work?[/]", f"lfm show {example}")
+    screen.out().print(Padding(grid, (1, 0, 1, 2)))
+
+
+def show(
+    id: Annotated[str, typer.Argument(help="A method, as `lfm methods` lists it.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of its settings.")] = False,
+) -> None:
+    """How a method works: its idea, what it asks for, its settings, and a command line to start from."""
+    method = registry.get(id)
+    if schema:
+        screen.emit(configs.schema(method.method.config))
+    elif json:
+        settings = [
+            {"name": f.name, "type": f.type, "default": f.default, "help": f.help}
+            for f in configs.fields(method.method.config)
+        ]
+        known = facts(fit(method, None, None))
+        for key in ("works", "missing", "missing_data"):
+            known.pop(key)
+        screen.emit(known | {"doc": method.doc, "settings": settings, "example": example(method)})
+    else:
+        _show(method)
+
+
+def example(method: Listed) -> str:
+    """A command line that names every required role."""
+    words = [f"lfm run {method.id}"]
+    for role, slot in method.method.models.items():
+        words += [f"{role}={'REF' if slot.min > 1 else 'MODEL'}"] * max(slot.min, 0)
+    for role, slot in method.method.data.items():
+        if not slot.optional:
+            words.append(f"{role}={role}.jsonl")
+    return " ".join([*words, f"--out runs/{method.id.split('.')[-1]}"])
+
+
+def _show(method: Listed) -> None:
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = screen.out()
+    lines = method.doc.split("\n", 1)
+    console.print(Text.assemble("\n  ", (method.id, "bold cyan"), "  ", (lines[0], "bold")))
+    if len(lines) > 1 and lines[1].strip():
+        console.print(Padding(_document(lines[1].strip("\n")), (1, 0, 0, 2)))
+    asks = Table.grid(padding=(0, 2))
+    for role, slot in method.method.models.items():
+        many = "" if slot.max == 1 else f"{slot.min} or more" if slot.max is None else f"{slot.min} to {slot.max}"
+        note = "; ".join(filter(None, ("optional" if slot.min == 0 else many, slot.help)))
+        asks.add_row(Text(role, style="bold"), screen.badges(names_of(slot.needs), screen.ACCESS), Text(note, "dim"))
+    for role, slot in method.method.data.items():
+        kinds = " or ".join(slot.kinds) + " records" if slot.kinds else ""
+        note = "; ".join(filter(None, ("optional" if slot.optional else "", kinds, slot.help)))
+        asks.add_row(Text(role, style="bold"), _data(level_name(slot.level)), Text(note, "dim"))
+    console.print(Padding(Text("Asks for", "bold cyan"), (1, 0, 0, 2)))
+    console.print(Padding(asks, (0, 0, 0, 2)))
+    console.print(Padding(Text("Gives", "bold cyan"), (1, 0, 0, 2)))
+    console.print(f"  {'a finding: a table with its evidence' if method.method.gives == 'finding' else 'a model'}")
+    settings = Table.grid(padding=(0, 2))
+    for field in configs.fields(method.method.config):
+        settings.add_row(
+            Text(field.name, style="bold"), Text(str(field.default)), Text(field.type, "cyan"), Text(field.help, "dim")
+        )
+    if settings.row_count:
+        console.print(Padding(Text("Settings", "bold cyan"), (1, 0, 0, 2)))
+        console.print(Padding(settings, (0, 0, 0, 2)))
+    console.print(Padding(Text("Start here", "bold cyan"), (1, 0, 0, 2)))
+    line = example(method)
+    console.print(f"  {line.replace('lfm run', 'lfm plan', 1)}   [dim]what it would take[/]", soft_wrap=True)
+    console.print(f"  {line}", soft_wrap=True)
+    console.print(f"\n  [dim]{method.method.paper}[/]\n", soft_wrap=True)
+
+
+def _document(text: str) -> Text:
+    """A docstring as it stands: indented blocks are formulas and examples and keep their lines."""
+    from rich.text import Text
+
+    rendered = Text()
+    for line in text.split("\n"):
+        style = "green" if line.lstrip().startswith((">>>", "...")) else "yellow" if line.startswith("    ") else ""
+        rendered.append(line + "\n", style=style)
+    rendered.rstrip()
+    return rendered
+
+
+def register(app: typer.Typer) -> None:
+    panel = "Find out"
+    app.command("methods", rich_help_panel=panel)(methods)
+    app.command("show", rich_help_panel=panel)(show)

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import pytest
+
+from planted import plant
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six stand-in methods in place of the real ones."""
+    plant(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)

@@ -1,0 +1,47 @@
+"""What identifies a state dict: its names, dtypes, shapes and bytes, and not how it is cut into files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lfm.core.heavy import torch
+from lfm.tensors.lazy import chunks, lazy
+from lfm.tensors.parallel import each
+from lfm.tensors.safetensors_file import StoredTensor, dtype_code
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lfm.core.model import LazyTensor
+
+BUFFER = 1 << 20
+"""Bytes hashed at a time."""
+
+
+def digest_tensors(tensors: Mapping[str, LazyTensor | Tensor], *, workers: int | None = None) -> str:
+    """sha256 over the sorted (name, dtype, shape, sha256 of the little-endian bytes). Stored tensors need no torch."""
+
+    def line(name: str) -> tuple[str, str]:
+        tensor = tensors[name]
+        code = tensor.code if isinstance(tensor, StoredTensor) else dtype_code(tensor.dtype)
+        return name, json.dumps([name, code, list(tensor.shape), _sha256(tensor)])
+
+    lines = dict(each(line, tensors, workers))
+    return hashlib.sha256("\n".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
+
+
+def _sha256(tensor: LazyTensor | Tensor) -> str:
+    found = hashlib.sha256()
+    if isinstance(tensor, StoredTensor):
+        buffer = memoryview(bytearray(min(BUFFER, tensor.nbytes)))
+        for start in range(0, tensor.nbytes, BUFFER):
+            part = buffer[: min(BUFFER, tensor.nbytes - start)]
+            tensor.read_into(part, start)
+            found.update(part)
+    else:
+        for _, values in chunks(lazy(tensor)):
+            found.update(values.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()

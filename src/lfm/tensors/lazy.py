@@ -1,0 +1,141 @@
+"""Tensors that are computed when asked: over inputs read in chunks, so that no whole tensor is ever held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Protocol, final, runtime_checkable
+
+from lfm.core.heavy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lfm.core.model import LazyTensor
+
+CHUNK = 1 << 18
+"""Elements read, computed and written at a time: a few of them fit a core's cache."""
+
+
+@runtime_checkable
+class Chunked(Protocol):
+    """A LazyTensor that can be read in part."""
+
+    def read_flat(self, start: int, stop: int) -> Tensor:
+        """Elements start to stop of the tensor laid out flat (row-major)."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class Held:
+    """A tensor in memory, as a LazyTensor."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def read(self) -> Tensor:
+        return self.tensor.detach().cpu()
+
+    def read_flat(self, start: int, stop: int) -> Tensor:
+        return self.tensor.detach().reshape(-1)[start:stop].cpu()
+
+
+@final
+@dataclass(frozen=True)
+class Computed:
+    """An elementwise result: fn(start, stop) gives its flat elements, wherever the cuts fall. Stored as dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fn: Callable[[int, int], Tensor]
+
+    def read(self) -> Tensor:
+        out = torch.empty(prod(self.shape), dtype=self.dtype)
+        for start, stop in spans(len(out)):
+            out[start:stop] = self.read_flat(start, stop)
+        return out.reshape(self.shape)
+
+    def read_flat(self, start: int, stop: int) -> Tensor:
+        return self.fn(start, stop).to(self.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class Whole:
+    """A result that needs whole tensors: fn() gives it. Stored as dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fn: Callable[[], Tensor]
+
+    def read(self) -> Tensor:
+        return self.fn().to(self.dtype).reshape(self.shape)
+
+
+def lazy(tensor: LazyTensor | Tensor) -> LazyTensor:
+    """A LazyTensor of either."""
+    return Held(tensor) if isinstance(tensor, torch.Tensor) else tensor
+
+
+def size(tensor: LazyTensor | Tensor) -> int:
+    """Number of elements."""
+    return prod(tensor.shape)
+
+
+def spans(size: int, chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """(start, stop) pairs that cover `size` elements."""
+    for start in range(0, size, chunk):
+        yield start, min(start + chunk, size)
+
+
+def chunks(tensor: LazyTensor, chunk: int = CHUNK) -> Iterator[tuple[int, Tensor]]:
+    """(start, flat elements) of a tensor in order; one that can only be read whole is read once."""
+    if isinstance(tensor, Chunked):
+        for start, stop in spans(size(tensor), chunk):
+            yield start, tensor.read_flat(start, stop)
+    else:
+        yield 0, tensor.read().reshape(-1)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """fp32, or fp64 where it is stored so: what arithmetic is done in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def map_tensors(
+    names: Iterable[str],
+    fn: Callable[..., Tensor],
+    sources: Sequence[Mapping[str, LazyTensor]],
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, LazyTensor]:
+    """fn(name, *chunks) for each name, elementwise over the sources' flat chunks widened to fp32.
+
+    Shapes are equal over the sources; shape and (unless dtype is given) dtype of the result are the first source's.
+    Nothing is read until the result is.
+    """
+    return {name: _mapped(name, fn, [source[name] for source in sources], dtype) for name in names}
+
+
+def _mapped(
+    name: str, fn: Callable[..., Tensor], inputs: Sequence[LazyTensor], dtype: torch.dtype | None
+) -> LazyTensor:
+    shape = tuple(inputs[0].shape)
+    assert all(tuple(tensor.shape) == shape for tensor in inputs), name
+    dtype = dtype or inputs[0].dtype
+    if all(isinstance(tensor, Chunked) for tensor in inputs):
+
+        def part(start: int, stop: int) -> Tensor:
+            return fn(name, *(widen(t.read_flat(start, stop)) for t in inputs if isinstance(t, Chunked)))
+
+        return Computed(shape, dtype, part)
+    return Whole(shape, dtype, lambda: fn(name, *(widen(t.read().reshape(-1)) for t in inputs)))

@@ -99,6 +99,7 @@ def word_piece() -> Any:
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 
@@ -107,7 +108,7 @@ def unigram() -> Any:
     return _tokenizer(_unigram(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def _tokenizer(text: str, **specials: str) -> Any:
+def _tokenizer(text: str, **settings: Any) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -115,7 +116,7 @@ def _tokenizer(text: str, **specials: str) -> Any:
         tokenizer_object=Tokenizer.from_str(text),
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
-        **specials,
+        **settings,
     )
 
 

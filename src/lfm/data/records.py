@@ -17,27 +17,27 @@ class Record(
     group: str = ""
 
 
-class Text(Record, tag="text"):
+class Text(Record, tag="text", frozen=True):
     """Running text."""
 
     text: str
 
 
-class Completion(Record, tag="completion"):
+class Completion(Record, tag="completion", frozen=True):
     """A prompt and what should follow it (leading space included where the model needs one)."""
 
     prompt: str
     completion: str
 
 
-class Label(Record, tag="label"):
+class Label(Record, tag="label", frozen=True):
     """Text and its class, by name."""
 
     text: str
     label: str
 
 
-class Pair(Record, tag="pair"):
+class Pair(Record, tag="pair", frozen=True):
     """Two texts and the class of their relation."""
 
     text: str
@@ -45,14 +45,14 @@ class Pair(Record, tag="pair"):
     label: str
 
 
-class Image(Record, tag="image"):
-    """An image as a file's path, as PNG/JPEG bytes, or (in memory) as a uint8 array (H, W) or (H, W, 3), and its class."""
+class Image(Record, tag="image", frozen=True):
+    """An image and its class: a file's path, PNG/JPEG bytes, or (in memory) a uint8 array (H, W) or (H, W, 3)."""
 
     image: Any
     label: str
 
 
-class Fact(Record, tag="fact"):
+class Fact(Record, tag="fact", frozen=True):
     """subject –relation→ object. prompt ends where the object begins; suffix is what follows it in that sentence.
 
     paraphrases: other prompts for the same object. neighbours: prompts (with the object each has now) that an edit of
@@ -68,7 +68,7 @@ class Fact(Record, tag="fact"):
     neighbours: tuple[tuple[str, str], ...] = ()
 
 
-class Edit(Record, tag="edit"):
+class Edit(Record, tag="edit", frozen=True):
     """A fact to change: from `object` (what the model says now) to `new_object`."""
 
     subject: str

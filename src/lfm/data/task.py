@@ -10,11 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from lfm.core.errors import DataError
 from lfm.core.model import Batch, Codec, Facts
-from lfm.data.records import Record
+from lfm.data.records import Image, Label, Pair, Record, Text, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LANGUAGE = ("causal-lm", "masked-lm", "seq2seq-lm")
+"""The values of Facts.task that have a language-modelling head."""
 
 
 @final
@@ -25,6 +29,10 @@ class Task:
     loss: (logits, batch) → mean CE over scored positions, fp32 scalar. predict: (logits, batch) → one answer a record.
     scored: (logits, batch) → the (N, V) logits and (N,) labels that the loss is over (a distiller compares these).
     truth: records → the right answers. metric: the headline metric's name (accuracy, perplexity, exact_match).
+
+    What does not fit the model's context is cut by collate: the end of a text, the beginning of a prompt, never an
+    answer. `fit` splits long texts first, so that nothing of them is lost. predict reads words under teacher forcing:
+    each token given the right ones before it, which flatters long answers (lfm.evals also generates them).
     """
 
     name: str
@@ -42,4 +50,48 @@ def task_for(records: Sequence[Record], codec: Codec, facts: Facts) -> Task:
     text → language modelling (causal, masked, seq2seq); completion, fact → the continuation (or the blank of a masked
     model); label, pair, image → the head's classes, or for a model with no head the label's words as a continuation.
     """
-    raise NotImplementedError
+    from lfm.data import heads, language
+
+    kind = one_kind(records)
+    if kind is Image:
+        if facts.task not in ("image-classification", ""):
+            raise DataError(f"image records need an image-classification model, this is {facts.task}")
+        return heads.images(codec, facts)
+    if facts.task == "text-classification":
+        if kind not in (Label, Pair):
+            raise DataError(
+                f"a classifier reads label or pair records, these are {kind_of(records[0])}",
+                fix="give records with a class, or a language model",
+            )
+        return heads.texts(codec, facts)
+    if facts.task not in LANGUAGE:
+        raise DataError(
+            f"{kind_of(records[0])} records set no task for a model whose task is {facts.task or 'unknown'}",
+            why="it has no language-modelling or classification head" if facts.task == "encoder" else "",
+        )
+    if kind is Text:
+        return language.running_text(codec, facts)
+    if kind in (Label, Pair):
+        return language.named_classes(records, codec, facts)
+    return language.answers(codec, facts)
+
+
+def fit(records: Sequence[Record], codec: Codec, facts: Facts) -> tuple[Record, ...]:
+    """The records with each text longer than the model's context split, at token boundaries, into texts that fit.
+
+    Other kinds are returned as they are: collate cuts the beginning of their prompts.
+    """
+    from lfm.data import language
+
+    return tuple(part for record in records for part in language.split(record, codec, facts))
+
+
+def one_kind(records: Sequence[Record]) -> type[Record]:
+    """The kind that all the records share. DataError if there is none."""
+    if not records:
+        raise DataError("no records", fix="give at least one")
+    kinds = {type(record) for record in records}
+    if len(kinds) > 1:
+        names = sorted(str(kind.__struct_config__.tag) for kind in kinds)
+        raise DataError(f"records of several kinds at once: {', '.join(names)}", fix="give each kind its own file")
+    return kinds.pop()

@@ -1,0 +1,205 @@
+"""What a run would take, said before it starts: access, time, memory, disk, queries, tokens, and what would not fit.
+
+Nothing here reads a weight: the estimate rests on the method's Cost, on facts from headers, and on a short probe of
+this machine (one matrix product, free memory, free disk).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, final
+
+import msgspec
+
+from lfm.core.heavy import np
+from lfm.core.method import Amount, Cost, Inputs, Method, Sizes
+from lfm.core.model import names_of
+
+CHARACTERS_PER_TOKEN = 4
+"""Of English under a subword vocabulary; a small vocabulary makes more tokens."""
+
+EFFICIENCY = (0.1, 0.8)
+"""Share of the matrix-product rate that training and inference reach, worst and best."""
+
+STEP_SECONDS = (0.001, 0.03)
+"""Fixed overhead of one sequential pass, best and worst: Python, kernel launches, the optimiser."""
+
+QUERY_SECONDS = (0.02, 1.0)
+"""One request to an endpoint, best and worst."""
+
+ACCELERATOR_FLOPS = 1e13
+"""fp32 rate assumed of a GPU, which is not probed: that would load torch."""
+
+HEADROOM = 300 * 2**20
+"""Bytes that Python, torch and transformers take before any model."""
+
+
+@final
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What this machine has free. flops: fp32 matrix products a second; memory and disk in bytes."""
+
+    device: str
+    cores: int
+    flops: float
+    memory: int
+    disk: int
+
+
+@final
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run would take. seconds: from best to worst; lacks: what this machine or the budget cannot give."""
+
+    method: str
+    access: dict[str, list[str]]
+    device: str
+    seconds: tuple[float, float]
+    memory: int
+    disk: int
+    queries: int
+    tokens: int
+    lacks: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return not self.lacks
+
+
+def plan(
+    id: str,
+    method: Method[Any],
+    config: Any,
+    inputs: Inputs,
+    *,
+    out: Path,
+    device: str = "auto",
+    budget: tuple[int | None, int | None] = (None, None),
+    on: Machine | None = None,
+) -> Plan:
+    """The plan of one run on checked inputs. budget: (queries, tokens), None where unlimited."""
+    sizes = Sizes(
+        {role: tuple(m.facts for m in given) for role, given in inputs.models.items()},
+        {role: amount(records) for role, records in inputs.data.items()},
+    )
+    access = {role: names_of(slot.needs) for role, slot in method.models.items() if inputs.all(role)}
+    return weigh(id, method.cost(config, sizes), on or machine(out, device), access=access, budget=budget)
+
+
+def weigh(
+    id: str,
+    cost: Cost,
+    on: Machine,
+    *,
+    access: Mapping[str, list[str]] | None = None,
+    budget: tuple[int | None, int | None] = (None, None),
+) -> Plan:
+    """A cost on a machine: a range of seconds, and what would not fit."""
+    worst, best = EFFICIENCY
+    seconds = (
+        cost.flops / (on.flops * best) + cost.steps * STEP_SECONDS[0] + cost.queries * QUERY_SECONDS[0],
+        cost.flops / (on.flops * worst) + cost.steps * STEP_SECONDS[1] + cost.queries * QUERY_SECONDS[1],
+    )
+    memory = int(cost.memory) + HEADROOM
+    lacks = []
+    for name, needed, free in (("memory", memory, on.memory), ("disk", int(cost.disk), on.disk)):
+        if needed > free:
+            lacks.append(f"{name}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB is free")
+    for name, needed, limit in (("queries", cost.queries, budget[0]), ("tokens", cost.tokens, budget[1])):
+        if limit is not None and needed > limit:
+            lacks.append(f"{name}: needs about {needed}, the budget is {limit}")
+    return Plan(
+        method=id,
+        access=dict(access or {}),
+        device=on.device,
+        seconds=seconds,
+        memory=memory,
+        disk=int(cost.disk),
+        queries=int(cost.queries),
+        tokens=int(cost.tokens),
+        lacks=tuple(lacks),
+    )
+
+
+def amount(records: Sequence[Any]) -> Amount:
+    """How many records, and about how many tokens their text makes."""
+    characters = sum(_characters(msgspec.structs.astuple(record)) for record in records)
+    return Amount(len(records), -(-characters // CHARACTERS_PER_TOKEN))
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_characters, value)) if isinstance(value, tuple) else 0
+
+
+def machine(out: Path, device: str = "auto") -> Machine:
+    """This machine now; a graphics card where there is one and the device is not "cpu"."""
+    card = None if device == "cpu" else accelerator()
+    return Machine(
+        device="cpu" if card is None else card[0],
+        cores=cores(),
+        flops=matrix_rate() if card is None else ACCELERATOR_FLOPS,
+        memory=free_memory() if card is None else card[1],
+        disk=free_disk(out),
+    )
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def matrix_rate(side: int = 512, seconds: float = 0.05) -> float:
+    """fp32 FLOP/s of a matrix product on this machine's cores, the best of several."""
+    a = np.ones((side, side), dtype=np.float32)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        np.matmul(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping, within the container's limit where there is one."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+            free = min(free, int(limit) - used)
+    except (OSError, ValueError):
+        pass  # no control group: the machine's own figure stands
+    return max(free, 0)
+
+
+def free_disk(out: Path) -> int:
+    """Bytes free where `out` will be."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+@cache
+def accelerator() -> tuple[str, int] | None:
+    """The first graphics card's name and free bytes, by its driver's tool; None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    ask = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip().splitlines()
+        name, mebibytes = lines[0].rsplit(",", 1)
+        return name.strip(), int(mebibytes) * 2**20
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None

@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+from planted import plant
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six stand-in methods in place of the real ones."""
+    plant(monkeypatch)

@@ -1,0 +1,70 @@
+"""What a run would take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lfm.core import Cost, Inputs, Logits, Model
+from lfm.core.method import Amount
+from lfm.core.model import Codec, Gradients
+from lfm.data.records import Completion, Fact
+from lfm.runs.plan import HEADROOM, Machine, amount, machine, weigh
+from lfm.runs.plan import plan as make_plan
+from planted import METHODS, Settings
+
+SMALL = Machine(device="cpu", cores=2, flops=1e11, memory=10**9, disk=10**9)
+
+
+def test_a_cost_that_fits_lacks_nothing() -> None:
+    assert weigh("a.b", Cost(flops=1e12, steps=10, memory=10**8, disk=10**8), SMALL).fits
+
+
+def test_what_would_not_fit_is_named_with_both_numbers() -> None:
+    plan = weigh("a.b", Cost(memory=5 * 10**9, disk=3 * 10**9, queries=200, tokens=5000), SMALL, budget=(100, 1000))
+    assert not plan.fits
+    assert [lack.split(":")[0] for lack in plan.lacks] == ["memory", "disk", "queries", "tokens"]
+    assert "3.0 GB, 1.0 GB is free" in plan.lacks[1]
+    assert "about 200, the budget is 100" in plan.lacks[2]
+
+
+def test_an_unlimited_budget_limits_nothing() -> None:
+    assert weigh("a.b", Cost(queries=10**9, tokens=10**9), SMALL).fits
+
+
+@given(st.floats(0, 1e18), st.integers(0, 10**6), st.integers(0, 10**5))
+def test_the_range_is_a_range_and_more_work_never_takes_less(flops: float, steps: int, queries: int) -> None:
+    low, high = weigh("a.b", Cost(flops=flops, steps=steps, queries=queries), SMALL).seconds
+    assert 0 <= low <= high
+    longer = weigh("a.b", Cost(flops=2 * flops, steps=steps + 1, queries=queries), SMALL).seconds
+    assert longer[0] >= low and longer[1] >= high
+
+
+def test_memory_counts_what_python_and_torch_take() -> None:
+    assert weigh("a.b", Cost(memory=7), SMALL).memory == HEADROOM + 7
+
+
+def test_amount_counts_text_wherever_it_stands() -> None:
+    assert amount([Completion(prompt="ab", completion="cdef"), Completion(prompt="", completion="gh")]) == Amount(2, 2)
+    fact = Fact(subject="", relation="", object="", prompt="", suffix="", neighbours=(("abcd", "efgh"),))
+    assert amount([fact]).tokens == 2
+    assert amount([]) == Amount(0, 0)
+
+
+def test_a_plan_opens_no_interface(tmp_path: Path) -> None:
+    def opened() -> None:
+        raise AssertionError("a plan reads no weights")
+
+    kinds = (Gradients, Codec, Logits)
+    model = Model(ref="m", kind="checkpoint", gives=dict.fromkeys(kinds, opened), identify=lambda: "d")
+    inputs = Inputs({"teacher": (model,), "student": (model,)}, {"text": ()})
+    plan = make_plan("distill.response", METHODS["distill.response"][1], Settings(), inputs, out=tmp_path, on=SMALL)
+    assert plan.access == {"teacher": ["logits"], "student": ["codec", "logits", "gradients"]}
+    assert plan.fits and plan.device == "cpu"
+
+
+def test_this_machine_has_something_of_everything(tmp_path: Path) -> None:
+    found = machine(tmp_path / "not" / "yet" / "there", device="cpu")
+    assert found.cores >= 1 and found.flops > 1e8 and found.memory > 0 and found.disk > 0

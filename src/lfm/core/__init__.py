@@ -20,6 +20,7 @@ from lfm.core.model import Features as Features
 from lfm.core.model import Gradients as Gradients
 from lfm.core.model import Logits as Logits
 from lfm.core.model import Logprobs as Logprobs
+from lfm.core.model import LowRank as LowRank
 from lfm.core.model import Model as Model
 from lfm.core.model import Score as Score
 from lfm.core.model import Text as Text

@@ -74,6 +74,10 @@ class BudgetError(LfmError):
     exit_code = 4
 
 
+class DivergedError(LfmError):
+    """Training met a loss, gradient or weight that is not finite. Nothing of it is kept."""
+
+
 class VerifyError(LfmError):
     """What was saved is not what was made."""
 

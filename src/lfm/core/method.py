@@ -156,7 +156,8 @@ class Parts:
 class Method(Generic[C]):
     """One system: what it asks for, what it costs, and the function that does it.
 
-    agree: raises before any weight is read if the inputs cannot go together. open: brings back a program saved by run.
+    agree: raises before any weight is read if the inputs cannot go together.
+    open: the interfaces of a program that run made, from its parts; they are all that is needed to bring it back.
     """
 
     paper: str
@@ -166,7 +167,7 @@ class Method(Generic[C]):
     cost: Callable[[C, Sizes], Cost]
     data: Mapping[str, DataSlot] = field(default_factory=dict)
     agree: Callable[[C, Inputs], None] | None = None
-    open: Callable[[C, Parts], Model] | None = None
+    open: Callable[[C, Parts], Mapping[type, Callable[[], Any]]] | None = None
     gives: str = "model"  # or "finding"
 
     @property
@@ -204,7 +205,8 @@ def check(id: str, method: Method[Any], inputs: Inputs, *, alternatives: Callabl
                 others = list(alternatives())
                 raise AccessError(
                     f"{id} asks {', '.join(names_of(missing))} of {role!r}, which {model.ref} does not give",
-                    why=f"this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}",
+                    why=f"this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}"
+                    + (f" ({model.hint})" if model.hint else ""),
                     fix=f"methods that work with it: {', '.join(others)}" if others else "",
                 )
     for role, slot in method.data.items():

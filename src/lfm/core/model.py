@@ -137,13 +137,28 @@ class LazyTensor(Protocol):
         ...
 
 
+class LowRank(NamedTuple):
+    """A change of a linear layer's weight: B (out, r) times A (r, in). transposed: the weight is stored (in, out)."""
+
+    b: Tensor
+    a: Tensor
+    transposed: bool = False
+
+
 class Weights(Protocol):
     """Named tensors as stored."""
 
     def tensors(self) -> Mapping[str, LazyTensor]: ...
 
     def replace(self, tensors: Mapping[str, LazyTensor | Tensor]) -> Model:
-        """The same architecture and files with these tensors in place of those of the same names."""
+        """The same architecture and files with these tensors in place of those of the same names.
+
+        Stored in the dtype each name has now. MismatchError for an unknown name or another shape.
+        """
+        ...
+
+    def update(self, changes: Mapping[str, LowRank]) -> Model:
+        """The model with W + BA for each named module's weight; it can also be saved as a PEFT LoRA adapter."""
         ...
 
 
@@ -184,6 +199,7 @@ class Facts(NamedTuple):
     labels: tuple[str, ...] = ()
     layers: int = 0
     width: int = 0
+    context: int = 0  # the longest input in tokens; 0: not known
 
 
 @final
@@ -200,7 +216,8 @@ class Model:
     identify: Callable[[], str]
     formats: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     look: Callable[[], Facts] = Facts
-    parents: tuple[str, ...] = ()  # digests of the models this one is stored as a change of
+    hint: str = ""  # why it gives less than one might expect
+    restore: Mapping[str, LazyTensor] = field(default_factory=dict)  # what its base held in place of what it changed
     _opened: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -224,7 +241,8 @@ class Model:
         if kind not in self.gives:
             raise AccessError(
                 f"{self.ref} does not give {name_of(kind)}",
-                why=f"this {self.kind} gives {', '.join(names_of(self.gives)) or 'nothing'}",
+                why=f"this {self.kind} gives {', '.join(names_of(self.gives)) or 'nothing'}"
+                + (f" ({self.hint})" if self.hint else ""),
                 fix=f"`lfm methods --have {','.join(names_of(self.gives)) or 'none'}` lists what works with it",
             )
         if kind not in self._opened:
@@ -235,7 +253,8 @@ class Model:
         """The same model giving no more than these interfaces, and nothing to save it by."""
         wanted = set(kinds)
         given = {kind: (lambda kind=kind: self.ask(kind)) for kind in self.gives if kind in wanted}
-        return replace(self, gives=given, formats={}, identify=lambda: self.digest, look=lambda: self.facts, _opened={})
+        same = {"identify": lambda: self.digest, "look": lambda: self.facts}
+        return replace(self, gives=given, formats={}, restore={}, _opened={}, **same)
 
     def save(self, out: Path, form: str = "") -> None:
         """Write the artefact into the existing, empty directory `out`; the default format unless one is named."""

@@ -39,7 +39,7 @@ class Listed(NamedTuple):
 
 @cache
 def ids() -> dict[str, str]:
-    """Every method's id and the module that holds it, ours in the order of the areas, then third parties'. Imports none."""
+    """Every method's id and its module: ours in the order of the areas, then third parties'. Imports none."""
     root = Path(__file__).parent.parent / "methods"
     found = {
         f"{area}.{file.stem}": f"lfm.methods.{area}.{file.stem}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, NoReturn, Protocol, final, runtime_checkable
 
+from lfm.core.errors import CorruptError
 from lfm.core.heavy import torch
 
 if TYPE_CHECKING:
@@ -106,9 +107,30 @@ def chunks(tensor: LazyTensor, chunk: int = CHUNK) -> Iterator[tuple[int, Tensor
         yield 0, tensor.read().reshape(-1)
 
 
+def finite(values: Tensor) -> bool:
+    """Whether every element is a finite number; integers are."""
+    if not values.numel() or not (values.is_floating_point() or values.is_complex()):
+        return True
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    if values.dtype.itemsize == 1:
+        values = values.float()
+    low, high = torch.aminmax(values)  # one pass, no temporary; NaN goes through
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def widen(tensor: Tensor) -> Tensor:
     """fp32, or fp64 where it is stored so: what arithmetic is done in."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
+    """The tensor stored as dtype, converted as it is read; one that is not floating, or of that dtype, as it is."""
+    if dtype is None or tensor.dtype == dtype or not tensor.dtype.is_floating_point:
+        return tensor
+    if isinstance(tensor, Chunked):
+        return Computed(tuple(tensor.shape), dtype, tensor.read_flat)
+    return Whole(tuple(tensor.shape), dtype, tensor.read)
 
 
 def map_tensors(
@@ -121,7 +143,7 @@ def map_tensors(
     """fn(name, *chunks) for each name, elementwise over the sources' flat chunks widened to fp32.
 
     Shapes are equal over the sources; shape and (unless dtype is given) dtype of the result are the first source's.
-    Nothing is read until the result is.
+    Nothing is read until the result is. CorruptError, then, where it is not finite.
     """
     return {name: _mapped(name, fn, [source[name] for source in sources], dtype) for name in names}
 
@@ -131,11 +153,25 @@ def _mapped(
 ) -> LazyTensor:
     shape = tuple(inputs[0].shape)
     assert all(tuple(tensor.shape) == shape for tensor in inputs), name
-    dtype = dtype or inputs[0].dtype
+    kind = dtype or inputs[0].dtype
+
+    def result(*values: Tensor) -> Tensor:
+        out = fn(name, *(widen(value) for value in values)).to(kind)
+        if not finite(out):
+            _refuse(name, values, inputs, kind)
+        return out
+
     if all(isinstance(tensor, Chunked) for tensor in inputs):
+        parts = [tensor for tensor in inputs if isinstance(tensor, Chunked)]
+        return Computed(shape, kind, lambda start, stop: result(*(part.read_flat(start, stop) for part in parts)))
+    return Whole(shape, kind, lambda: result(*(tensor.read().reshape(-1) for tensor in inputs)))
 
-        def part(start: int, stop: int) -> Tensor:
-            return fn(name, *(widen(t.read_flat(start, stop)) for t in inputs if isinstance(t, Chunked)))
 
-        return Computed(shape, dtype, part)
-    return Whole(shape, dtype, lambda: fn(name, *(widen(t.read().reshape(-1)) for t in inputs)))
+def _refuse(name: str, values: Sequence[Tensor], inputs: Sequence[LazyTensor], dtype: torch.dtype) -> NoReturn:
+    for i, value in enumerate(values):
+        if not finite(value):
+            where = getattr(inputs[i], "file", f"input {i + 1}")
+            raise CorruptError(f"{where}: {name!r} holds a NaN or an infinity", fix="mend or leave out that model")
+    raise CorruptError(
+        f"{name!r} leaves the range of {dtype} when computed", why="its inputs are finite", fix="use smaller weights"
+    )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lfm.core.errors import OutputError
 from lfm.core.heavy import torch
-from lfm.tensors.lazy import CHUNK, Chunked, Computed, Whole, lazy, size, spans
+from lfm.tensors.lazy import CHUNK, Chunked, cast, lazy, size, spans
 from lfm.tensors.parallel import each
 from lfm.tensors.safetensors_file import DTYPES, dtype_code
 
@@ -53,7 +53,7 @@ def write_tensors(
     appear by rename once all their bytes are on the disk, the index last. OutputError (and nothing left) if one exists
     already or cannot be written. The bytes are those that safetensors itself would write.
     """
-    held = {name: _cast(lazy(tensor), dtype) for name, tensor in tensors.items()}
+    held = {name: cast(lazy(tensor), dtype) for name, tensor in tensors.items()}
     groups = _shards(held, max_shard_bytes)
     count = len(groups)
     if count == 1:
@@ -89,14 +89,6 @@ def write_tensors(
             path.unlink(missing_ok=True)
         raise
     return tuple(finals)
-
-
-def _cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
-    if dtype is None or tensor.dtype == dtype or not tensor.dtype.is_floating_point:
-        return tensor
-    if isinstance(tensor, Chunked):
-        return Computed(tuple(tensor.shape), dtype, tensor.read_flat)
-    return Whole(tuple(tensor.shape), dtype, tensor.read)
 
 
 def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:

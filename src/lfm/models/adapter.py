@@ -1,0 +1,228 @@
+"""Adapter: a PEFT directory over a base that is found by its recorded path or by its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from lfm.core.errors import CorruptError, MismatchError, ModelError
+from lfm.core.heavy import nn, peft, torch
+from lfm.core.model import Codec, Gradients, LowRank, Model, Weights
+from lfm.models import checkpoint, local
+from lfm.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG = "adapter_config.json"
+STEM = "adapter_model"
+TENSORS = f"{STEM}.safetensors"
+BASE = "base.json"
+"""Beside PEFT's own files: the digest of the base, so that a moved or changed base is found or refused."""
+
+VOLATILE = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping")
+
+
+@final
+@dataclass(frozen=True)
+class Source:
+    ref: str
+    base: Model
+    config: Mapping[str, Any]
+    tensors: Callable[[], Mapping[str, Any]]
+    base_digest: str = ""  # as recorded; empty where none was
+
+
+def open_adapter(directory: Path, find_base: Callable[[str, str], Model]) -> Model:
+    """The adapter in a directory. find_base(path, digest) opens the base."""
+    from lfm.tensors.files import open_tensors
+
+    config = _json(directory / CONFIG)
+    recorded = _json(directory / BASE) if (directory / BASE).exists() else {}
+    if not (directory / TENSORS).exists() and any(directory.glob("adapter_model.*")):
+        open_tensors(next(directory.glob("adapter_model.*")))  # refuses a pickled file, saying how to convert it
+    where = str(config.get("base_model_name_or_path") or recorded.get("ref") or "")
+    if where and not Path(where).is_absolute() and (directory / where).exists():
+        where = str((directory / where).resolve())
+    base = find_base(where, str(recorded.get("digest", "")))
+    tensors = partial(open_tensors, directory / TENSORS)
+    return model_of(Source(str(directory), base, config, tensors, str(recorded.get("digest", ""))))
+
+
+def over(base: Model, module: nn.Module, *, ref: str = "adapter") -> Model:
+    """The adapter that a trained peft module holds, over the base it was made from."""
+    adapted: Any = module
+    config = {key: _plain(value) for key, value in adapted.peft_config["default"].to_dict().items()}
+    config["base_model_name_or_path"] = base.ref
+    config["inference_mode"] = True
+    state = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in peft.get_peft_model_state_dict(adapted).items()
+    }
+    return model_of(Source(f"{ref} over {base.ref}", base, config, lambda: state, ""))
+
+
+def model_of(source: Source) -> Model:
+    """What the base gives, as the adapter changes it; weights where the adapter can be merged."""
+    base = source.base
+    gives: dict[type, Callable[[], Any]] = {}
+    if Gradients in base.gives:
+        codec = (lambda: base.ask(Codec)) if Codec in base.gives else None
+        inside = set(base.gives)
+        made = local.interfaces(base.facts.task or "module", partial(open_module, source), codec)
+        gives = {kind: opener for kind, opener in made.items() if kind in inside or Gradients in inside}
+        if codec:
+            gives[Codec] = codec
+        if source.config.get("peft_type") in MERGEABLE:
+            gives[Gradients] = lambda: MergedGradients(source)
+            if Weights in base.gives:
+                gives[Weights] = lambda: _merged(source).ask(Weights)
+    return Model(
+        ref=source.ref,
+        kind="adapter",
+        gives=gives,
+        identify=partial(digest, source),
+        formats={"adapter": partial(write, source), "checkpoint": lambda out: _merged(source).save(out)},
+        look=lambda: base.facts,
+        hint="" if Gradients in base.gives else f"its base {base.ref} gives no gradients",
+    )
+
+
+MERGEABLE = ("LORA", "IA3", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "LN_TUNING")
+
+
+def open_peft(source: Source) -> Any:
+    """A fresh PeftModel over a fresh copy of the base. MismatchError where adapter and base do not fit."""
+    if source.base_digest and source.base.digest != source.base_digest:
+        raise MismatchError(
+            f"the base of {source.ref} is not the one it was made for",
+            why=f"{source.base.ref} has digest {source.base.digest[:12]}, recorded was {source.base_digest[:12]}",
+        )
+    kind = source.config.get("peft_type", "")
+    mapping = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    if kind not in mapping:
+        raise ModelError(f"{source.ref} is of an unknown adapter type {kind!r}", fix=f"peft has {', '.join(mapping)}")
+    known = inspect.signature(mapping[kind].__init__).parameters
+    config = mapping[kind](**{key: value for key, value in source.config.items() if key in known})
+    base = source.base.ask(Gradients).module()
+    with quiet(), torch.random.fork_rng(devices=[]):
+        adapted: Any = peft.get_peft_model(base, config)  # type: ignore[arg-type]
+    state = {name: t if isinstance(t, torch.Tensor) else t.read() for name, t in source.tensors().items()}
+    try:
+        result = peft.set_peft_model_state_dict(adapted, state)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise MismatchError(f"{source.ref} does not fit its base", why=str(error).splitlines()[0]) from None
+    if result.unexpected_keys:
+        raise MismatchError(
+            f"{source.ref} does not fit its base", why=f"no place for {', '.join(result.unexpected_keys[:3])}"
+        )
+    return adapted.eval()
+
+
+def open_module(source: Source) -> nn.Module:
+    """The adapted module: merged in fp32 where that is exact in form, else with the adapter beside it."""
+    adapted = open_peft(source)
+    if source.config.get("peft_type") not in MERGEABLE:
+        return adapted
+    with quiet():
+        return adapted.merge_and_unload().eval()
+
+
+@final
+class MergedGradients:
+    """The merged module, to train further."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def module(self) -> nn.Module:
+        return open_module(self._source).requires_grad_(True)
+
+    def rewrap(self, module: nn.Module) -> Model:
+        return self._source.base.ask(Gradients).rewrap(module)
+
+
+def _merged(source: Source) -> Model:
+    """The base's checkpoint with the adapter's change in its weights, in the base's storage dtype."""
+    state = checkpoint.state_of(open_module(source))
+    weights = source.base.ask(Weights)
+    before = weights.tensors()
+    return weights.replace({name: tensor for name, tensor in state.items() if name in before})
+
+
+def digest(source: Source) -> str:
+    """sha256 over the base's digest, the adapter's tensors and the settings that shape it."""
+    from lfm.tensors.digest import digest_tensors
+
+    meaning = {k: v for k, v in source.config.items() if k not in VOLATILE and v not in (None, False, [], {})}
+    whole = {
+        "base": source.base_digest or source.base.digest,
+        "config": meaning,
+        "tensors": digest_tensors(source.tensors()),
+    }
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write(source: Source, out: Path) -> None:
+    """A plain PEFT directory, and the base's digest beside it."""
+    from lfm.tensors.write import write_tensors
+
+    write_tensors(out, source.tensors(), stem=STEM)
+    (out / CONFIG).write_text(json.dumps(dict(source.config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    recorded = {"digest": source.base_digest or source.base.digest, "ref": source.base.ref}
+    (out / BASE).write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
+
+
+def write_low_rank(base: str, base_digest: str, changes: Mapping[str, LowRank], out: Path) -> None:
+    """Changes of low rank as a PEFT LoRA adapter with α = r, so that its scale is 1 and W + BA is what it makes."""
+    from lfm.tensors.write import write_tensors
+
+    ranks = {name: int(change.a.shape[0]) for name, change in changes.items()}
+    rank = max(ranks.values())
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(changes),
+        "fan_in_fan_out": any(change.transposed for change in changes.values()),
+        "inference_mode": True,
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, change in changes.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = change.a.float().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = change.b.float().contiguous()
+    write_tensors(out, tensors, stem=STEM)
+    (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (out / BASE).write_text(json.dumps({"digest": base_digest, "ref": base}, indent=2) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """JSON's nearest to a config value: sets sorted, enums by value."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return getattr(value, "value", value)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path} is not JSON", why=str(error)) from None
+    if not isinstance(value, dict):
+        raise CorruptError(f"{path} is not a JSON object")
+    return value

@@ -1,0 +1,271 @@
+"""HTTP to one endpoint: retries, bounded concurrency, a deadline, a size bound, and a key that is never shown."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
+from urllib.parse import urljoin, urlsplit
+
+import msgspec
+
+from lfm.core.errors import EndpointError
+from lfm.models.api.budget import Meter
+from lfm.models.api.refs import KEYS, Endpoint
+
+if TYPE_CHECKING:
+    import httpx
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+"""Statuses after which the same request may succeed."""
+
+LARGEST = 2**30
+"""Bytes of an answer; an input-embedding table is the largest thing that is asked for."""
+
+LONGEST_WAIT = 120.0
+"""Seconds that a server may make us wait before the next try."""
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+@final
+@dataclass(frozen=True)
+class Patience:
+    """timeout: seconds for one whole answer. retries: tries after the first. concurrency: requests under way at once."""
+
+    timeout: float = 120.0
+    retries: int = 5
+    concurrency: int = 8
+    sleep: Callable[[float], None] = time.sleep
+
+
+class Charge(NamedTuple):
+    """The worst case of one request."""
+
+    queries: int = 0
+    tokens: int = 0
+
+
+class Refused(Exception):
+    """The server understood the request and will not answer it (4xx): it lacks the ability, or the request is wrong."""
+
+    def __init__(self, status: int, said: str) -> None:
+        self.status, self.said = status, said
+        super().__init__(f"{status}: {said}")
+
+
+@final
+class Client:
+    """Sends JSON to one endpoint and charges a meter for it."""
+
+    def __init__(self, endpoint: Endpoint, meter: Meter, patience: Patience, key: str | None) -> None:
+        import httpx
+
+        self.endpoint, self.meter, self.patience = endpoint, meter, patience
+        self._key = key
+        self._gate = threading.BoundedSemaphore(patience.concurrency)
+        self._jitter = random.Random()
+        self._http = httpx.Client(
+            timeout=httpx.Timeout(patience.timeout, connect=min(10.0, patience.timeout)),
+            limits=httpx.Limits(max_connections=patience.concurrency),
+            follow_redirects=False,
+            trust_env=not endpoint.local,
+            headers={"authorization": f"Bearer {key}"} if key else None,
+        )
+        weakref.finalize(self, self._http.close)
+
+    def get(self, path: str, charge: Charge = Charge(), **patience: Any) -> bytes:
+        """The body that lies at a path."""
+        return self._ask("GET", path, None, charge, None, **patience)
+
+    def post(
+        self,
+        path: str,
+        body: Any,
+        charge: Charge,
+        used: Callable[[bytes], int | None] = lambda _: None,
+        **patience: Any,
+    ) -> bytes:
+        """The answer to a JSON body. used: the tokens that the answer says it took, to settle the charge by."""
+        return self._ask("POST", path, msgspec.json.encode(body), charge, used, **patience)
+
+    def map(self, fn: Callable[[A], B], items: Sequence[A]) -> list[B]:
+        """fn of each item, as many at once as may be under way. After the first failure no further item is begun."""
+        if len(items) < 2:
+            return [fn(item) for item in items]
+        with ThreadPoolExecutor(min(self.patience.concurrency, len(items))) as pool:
+            waiting = [pool.submit(fn, item) for item in items]
+            try:
+                return [future.result() for future in waiting]
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                raise
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        charge: Charge,
+        used: Callable[[bytes], int | None] | None,
+        *,
+        timeout: float | None = None,
+        retries: int | None = None,
+    ) -> bytes:
+        tries = 1 + (self.patience.retries if retries is None else retries)
+        trouble = ""
+        for attempt in range(tries):
+            if attempt:
+                self.patience.sleep(pause)
+            self.meter.reserve(*charge)
+            try:
+                with self._gate:
+                    status, headers, content = self._once(method, path, body, timeout or self.patience.timeout)
+            except _Unsent as error:
+                self.meter.give_back(*charge)
+                trouble, pause = str(error), self._backoff(attempt)
+                continue
+            except _Lost as error:  # the server may have counted it: the charge stays
+                trouble, pause = str(error), self._backoff(attempt)
+                continue
+            if 200 <= status < 300:
+                self._settle(charge, used(content) if used else None)
+                return content
+            said = said_by(content)
+            if status in AGAIN:
+                if status == 429:
+                    self.meter.give_back(*charge)
+                trouble = f"it answered {status}{': ' + said if said else ''}"
+                pause = max(_retry_after(headers) if status in (429, 503) else 0.0, self._backoff(attempt))
+                if pause > LONGEST_WAIT:
+                    trouble += f" and asks to wait {pause:.0f} s"
+                    break
+                continue
+            self.meter.give_back(*charge)
+            raise self._refusal(status, said)
+        raise EndpointError(
+            f"{self.endpoint.url}{path} gave no answer in {attempt + 1} {'try' if attempt == 0 else 'tries'}",
+            why=trouble,
+            fix="answers so far are kept: run it again when the server is well",
+        )
+
+    def _once(self, method: str, path: str, body: bytes | None, timeout: float) -> tuple[int, httpx.Headers, bytes]:
+        """One exchange, redirects within the same origin followed. No exception carries the key."""
+        import httpx
+
+        url = self.endpoint.url + path
+        deadline = time.monotonic() + timeout
+        headers = {"content-type": "application/json"} if body is not None else {}
+        try:
+            for _ in range(4):
+                with self._http.stream(method, url, content=body, headers=headers, timeout=timeout) as response:
+                    if response.status_code in REDIRECTS:
+                        url = self._redirected(url, response.headers.get("location", ""))
+                        continue
+                    content = bytearray()
+                    for piece in response.iter_bytes():
+                        content += piece
+                        if len(content) > LARGEST:
+                            raise EndpointError(f"{url} answered with more than {LARGEST // 2**20} MiB")
+                        if time.monotonic() > deadline:  # a server that drips would reset httpx's timeout for ever
+                            raise _Lost(f"it had not finished its answer after {timeout:g} s")
+                    return response.status_code, response.headers, self._redacted(bytes(content))
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
+            raise _Unsent(f"nothing answers there ({self._plain(error)})") from None
+        except httpx.TimeoutException:
+            raise _Lost(f"it did not answer within {timeout:g} s") from None
+        except httpx.HTTPError as error:
+            raise _Lost(f"the connection broke ({self._plain(error)})") from None
+        raise EndpointError(f"{self.endpoint.url}{path} redirects in a circle")
+
+    def _redirected(self, url: str, location: str) -> str:
+        target = urljoin(url, location)
+        if urlsplit(target)[:2] != urlsplit(url)[:2]:
+            raise EndpointError(
+                f"{self.endpoint.url} redirects to another host, {urlsplit(target).hostname}",
+                why="a key sent there would be a key given away",
+                fix="name that host in the reference if it is the one you mean",
+            )
+        return target
+
+    def _refusal(self, status: int, said: str) -> Exception:
+        if status in (401, 403):
+            sent = "a key was sent" if self._key else "no key was sent"
+            return EndpointError(
+                f"{self.endpoint.url} refused access ({status})",
+                why=f"{sent}{'; it said: ' + said if said else ''}",
+                fix=f"put the key into {' or '.join(KEYS)}; a key goes out over https or to this machine only",
+            )
+        return Refused(status, said)
+
+    def _settle(self, charge: Charge, used: int | None) -> None:
+        if used is None:
+            return
+        if used > charge.tokens and self.meter.budget.tokens is not None:
+            raise EndpointError(
+                f"{self.endpoint.url} claims {used} tokens for a request of at most {charge.tokens}",
+                why="the token budget could not be kept with such a count",
+                fix="set no token budget if the server adds text of its own to prompts",
+            )
+        self.meter.give_back(0, charge.tokens - used)
+
+    def _backoff(self, attempt: int) -> float:
+        """Seconds before the next try: doubling from half a second, with full jitter so that callers spread out."""
+        return self._jitter.uniform(0.1, min(30.0, 0.5 * 2**attempt))
+
+    def _redacted(self, content: bytes) -> bytes:
+        return content.replace(self._key.encode(), b"[key]") if self._key else content
+
+    def _plain(self, error: Exception) -> str:
+        text = str(error) or type(error).__name__
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+class _Unsent(Exception):
+    """The request never reached the server."""
+
+
+class _Lost(Exception):
+    """The request went out and no whole answer came back."""
+
+
+def said_by(content: bytes) -> str:
+    """What an error's body says, in one line: OpenAI's error, FastAPI's detail, a page's title, or its beginning."""
+    try:
+        body = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = content[:5000].decode("utf-8", "replace")
+        title = re.search(r"<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+        return _line(title.group(1) if title else re.sub(r"<[^>]*>", " ", text))
+    for name in ("error", "detail", "message"):
+        if isinstance(body, dict) and name in body:
+            body = body[name]
+    return _line(body if isinstance(body, str) else msgspec.json.encode(body).decode())
+
+
+def _line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
+
+
+def _retry_after(headers: httpx.Headers) -> float:
+    """Seconds that the server asks for, from a number or an HTTP date; 0 if it asks for nothing intelligible."""
+    value = headers.get("retry-after", "").strip()
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return 0.0

@@ -1,0 +1,367 @@
+"""Checkpoint: a Hugging Face directory, or one that would be if it were saved. Nothing is read until asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from lfm.core.errors import CorruptError, MismatchError, ModelError
+from lfm.core.heavy import torch, transformers
+from lfm.core.model import Codec, Facts, Gradients, LazyTensor, LowRank, Model, Weights
+from lfm.models import local
+from lfm.models.codec import has_codec, open_codec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CONFIG = "config.json"
+VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures_version")
+"""Keys of config.json that do not change what the model computes; left out of its digest."""
+NOT_OURS = {"run.json", "finding.json", "program.json", "adapter_config.json", "trainer_state.json"}
+PASSED_ON = (".json", ".txt", ".model", ".jinja")
+"""Endings of the small files beside the weights (tokenizer, processor, chat template) that go on with the model."""
+
+
+@final
+@dataclass(frozen=True)
+class Source:
+    """All that a checkpoint is: its config, its tensors by stored name, and the small files that travel with it."""
+
+    ref: str
+    config: Mapping[str, Any]
+    tensors: Callable[[], Mapping[str, LazyTensor | Tensor]]
+    files: Mapping[str, Path]
+    build: Callable[[], nn.Module] | None = None  # a bare state dict's module, given in Python
+    restore: Mapping[str, LazyTensor] | None = None
+    low_rank: Mapping[str, LowRank] | None = None
+
+    @cached_property
+    def stored(self) -> Mapping[str, LazyTensor | Tensor]:
+        return self.tensors()
+
+    @property
+    def task(self) -> str:
+        return task_of(self.config) if self.build is None else ""
+
+    @property
+    def known(self) -> bool:
+        return self.build is not None or _architecture(self.config) is not None
+
+
+def open_checkpoint(directory: Path) -> Model:
+    """The checkpoint in a directory; of an architecture that transformers lacks it gives weights alone."""
+    from lfm.tensors.files import open_tensors
+
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(config, dict)
+    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError) as error:
+        raise CorruptError(f"{path} is not a JSON object", why=str(error)) from None
+    files = {
+        file.name: file
+        for file in sorted(directory.iterdir())
+        if file.suffix in PASSED_ON
+        and file.name not in {CONFIG, *NOT_OURS}
+        and not file.name.endswith(".index.json")
+        and file.is_file()
+    }
+    return model_of(Source(str(directory), config, partial(open_tensors, directory), files))
+
+
+def open_bare(file: Path, build: Callable[[], nn.Module] | None = None) -> Model:
+    """A safetensors state dict; with a function that builds its module it gives gradients and logits too."""
+    from lfm.tensors.files import open_tensors
+
+    return model_of(Source(str(file), {}, partial(open_tensors, file), {}, build))
+
+
+def model_of(source: Source) -> Model:
+    """The model that a source is."""
+    with_codec = has_codec(set(source.files))
+    gives: dict[type, Callable[[], Any]] = {Weights: lambda: StoredWeights(source)}
+    if source.known:
+        codec = _once(lambda: open_codec(_home(source)))
+        gives |= local.interfaces(source.task or "module", partial(open_module, source), codec if with_codec else None)
+        gives[Gradients] = lambda: StoredGradients(source)
+        if with_codec:
+            gives[Codec] = codec
+    formats = {"checkpoint": partial(write, source)}
+    if source.low_rank:
+        formats["adapter"] = partial(_write_adapter, source)
+    return Model(
+        ref=source.ref,
+        kind="checkpoint",
+        gives=gives,
+        identify=partial(digest, source),
+        formats=formats,
+        look=partial(facts, source),
+        hint=_hint(source),
+        restore=source.restore or {},
+    )
+
+
+def task_of(config: Mapping[str, Any]) -> str:
+    """What a checkpoint does, from the class its config names."""
+    name = next(iter(config.get("architectures") or ()), "")
+    if not name:
+        return ""
+    if name.endswith("ForMaskedLM"):
+        return "masked-lm"
+    if name.endswith("ForSequenceClassification"):
+        return "text-classification"
+    if name.endswith("ForImageClassification"):
+        return "image-classification"
+    if name.endswith(("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")):
+        return "seq2seq-lm" if config.get("is_encoder_decoder") else "causal-lm"
+    return "encoder"
+
+
+def _architecture(config: Mapping[str, Any]) -> type[Any] | None:
+    """transformers' class of that name; None if it has none or the name is of another kind of thing."""
+    from lfm.models.quiet import quiet
+
+    name = next(iter(config.get("architectures") or ()), "")
+    if not name or not name.isidentifier() or config.get("model_type") is None:
+        return None
+    with quiet():
+        found = getattr(transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def open_module(source: Source) -> nn.Module:
+    """A fresh fp32 module on the CPU, in eval mode. MismatchError if weights and architecture do not fit together."""
+    from lfm.models.quiet import quiet
+
+    if source.build is not None:
+        module = source.build()
+        state = {name: _read(tensor) for name, tensor in source.stored.items()}
+        result = module.load_state_dict(state, strict=False)
+        missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
+        if missing or result.unexpected_keys:
+            raise MismatchError(
+                f"{source.ref} does not fit the module given for it",
+                why=f"missing: {', '.join(missing[:3]) or 'none'}; "
+                f"unknown: {', '.join(result.unexpected_keys[:3]) or 'none'}",
+            )
+        return module.float().eval()
+    architecture = _architecture(source.config)
+    assert architecture is not None
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            config = transformers.AutoConfig.for_model(**source.config)
+            module, report = architecture.from_pretrained(
+                None,
+                config=config,
+                state_dict={name: _read(tensor) for name, tensor in source.stored.items()},
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise MismatchError(f"{source.ref} cannot be opened as {architecture.__name__}", why=lines[0]) from None
+    if report["missing_keys"] or report["mismatched_keys"] or report["unexpected_keys"]:
+        some = {kind: sorted(map(str, report[kind]))[:3] for kind in report if report[kind]}
+        raise MismatchError(
+            f"the weights of {source.ref} do not fit {architecture.__name__}",
+            why="; ".join(f"{kind.replace('_keys', '')}: {', '.join(names)}" for kind, names in some.items()),
+            fix="check that config.json and the weights belong together",
+        )
+    return module.eval()
+
+
+@final
+class StoredWeights:
+    """The tensors as stored."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        return {name: _lazy(tensor) for name, tensor in self._source.stored.items()}
+
+    def replace(self, tensors: Mapping[str, LazyTensor | Tensor]) -> Model:
+        from lfm.tensors.lazy import cast
+
+        before = self.tensors()
+        for name, tensor in tensors.items():
+            if name not in before:
+                raise MismatchError(f"{self._source.ref} has no tensor {name!r}")
+            if tuple(tensor.shape) != tuple(before[name].shape):
+                raise MismatchError(f"{name} is {tuple(before[name].shape)}, not {tuple(tensor.shape)}")
+        after = {
+            name: cast(_lazy(tensors[name]), old.dtype) if name in tensors else old for name, old in before.items()
+        }
+        restore = {name: before[name] for name in tensors}
+        return model_of(replace(self._source, tensors=lambda: after, restore=restore, low_rank=None))
+
+    def update(self, changes: Mapping[str, LowRank]) -> Model:
+        before = self.tensors()
+        changed: dict[str, Tensor] = {}
+        for name, change in changes.items():
+            stored = f"{name}.weight"
+            if stored not in before:
+                raise MismatchError(f"{self._source.ref} has no tensor {stored!r}")
+            delta = change.b.double() @ change.a.double()
+            changed[stored] = (before[stored].read().double() + (delta.T if change.transposed else delta)).to(
+                before[stored].dtype
+            )
+        model = self.replace(changed)
+        source: Source = model.ask(Weights)._source  # type: ignore[attr-defined]
+        return model_of(replace(source, low_rank=dict(changes)))
+
+
+@final
+class StoredGradients:
+    """The module, to train."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def module(self) -> nn.Module:
+        module = open_module(self._source)
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+        return module
+
+    def rewrap(self, module: nn.Module) -> Model:
+        state = state_of(module)
+        stored = self._source.stored
+        floating = [t.dtype for t in stored.values() if t.dtype.is_floating_point]
+        usual = max(set(floating), key=floating.count) if floating else torch.float32
+        tensors = {
+            name: tensor.to(stored[name].dtype if name in stored else usual) if tensor.is_floating_point() else tensor
+            for name, tensor in state.items()
+        }
+        config = dict(self._source.config)
+        described: Any = getattr(module, "config", None)
+        if described is not None:
+            now = _described(described)
+            then = _described(transformers.AutoConfig.for_model(**config))
+            config |= {key: value for key, value in now.items() if key not in VOLATILE and then.get(key) != value}
+            config["architectures"] = [type(module).__name__]
+        restore = {name: _lazy(tensor) for name, tensor in stored.items()}
+        return model_of(replace(self._source, config=config, tensors=lambda: tensors, restore=restore, low_rank=None))
+
+
+def _described(config: Any) -> dict[str, Any]:
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors under the names a checkpoint stores them by; tied ones once. Copies, on the CPU."""
+    state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in module.state_dict().items()}
+    for name in getattr(module, "all_tied_weights_keys", None) or {}:
+        state.pop(name, None)
+    if hasattr(module, "save_pretrained"):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        state = revert_weight_conversion(module, state)  # type: ignore[arg-type]
+    return state
+
+
+def digest(source: Source) -> str:
+    """sha256 over the config's meaning, the tensors' bytes and the tokenizer's or processor's files."""
+    from lfm.tensors.digest import digest_tensors
+
+    meaning = {key: value for key, value in source.config.items() if key not in VOLATILE}
+    files = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in source.files.items()
+        if name != "generation_config.json"
+    }
+    whole = {"config": meaning, "tensors": digest_tensors(source.stored), "files": files}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def facts(source: Source) -> Facts:
+    """What the headers and the config tell."""
+    config = source.config
+    inner = next((config[k] for k in ("text_config", "vision_config") if isinstance(config.get(k), dict)), {})
+    look = {**inner, **config}
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in source.stored.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + _elements(tensor)
+    labels = config.get("id2label") or {}
+    tokens = next((source.files[n] for n in ("tokenizer.json", "vocab.txt", "vocab.json") if n in source.files), None)
+    return Facts(
+        task=source.task,
+        architecture=next(iter(config.get("architectures") or ()), ""),
+        parameters=sum(sizes.values()),
+        bytes=sum(count * kind.itemsize for kind, count in sizes.items()),
+        dtype=str(max(sizes, key=lambda k: sizes[k], default="")).removeprefix("torch."),
+        vocabulary=int(look.get("vocab_size") or 0),
+        vocabulary_digest=hashlib.sha256(tokens.read_bytes()).hexdigest() if tokens else "",
+        labels=tuple(str(labels[key]) for key in sorted(labels, key=int)),
+        layers=int(look.get("num_hidden_layers") or look.get("n_layer") or look.get("num_layers") or 0),
+        width=int(look.get("hidden_size") or look.get("n_embd") or look.get("d_model") or 0),
+    )
+
+
+def write(source: Source, out: Path) -> None:
+    """A directory that plain transformers loads: config, weights (sharded past 5 GB) and the small files, unchanged."""
+    from lfm.tensors.write import write_tensors
+
+    write_tensors(out, source.stored)
+    if source.config:
+        text = json.dumps(source.config, indent=2, sort_keys=True, ensure_ascii=False)
+        (out / CONFIG).write_text(text + "\n", encoding="utf-8")
+    for name, path in source.files.items():
+        shutil.copyfile(path, out / name)
+
+
+def _write_adapter(source: Source, out: Path) -> None:
+    from lfm.models.adapter import write_low_rank
+
+    assert source.low_rank is not None
+    base = replace(source, tensors=lambda: {**source.stored, **(source.restore or {})}, low_rank=None)
+    write_low_rank(source.ref, digest(base), source.low_rank, out)
+
+
+def _hint(source: Source) -> str:
+    if source.known:
+        return ""
+    name = next(iter(source.config.get("architectures") or ()), "")
+    code = "; its own code (auto_map) is never run" if source.config.get("auto_map") else ""
+    return f"transformers has no architecture {name!r}{code}" if name else "its config.json names no architecture"
+
+
+def _home(source: Source) -> Path:
+    homes = {path.parent for path in source.files.values()}
+    if len(homes) != 1:
+        raise ModelError(f"the tokenizer files of {source.ref} lie in different directories")
+    return homes.pop()
+
+
+def _once(fn: Callable[[], Any]) -> Callable[[], Any]:
+    kept: list[Any] = []
+
+    def opened() -> Any:
+        if not kept:
+            kept.append(fn())
+        return kept[0]
+
+    return opened
+
+
+def _lazy(tensor: LazyTensor | Tensor) -> LazyTensor:
+    from lfm.tensors.lazy import lazy
+
+    return lazy(tensor)
+
+
+def _read(tensor: LazyTensor | Tensor) -> Tensor:
+    return tensor if isinstance(tensor, torch.Tensor) else tensor.read()
+
+
+def _elements(tensor: LazyTensor | Tensor) -> int:
+    count = 1
+    for side in tensor.shape:
+        count *= side
+    return count

@@ -1,0 +1,110 @@
+"""Codecs: a checkpoint's tokenizer or image processor, read from its own files without running any code of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from lfm.core.errors import AccessError, DataError, ModelError
+from lfm.core.heavy import np, torch, transformers
+from lfm.core.model import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEXT_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@final
+class TextCodec:
+    """Text to token ids, by the checkpoint's own tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def texts(self, texts: Sequence[str], *, add_special: bool = True, max_length: int | None = None) -> Batch:
+        """input_ids and attention_mask (B, T), right-padded; with max_length, longer texts lose their end."""
+        rows = self._tokenizer(list(texts), add_special_tokens=add_special)["input_ids"]
+        return pad([row[:max_length] for row in rows], pad_id(self._tokenizer))
+
+    def images(self, images: Sequence[Any]) -> Batch:
+        raise AccessError("this model takes text, not images")
+
+
+@final
+class ImageCodec:
+    """Images to pixel values, by the checkpoint's own processor."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    @property
+    def tokenizer(self) -> Any:
+        raise AccessError("this model takes images, not text")
+
+    def texts(self, texts: Sequence[str], *, add_special: bool = True, max_length: int | None = None) -> Batch:
+        raise AccessError("this model takes images, not text")
+
+    def images(self, images: Sequence[Any]) -> Batch:
+        """pixel_values (B, C, H, W) fp32 from paths, PNG/JPEG bytes, or uint8 arrays (H, W) or (H, W, 3)."""
+        arrays = [picture(image) for image in images]
+        return {"pixel_values": self._processor(images=arrays, return_tensors="pt")["pixel_values"]}
+
+
+def picture(image: Any) -> Any:
+    """A uint8 array (H, W, 3) from a path, PNG/JPEG bytes, or a uint8 array (H, W) or (H, W, 3)."""
+    if isinstance(image, str | Path | bytes):
+        import io
+
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+                return np.asarray(opened.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            what = "these bytes" if isinstance(image, bytes) else str(image)
+            raise DataError(f"not an image: {what}", why=str(error)) from None
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise DataError(f"an image must be uint8 (H, W) or (H, W, 3), not {array.dtype} {array.shape}")
+    return np.repeat(array[..., None], 3, axis=-1) if array.ndim == 2 else array
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The tokenizer's padding id; where it has none any id will do, since padding is masked."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int) -> dict[str, Tensor]:
+    """input_ids and attention_mask (B, T) of rows of ids, right-padded."""
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def open_codec(directory: Path) -> TextCodec | ImageCodec:
+    """The codec in a checkpoint's directory."""
+    where = str(directory)
+    try:
+        if any((directory / name).exists() for name in TEXT_FILES):
+            return TextCodec(transformers.AutoTokenizer.from_pretrained(where, local_files_only=True))
+        return ImageCodec(transformers.AutoImageProcessor.from_pretrained(where, local_files_only=True, backend="pil"))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot read the tokenizer or processor of {directory}", why=str(error)) from None
+
+
+def has_codec(names: set[str]) -> bool:
+    return bool(names & {*TEXT_FILES, *IMAGE_FILES})

@@ -1,0 +1,52 @@
+"""Which device modules run on, and the forward pass every caller shares."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from functools import cache
+from typing import TYPE_CHECKING
+
+from lfm.core.heavy import torch
+from lfm.core.model import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def device() -> torch.device:
+    """LFM_DEVICE if set (cpu, cuda, cuda:1, mps), else the first accelerator, else the CPU."""
+    chosen = os.environ.get("LFM_DEVICE", "")
+    if chosen and chosen != "auto":
+        return torch.device(chosen)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@cache
+def _takes(forward: type) -> frozenset[str] | None:
+    parameters = inspect.signature(forward.forward).parameters  # type: ignore[attr-defined]
+    return frozenset(parameters) if "input_ids" in parameters or "pixel_values" in parameters else None
+
+
+def forward(module: nn.Module, batch: Batch) -> Tensor:
+    """The module's logits in fp32: (B, T, V) or (B, classes); an encoder's hidden states (B, T, width).
+
+    Keys that the forward does not take ("labels" first of all) are left out. A module that is not of transformers is
+    called with the batch's first tensor.
+    """
+    takes = _takes(type(module)) or (
+        _takes(type(module.get_base_model())) if hasattr(module, "get_base_model") else None  # type: ignore[operator]
+    )
+    where = next(module.parameters()).device
+    if takes is None:
+        name = "pixel_values" if "pixel_values" in batch else next(iter(batch))
+        out = module(batch[name].to(where))
+    else:
+        given = {k: v.to(where) for k, v in batch.items() if k in takes and k != "labels"}
+        if "use_cache" in takes:
+            given["use_cache"] = False  # type: ignore[assignment]
+        out = module(**given)
+    if isinstance(out, torch.Tensor):
+        return out.float()
+    logits = getattr(out, "logits", None)
+    return (out.last_hidden_state if logits is None else logits).float()

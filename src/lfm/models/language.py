@@ -1,0 +1,238 @@
+"""Text and Logprobs made from any function that gives next-token logits: a checkpoint's, or a program's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+from lfm.core.errors import DataError
+from lfm.core.heavy import torch
+from lfm.core.model import Batch, Codec, Ranked, Score
+from lfm.models.codec import pad, pad_id
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LogitsFn = Callable[[Batch], "Tensor"]
+"""{input_ids, attention_mask} (B, T) → logits (B, T, V)."""
+
+BATCH_TOKENS = 4096
+"""Tokens a forward pass, padding included: what fits a small machine and keeps a large one busy enough."""
+
+
+def spans(tokenizer: Any, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str]) -> list[Any]:
+    """(ids, first, last) of each joined text: the continuation's tokens are ids[first:last].
+
+    Joined text is tokenised once, so that merges across the boundary are those the model was trained on; a token that
+    straddles the boundary belongs to the continuation.
+    """
+    joined = [p + c + s for p, c, s in zip(prompts, continuations, suffixes, strict=True)]
+    encoded = tokenizer(joined, return_offsets_mapping=True)
+    found = []
+    for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        start, stop = len(prompt), len(prompt) + len(continuation)
+        inside = [
+            place for place, (a, b) in enumerate(encoded["offset_mapping"][row]) if b > a and b > start and a < stop
+        ]
+        if not inside:
+            raise DataError(f"no token of {continuation!r} is left after {prompt!r}", fix="give it text")
+        found.append((list(encoded["input_ids"][row]), inside[0], inside[-1] + 1))
+    return found
+
+
+def batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices in batches of at most BATCH_TOKENS tokens, long rows together; the order depends on lengths alone."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    made: list[list[int]] = []
+    for index in order:
+        if made and (len(made[-1]) + 1) * lengths[made[-1][0]] <= BATCH_TOKENS:
+            made[-1].append(index)
+        else:
+            made.append([index])
+    return made
+
+
+@final
+class CausalText:
+    """Greedy or sampled text from next-token logits, recomputing the whole prefix (programs have no cache)."""
+
+    def __init__(self, logits: LogitsFn, codec: Codec) -> None:
+        self._logits, self._codec = logits, codec
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]:
+        tokenizer = self._codec.tokenizer
+        rows = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+        _drop_final_eos(tokenizer, rows)
+        starts = [len(row) for row in rows]
+        going = set(range(len(rows)))
+        random = torch.Generator().manual_seed(seed)
+        for _ in range(max_tokens):
+            if not going:
+                break
+            for group in batches([len(rows[i]) if i in going else 0 for i in range(len(rows))]):
+                live = [i for i in group if i in going]
+                if not live:
+                    continue
+                batch = pad([rows[i] for i in live], pad_id(tokenizer))
+                logits = self._logits(batch)
+                for place, i in enumerate(live):
+                    token = _choose(logits[place, len(rows[i]) - 1], temperature, random)
+                    if token == tokenizer.eos_token_id:
+                        going.discard(i)
+                        continue
+                    rows[i].append(token)
+                    if stop and any(s in tokenizer.decode(rows[i][starts[i] :]) for s in stop):
+                        going.discard(i)
+        return [cut(continuation(tokenizer, row, start), stop) for row, start in zip(rows, starts, strict=True)]
+
+
+def _choose(logits: Tensor, temperature: float, random: torch.Generator) -> int:
+    if temperature <= 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits.float() / temperature).softmax(-1).cpu(), 1, generator=random))
+
+
+def _drop_final_eos(tokenizer: Any, rows: list[list[int]]) -> None:
+    """A tokenizer that closes every text with its end token would otherwise ask the model to go on after the end."""
+    for row in rows:
+        if len(row) > 1 and tokenizer.eos_token_id is not None and row[-1] == tokenizer.eos_token_id:
+            row.pop()
+
+
+def continuation(tokenizer: Any, row: Sequence[int], start: int) -> str:
+    """What was added after `start`, as text: decoded with the prompt, so that a leading space is kept."""
+    before = tokenizer.decode(row[:start], skip_special_tokens=True)
+    whole = tokenizer.decode(row, skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(row[start:], skip_special_tokens=True)
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first stop string, without it."""
+    ends = [place for s in stop if s and (place := text.find(s)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+@final
+class CausalLogprobs:
+    """Log-probabilities of continuations under next-token logits. Suffixes are ignored."""
+
+    def __init__(self, logits: LogitsFn, codec: Codec) -> None:
+        self._logits, self._codec = logits, codec
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
+        tokenizer = self._codec.tokenizer
+        rows = spans(tokenizer, prompts, continuations, [""] * len(prompts))
+        scores: list[Score | None] = [None] * len(rows)
+        opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        for i, (ids, first, last) in enumerate(rows):
+            if first == 0:  # nothing precedes the continuation: condition on the token that opens a text
+                if opening is None:
+                    raise DataError("an empty prompt cannot be scored", why="the tokenizer has no opening token")
+                rows[i] = ([opening, *ids], 1, last + 1)
+        for group in batches([len(ids) for ids, _, _ in rows]):
+            batch = pad([rows[i][0] for i in group], pad_id(tokenizer))
+            logits = self._logits(batch)
+            for place, i in enumerate(group):
+                ids, first, last = rows[i]
+                wanted = torch.tensor(ids[first:last], device=logits.device)
+                probabilities = logits[place, first - 1 : last - 1].float().log_softmax(-1)
+                values = probabilities.gather(1, wanted[:, None])[:, 0].tolist()
+                scores[i] = Score(tuple(tokenizer.convert_ids_to_tokens(ids[first:last])), tuple(values))
+        return [score for score in scores if score is not None]
+
+    def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
+        tokenizer = self._codec.tokenizer
+        rows = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+        _drop_final_eos(tokenizer, rows)
+        found: list[Ranked] = [()] * len(rows)
+        for group in batches([len(row) for row in rows]):
+            logits = self._logits(pad([rows[i] for i in group], pad_id(tokenizer)))
+            for place, i in enumerate(group):
+                found[i] = ranked(tokenizer, logits[place, len(rows[i]) - 1], k)
+        return found
+
+
+def ranked(tokenizer: Any, logits: Tensor, k: int) -> Ranked:
+    """The k best (token text, log-probability) of one position's logits (V,)."""
+    values, ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
+    return tuple((tokenizer.decode([i]), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
+
+
+@final
+class MaskedLogprobs:
+    """Log-probabilities of what fills the gap between prompt and suffix.
+
+    An object of n tokens fills n masks at once; its score is the sum over them (the multi-token form of LAMA).
+    """
+
+    def __init__(self, logits: LogitsFn, codec: Codec) -> None:
+        self._logits, self._codec = logits, codec
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
+        tokenizer = self._codec.tokenizer
+        rows = spans(tokenizer, prompts, continuations, list(suffixes) or [""] * len(prompts))
+        scores: list[Score | None] = [None] * len(rows)
+        for group in batches([len(ids) for ids, _, _ in rows]):
+            hidden = [
+                [*ids[:first], *[tokenizer.mask_token_id] * (last - first), *ids[last:]]
+                for ids, first, last in (rows[i] for i in group)
+            ]
+            logits = self._logits(pad(hidden, pad_id(tokenizer)))
+            for place, i in enumerate(group):
+                ids, first, last = rows[i]
+                wanted = torch.tensor(ids[first:last], device=logits.device)
+                probabilities = logits[place, first:last].float().log_softmax(-1)
+                values = probabilities.gather(1, wanted[:, None])[:, 0].tolist()
+                scores[i] = Score(tuple(tokenizer.convert_ids_to_tokens(ids[first:last])), tuple(values))
+        return [score for score in scores if score is not None]
+
+    def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
+        tokenizer = self._codec.tokenizer
+        endings = list(suffixes) or [""] * len(prompts)
+        joined = [f"{p.rstrip()} {tokenizer.mask_token}{s}" for p, s in zip(prompts, endings, strict=True)]
+        rows = [list(ids) for ids in tokenizer(joined)["input_ids"]]
+        found: list[Ranked] = [()] * len(rows)
+        for group in batches([len(row) for row in rows]):
+            logits = self._logits(pad([rows[i] for i in group], pad_id(tokenizer)))
+            for place, i in enumerate(group):
+                found[i] = ranked(tokenizer, logits[place, rows[i].index(tokenizer.mask_token_id)], k)
+        return found
+
+
+@final
+class Seq2SeqLogprobs:
+    """Log-probabilities of what a decoder writes after an encoder has read the prompt."""
+
+    def __init__(self, logits: LogitsFn, codec: Codec, start: int) -> None:
+        self._logits, self._codec, self._start = logits, codec, start
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
+        tokenizer = self._codec.tokenizer
+        sources = tokenizer(list(prompts))["input_ids"]
+        targets = tokenizer([c.strip() for c in continuations], add_special_tokens=False)["input_ids"]
+        scores: list[Score | None] = [None] * len(sources)
+        for group in batches([len(s) + len(t) for s, t in zip(sources, targets, strict=True)]):
+            logits = self._decode([sources[i] for i in group], [[self._start, *targets[i]] for i in group])
+            for place, i in enumerate(group):
+                wanted = torch.tensor(targets[i], device=logits.device)
+                probabilities = logits[place, : len(targets[i])].float().log_softmax(-1)
+                values = probabilities.gather(1, wanted[:, None])[:, 0].tolist()
+                scores[i] = Score(tuple(tokenizer.convert_ids_to_tokens(targets[i])), tuple(values))
+        return [score for score in scores if score is not None]
+
+    def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
+        sources = self._codec.tokenizer(list(prompts))["input_ids"]
+        logits = self._decode(sources, [[self._start]] * len(sources))
+        return [ranked(self._codec.tokenizer, row[0], k) for row in logits]
+
+    def _decode(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
+        fill = pad_id(self._codec.tokenizer)
+        return self._logits({**pad(sources, fill), "decoder_input_ids": pad(targets, fill)["input_ids"]})

@@ -1,0 +1,188 @@
+"""The interfaces that a module in this process gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, final
+
+from lfm.core.heavy import torch
+from lfm.core.model import (
+    Batch,
+    Codec,
+    Embeddings,
+    Features,
+    Logits,
+    Logprobs,
+    Ranked,
+    Text,
+)
+from lfm.models import structure
+from lfm.models.codec import pad, pad_id
+from lfm.models.device import device, forward
+from lfm.models.language import (
+    BATCH_TOKENS,
+    CausalLogprobs,
+    MaskedLogprobs,
+    Seq2SeqLogprobs,
+    batches,
+    continuation,
+    cut,
+    ranked,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@final
+class LocalLogits:
+    """A forward pass without gradients."""
+
+    def __init__(self, module: Callable[[], nn.Module]) -> None:
+        self._module = module
+
+    def logits(self, batch: Batch) -> Tensor:
+        with torch.inference_mode():
+            return forward(self._module(), batch)
+
+
+@final
+class LocalFeatures:
+    """Activations by forward hooks."""
+
+    def __init__(self, module: Callable[[], nn.Module]) -> None:
+        self._module = module
+
+    def features(self, batch: Batch, sites: Sequence[tuple[str, int]]) -> list[Tensor]:
+        module = self._module()
+        with torch.inference_mode(), structure.watch(module, list(sites)) as seen:
+            forward(module, batch)
+        return [tensor.float() for tensor in seen]
+
+
+@final
+class LocalText:
+    """Text by transformers' own generation, with its cache of keys and values."""
+
+    def __init__(self, module: Callable[[], nn.Module], codec: Codec) -> None:
+        self._module, self._codec = module, codec
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]:
+        module: Any = self._module()
+        tokenizer = self._codec.tokenizer
+        rows = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+        encoder_decoder = bool(module.config.is_encoder_decoder)
+        texts = [""] * len(rows)
+        for group in batches([len(row) + max_tokens for row in rows]):
+            # Rows of one length together: padding on the left would change positions in models that count them from 0.
+            for length in sorted({len(rows[i]) for i in group}):
+                same = [i for i in group if len(rows[i]) == length]
+                made = self._generate(module, [rows[i] for i in same], max_tokens, temperature, seed)
+                for i, row in zip(same, made, strict=True):
+                    if encoder_decoder:
+                        texts[i] = cut(tokenizer.decode(row, skip_special_tokens=True), stop)
+                    else:
+                        texts[i] = cut(continuation(tokenizer, row, length), stop)
+        return texts
+
+    def _generate(self, module: Any, rows: list[list[int]], new: int, temperature: float, seed: int) -> list[list[int]]:
+        tokenizer = self._codec.tokenizer
+        if not module.config.is_encoder_decoder and len(rows[0]) > 1 and rows[0][-1] == tokenizer.eos_token_id:
+            rows = [row[:-1] for row in rows]
+        batch = {k: v.to(module.device) for k, v in pad(rows, pad_id(tokenizer)).items()}
+        how: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            how = {"do_sample": True, "temperature": temperature, "top_k": 0}
+        with torch.inference_mode(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            out = module.generate(
+                **batch,
+                max_new_tokens=new,
+                pad_token_id=pad_id(tokenizer),
+                eos_token_id=tokenizer.eos_token_id,
+                **how,
+            )
+        return [_until(row, tokenizer.eos_token_id, len(rows[0])) for row in out.tolist()]
+
+
+def _until(row: list[int], end: int | None, start: int) -> list[int]:
+    return row[: row.index(end, start)] if end is not None and end in row[start:] else row
+
+
+@final
+class LocalEmbeddings:
+    """A causal language model fed with input embeddings."""
+
+    def __init__(self, module: Callable[[], nn.Module], codec: Codec) -> None:
+        self._module, self._codec = module, codec
+
+    def table(self) -> Tensor:
+        module: Any = self._module()
+        return module.get_input_embeddings().weight.detach().float().cpu()
+
+    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        table = self.table()
+        return [table[torch.tensor(ids, dtype=torch.long)] for ids in self._codec.tokenizer(list(texts))["input_ids"]]
+
+    def next_from(self, embeds: Sequence[Tensor], k: int) -> list[Ranked]:
+        module: Any = self._module()
+        found: list[Ranked] = [()] * len(embeds)
+        for group in batches([len(e) for e in embeds]):
+            width = max(len(embeds[i]) for i in group)
+            padded = torch.zeros(len(group), width, embeds[group[0]].shape[-1])
+            mask = torch.zeros(len(group), width, dtype=torch.long)
+            for place, i in enumerate(group):
+                padded[place, : len(embeds[i])] = embeds[i]
+                mask[place, : len(embeds[i])] = 1
+            with torch.inference_mode():
+                logits = module(
+                    inputs_embeds=padded.to(module.device, module.dtype),
+                    attention_mask=mask.to(module.device),
+                    use_cache=False,
+                ).logits
+            for place, i in enumerate(group):
+                found[i] = ranked(self._codec.tokenizer, logits[place, len(embeds[i]) - 1], k)
+        return found
+
+
+def interfaces(
+    task: str, module: Callable[[], nn.Module], codec: Callable[[], Codec] | None
+) -> Mapping[type, Callable[[], Any]]:
+    """What a module of this task gives besides its weights and gradients; each opens the module when first asked."""
+
+    @cache
+    def shared() -> Any:
+        opened = module().to(device()).eval()
+        for parameter in opened.parameters():
+            parameter.requires_grad_(False)
+        return opened
+
+    logits = LocalLogits(shared)
+    gives: dict[type, Callable[[], Any]] = {}
+    if task != "encoder":
+        gives[Logits] = lambda: logits
+    gives[Features] = lambda: LocalFeatures(shared)
+    if codec is None:
+        return gives
+    if task == "causal-lm":
+        gives[Text] = lambda: LocalText(shared, codec())
+        gives[Logprobs] = lambda: CausalLogprobs(logits.logits, codec())
+        gives[Embeddings] = lambda: LocalEmbeddings(shared, codec())
+    elif task == "masked-lm":
+        gives[Logprobs] = lambda: MaskedLogprobs(logits.logits, codec())
+    elif task == "seq2seq-lm":
+        gives[Text] = lambda: LocalText(shared, codec())
+        gives[Logprobs] = lambda: Seq2SeqLogprobs(logits.logits, codec(), shared().config.decoder_start_token_id)
+    return gives
+
+
+__all__ = ["BATCH_TOKENS", "interfaces"]

@@ -1,0 +1,133 @@
+"""Where things are inside a transformer, found by structure: module types, shapes, and the order of calls.
+
+Works for decoder and encoder stacks whose blocks are entries of one ModuleList. No family's name is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lfm.core.errors import ModelError
+from lfm.core.heavy import nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FeedForward(NamedTuple):
+    """A block's feed-forward layer by its projections' qualified names: up reads its input, down writes its output."""
+
+    up: str
+    down: str
+    width: int  # of the residual stream
+    inner: int  # of the key that down reads
+
+
+def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
+    """(name, module, in, out) of every linear layer, 1-d convolutions of GPT-2's kind (weight (in, out)) included."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            yield name, child, child.in_features, child.out_features
+        elif type(child).__name__ == "Conv1D" and isinstance(child.weight, torch.Tensor) and child.weight.ndim == 2:
+            yield name, child, child.weight.shape[0], child.weight.shape[1]
+
+
+def transposed(layer: nn.Module) -> bool:
+    """Whether the layer's weight is stored (in, out) rather than (out, in)."""
+    return not isinstance(layer, nn.Linear)
+
+
+def blocks(module: nn.Module) -> list[str]:
+    """Qualified names of the blocks, in order: the entries of the longest ModuleList whose entries are of one type.
+
+    Of two equally long ones (an encoder and a decoder) the later, which writes the output, is taken.
+    """
+    best: list[str] = []
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and len(child) and len({type(c) for c in child}) == 1:
+            inside = bool(best) and name.startswith(best[0].rsplit(".", 1)[0] + ".")  # experts or heads of a block
+            if not inside and len(child) >= len(best) and next(linears(child[0]), None):
+                best = [f"{name}.{i}" for i in range(len(child))]
+    if not best:
+        raise ModelError(
+            f"no stack of blocks in {type(module).__name__}", why="its layers are not entries of one ModuleList"
+        )
+    return best
+
+
+def feed_forward(module: nn.Module, block: str) -> FeedForward:
+    """The FFN of a block: down is its widest projection back to the residual width, up the first that feeds down."""
+    inside = [(f"{block}.{n}", i, o) for n, _, i, o in linears(module.get_submodule(block))]
+    width = _width(inside)
+    downs = [(i, place, name) for place, (name, i, o) in enumerate(inside) if o == width and i != width]
+    for inner, _, down in sorted(downs, reverse=True):
+        up = next((name for name, i, o in inside if i == width and o == inner), None)
+        if up:
+            return FeedForward(up, down, width, inner)
+    raise ModelError(
+        f"no feed-forward layer in {block}",
+        why="no pair of linear layers goes from the residual width and back (a mixture of experts keeps them fused)",
+    )
+
+
+def attention(module: nn.Module, block: str) -> list[str]:
+    """Names of the block's linear layers outside its feed-forward layer."""
+    inner = feed_forward(module, block)
+    return [
+        f"{block}.{n}"
+        for n, _, i, o in linears(module.get_submodule(block))
+        if inner.inner not in (i, o) or (i == o == inner.width)
+    ]
+
+
+def _width(inside: list[tuple[str, int, int]]) -> int:
+    """The residual width: what most linear layers of a block read or write."""
+    counts: dict[int, int] = {}
+    for _, i, o in inside:
+        counts[i] = counts.get(i, 0) + 1
+        counts[o] = counts.get(o, 0) + 1
+    return max(counts, key=lambda w: (counts[w], -w)) if counts else 0
+
+
+def site(module: nn.Module, where: tuple[str, int]) -> tuple[str, bool]:
+    """(submodule's name, whether its *input* is meant) of a site: hidden, ffn_in, ffn_key or ffn_out of a block."""
+    kind, index = where
+    stack = blocks(module)
+    if not -len(stack) <= index < len(stack):
+        raise ModelError(f"no block {index}", why=f"the model has {len(stack)}")
+    block = stack[index]
+    if kind == "hidden":
+        return block, False
+    ffn = feed_forward(module, block)
+    if kind == "ffn_in":
+        return ffn.up, True
+    if kind == "ffn_key":
+        return ffn.down, True
+    if kind == "ffn_out":
+        return ffn.down, False
+    raise ModelError(f"no site {kind!r}", fix="sites: hidden, ffn_in, ffn_key, ffn_out")
+
+
+@contextmanager
+def watch(module: nn.Module, sites: list[tuple[str, int]]) -> Iterator[list[Tensor]]:
+    """A list that each forward inside the block fills with the activations at the sites, in their order."""
+    seen: list[Any] = [None] * len(sites)
+    handles = []
+
+    def keep(place: int, value: Any) -> None:
+        seen[place] = value[0] if isinstance(value, tuple) else value
+
+    for place, where in enumerate(sites):
+        name, before = site(module, where)
+        target = module.get_submodule(name)
+        if before:
+            handles.append(target.register_forward_pre_hook(lambda _, args, *, p=place: keep(p, args[0])))
+        else:
+            handles.append(target.register_forward_hook(lambda _, __, out, *, p=place: keep(p, out)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,7 @@
+"""The only training loop, and the losses."""
+
+from lfm.train.fit import Fit as Fit
+from lfm.train.fit import fit as fit
+from lfm.train.loop import State as State
+from lfm.train.loop import loop as loop
+from lfm.train.seeds import seeded as seeded

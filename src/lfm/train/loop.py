@@ -1,0 +1,142 @@
+"""Steps that can be killed at any moment: resumed, they end in the same bytes.
+
+The caller says what one step does and what it changes; progress, randomness, checkpoints, the loss curve and the watch
+for numbers that are not finite are here. `fit` is this loop around a gradient step; a method with an update rule of its
+own (meta-learning, a generator against a student) uses it directly.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from lfm.core.errors import DivergedError, OutputError
+from lfm.core.heavy import torch
+from lfm.train import checkpoint
+from lfm.train.device import choose
+from lfm.train.seeds import seed, seeded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lfm.core.method import Run
+
+PATIENCE = 16
+"""Steps whose losses may wait on an accelerator before they are fetched: fetching each would stop it at each."""
+
+
+@final
+@dataclass(frozen=True)
+class State:
+    """What the steps change. result: what is wanted in the end; aids: what only further steps need (moments, queues).
+
+    load: put back tensors that result and aids gave. start: tells this state's beginning from another's (a digest).
+    """
+
+    result: Callable[[], dict[str, Tensor]]
+    aids: Callable[[], dict[str, Tensor]]
+    load: Callable[[Mapping[str, Tensor]], None]
+    start: str
+
+
+def loop(
+    advance: Callable[[int], Tensor],
+    steps: int,
+    state: State,
+    run: Run,
+    *,
+    name: str,
+    every: float = 60.0,
+    remedy: Callable[[int], str] = lambda step: "a smaller learning rate",
+) -> tuple[float, ...]:
+    """Do advance(0) … advance(steps − 1), each of which returns its loss; returns all losses.
+
+    Step s draws from torch's generators seeded by (run, name, s), so what it draws depends on nothing before it. Every
+    `every` seconds the state goes to run.work/name. Raises DivergedError at a loss or weight that is not finite,
+    OutputError where the checkpoint there is another loop's.
+    """
+    directory = run.work / name
+    device = choose()
+    losses: list[float] = []
+    waiting: list[Tensor] = []
+    patience = 1 if device.type == "cpu" else PATIENCE
+
+    def settle() -> None:
+        if not waiting:
+            return
+        values = torch.stack(waiting).double().tolist() if len(waiting) > 1 else [waiting[0].item()]
+        waiting.clear()
+        for value in values:
+            if not math.isfinite(value):
+                raise _diverged(name, len(losses), f"the loss or its gradient is {value}", remedy)
+            losses.append(value)
+            run.curve(name, value)
+
+    def keep(*, done: bool) -> None:
+        result = state.result()
+        for key, tensor in result.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise _diverged(name, len(losses) - 1, f"{key} holds numbers that are not finite", remedy)
+        if done and time.monotonic() - began < every:
+            return  # sooner done again than kept
+        tensors = {f"result/{key}": tensor for key, tensor in result.items()}
+        if not done:
+            tensors |= {f"aids/{key}": tensor for key, tensor in state.aids().items()}
+        tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+        checkpoint.write(directory, tensors, {"step": len(losses), "steps": steps, "start": state.start})
+
+    kept = checkpoint.read(directory)
+    if kept is not None:
+        tensors, facts = kept
+        if facts["start"] != state.start or facts["steps"] != steps:
+            raise OutputError(
+                f"the checkpoint in {directory} belongs to another training",
+                why="its settings, its data or the weights it began from differ from these",
+                fix="use a new run directory, or give each training of a run its own name",
+            )
+        losses.extend(tensors.pop("losses").tolist())
+        state.load({key.split("/", 1)[1]: tensor for key, tensor in tensors.items()})
+        for value in losses:
+            run.curve(name, value)
+    if len(losses) == steps:
+        return tuple(losses)
+
+    began = last = time.monotonic()
+    with seeded(run.seed, device), _repeatable(device):
+        for step in run.track(range(len(losses), steps), name, steps):
+            seed(run.seed_for(name, "step", step), device)
+            waiting.append(advance(step))
+            now = time.monotonic()
+            due = now - last >= every and step + 1 < steps
+            if due or len(waiting) >= patience:
+                settle()
+            if due:
+                keep(done=False)
+                last = time.monotonic()
+        settle()
+        keep(done=True)
+    return tuple(losses)
+
+
+def _diverged(name: str, step: int, why: str, remedy: Callable[[int], str]) -> DivergedError:
+    return DivergedError(f"{name} diverged at step {step}", why=why, fix=f"try {remedy(step)}")
+
+
+class _repeatable:
+    """On an accelerator, ask for kernels that give the same sums each time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.wanted = device.type != "cpu"
+
+    def __enter__(self) -> None:
+        if self.wanted:
+            self.strict = torch.are_deterministic_algorithms_enabled()
+            self.lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.wanted:
+            torch.use_deterministic_algorithms(self.strict, warn_only=self.lenient)

@@ -1,0 +1,63 @@
+"""Losses between a teacher's answers and a student's. Logits are (…, V), arithmetic fp32, results means over rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from lfm.core.heavy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Divergence = Literal["forward", "reverse", "jsd"]
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float = 1.0, kind: Divergence = "forward") -> Tensor:
+    """T² · D(p_T^t, p_T^s) with p_T = softmax(logits / T), mean over rows (1503.02531).
+
+    forward: KL(teacher ‖ student), covers all of the teacher's modes. reverse: KL(student ‖ teacher), keeps to them.
+    jsd: the mean of both sides' KL to their middle (2306.13649, β = ½). T² keeps the gradient's size as T grows.
+    """
+    t = F.log_softmax(teacher.float() / temperature, -1)
+    s = F.log_softmax(student.float() / temperature, -1)
+    return temperature**2 * divergence(s, t, kind).mean()
+
+
+def divergence(student: Tensor, teacher: Tensor, kind: Divergence = "forward") -> Tensor:
+    """D of log-probabilities (…, V), in nats, one number a row. A probability of zero (log −inf) counts as none."""
+    if kind == "forward":
+        return kl(teacher, student)
+    if kind == "reverse":
+        return kl(student, teacher)
+    middle = torch.logaddexp(student, teacher) - torch.log(torch.tensor(2.0))
+    return (kl(teacher, middle) + kl(student, middle)) / 2
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) = Σ p (log p − log q) over the last axis, of log-probabilities. 0 · log 0 = 0."""
+    mass = p.exp()
+    return torch.where(mass > 0, mass * (p - q), torch.zeros_like(mass)).sum(-1)
+
+
+def complete(ids: Tensor, logprobs: Tensor, vocabulary: int) -> Tensor:
+    """(N, V) log-probabilities from a teacher's k best (N, k): the mass it did not tell spread evenly over the rest.
+
+    Of all completions it has the most entropy, and with it `kd` works at any temperature. k = V gives the teacher back.
+    """
+    k = ids.shape[-1]
+    logprobs = logprobs.float()
+    rest = torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
+    even = rest - torch.log(torch.tensor(float(max(vocabulary - k, 1))))
+    return F.log_softmax(even.expand(*ids.shape[:-1], vocabulary).scatter(-1, ids, logprobs), -1)
+
+
+def kd_topk(student: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Forward KL over k + 1 outcomes, the teacher's k best and all else; mean over rows. Never above the full KL."""
+    s = F.log_softmax(student.float(), -1)
+    told = s.gather(-1, ids)
+    return kl(_with_rest(logprobs.float()), _with_rest(told)).mean()
+
+
+def _with_rest(logprobs: Tensor) -> Tensor:
+    rest = torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
+    return torch.cat([logprobs, rest], -1)

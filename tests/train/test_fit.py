@@ -1,0 +1,377 @@
+"""fit: what it computes, that it ends in the same bytes however often it is killed, and that it stops at nonsense."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from lfm.core.config import configure
+from lfm.core.errors import ConfigError, CorruptError, DivergedError, OutputError
+from lfm.train import Fit, checkpoint, fit, seeded
+from lfm.train.fit import rate, steps_of
+from train.runs import Kept
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums split over another number of threads round differently: equal bytes need equal threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network(seed: int = 0) -> nn.Module:
+    """Dropout and running statistics: what makes a resumed run differ if it is not kept."""
+    with seeded(seed):
+        return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+
+
+RECORDS = [([math.sin(i * j + 1.0) for j in range(6)], i % 3) for i in range(22)]
+
+
+def collate(records: Sequence[Any]) -> dict[str, torch.Tensor]:
+    return {"x": torch.tensor([x for x, _ in records]), "y": torch.tensor([y for _, y in records])}
+
+
+def loss(module: nn.Module, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(module(batch["x"]), batch["y"])
+
+
+def digest(module: nn.Module) -> str:
+    whole = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        whole.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
+SETTINGS = Fit(epochs=4, batch_size=5, lr=0.02, checkpoint_every=0.0)
+
+
+class Killed(Exception):
+    pass
+
+
+# ---- what it computes
+
+
+def test_one_step_is_adamws() -> None:
+    """Against the update written out: m̂ = g, v̂ = g², so w ← w(1 − lr·wd) − lr·g / (|g| + 1e-8)."""
+    module = nn.Linear(6, 3)
+    with torch.no_grad():
+        module.weight.copy_(torch.arange(18.0).reshape(3, 6) / 18)
+        module.bias.zero_()
+    weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
+    loss(module, collate(RECORDS)).backward()
+    assert module.weight.grad is not None and module.bias.grad is not None
+    g, h = module.weight.grad.clone(), module.bias.grad.clone()
+    run = Kept(Path("/nonexistent"))
+    fit(module, RECORDS, collate, loss, Fit(steps=1, batch_size=22, lr=0.1, warmup=0, clip=0, weight_decay=0.5), run)
+    torch.testing.assert_close(module.weight.detach(), weight * (1 - 0.1 * 0.5) - 0.1 * g / (g.abs() + 1e-8))
+    torch.testing.assert_close(module.bias.detach(), bias - 0.1 * h / (h.abs() + 1e-8))  # vectors do not decay
+
+
+def test_the_gradient_is_clipped_by_its_norm() -> None:
+    """Adam's step does not see the gradient's size, so a clipped gradient shows in what the loss sees: its own grad."""
+    norms = []
+
+    def after(step: int) -> None:
+        norms.append(torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm().item())
+
+    module = network()
+    fit(module, RECORDS, collate, lambda m, b: 100 * loss(m, b), Fit(steps=3, clip=0.5), Kept(Path("/x")), after=after)
+    assert norms == pytest.approx([0.5] * 3, rel=1e-4)
+
+
+def test_accumulated_batches_are_one_batch() -> None:
+    """Two batches of 11 averaged give the gradient of one of 22, for a loss that is a mean."""
+    results = []
+    for size, parts in ((22, 1), (11, 2)):
+        module = nn.Linear(6, 3)
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+        config = Fit(steps=1, batch_size=size, accumulate=parts, lr=0.1)
+        losses = fit(module, RECORDS, collate, loss, config, Kept(Path("/x")))
+        results.append((losses, module.weight.detach().clone()))
+    assert results[0][0] == pytest.approx(results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_each_epoch_sees_each_record_once_in_an_order_of_its_own() -> None:
+    seen: list[int] = []
+
+    def watch(records: Sequence[Any]) -> dict[str, torch.Tensor]:
+        seen.extend(RECORDS.index(r) for r in records)
+        return collate(records)
+
+    fit(network(), RECORDS, watch, loss, Fit(epochs=3, batch_size=5), Kept(Path("/x")))
+    epochs = [seen[i : i + 22] for i in range(0, 66, 22)]
+    assert len(seen) == 66
+    assert all(sorted(e) == list(range(22)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_only_what_requires_a_gradient_moves_and_modes_return() -> None:
+    module = network().eval()
+    module[0].requires_grad_(False)  # type: ignore[index]
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    fit(module, RECORDS, collate, loss, Fit(steps=3), Kept(Path("/x")))
+    after = module.state_dict()
+    assert torch.equal(before["0.weight"], after["0.weight"]) and not torch.equal(before["4.weight"], after["4.weight"])
+    assert not module.training and all(p.grad is None for p in module.parameters())
+
+
+def test_a_parameter_may_have_a_rate_of_its_own() -> None:
+    module = network()
+    last = module[4].weight.detach().clone()  # type: ignore[index]
+    fit(
+        module,
+        RECORDS,
+        collate,
+        loss,
+        Fit(steps=2),
+        Kept(Path("/x")),
+        scale=lambda n: 0.0 if n.startswith("4.") else 1.0,
+    )
+    assert torch.equal(module[4].weight.detach(), last)  # type: ignore[index]
+
+
+@settings(deadline=None)
+@given(
+    steps=st.integers(1, 300),
+    warmup=st.floats(0, 0.9),
+    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+)
+def test_the_rate_rises_to_lr_then_never_rises(steps: int, warmup: float, schedule: Any) -> None:
+    config = Fit(lr=0.1, warmup=warmup, schedule=schedule)
+    rates = [rate(config, s, steps) for s in range(steps)]
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.1) and min(rates) > 0
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_steps_follow_from_epochs() -> None:
+    assert steps_of(Fit(epochs=3, batch_size=5), 22) == 15
+    assert steps_of(Fit(epochs=3, batch_size=5, accumulate=4), 22) == 4
+    assert steps_of(Fit(epochs=0.5, batch_size=5), 22) == 3
+    assert steps_of(Fit(steps=7), 22) == 7
+
+
+def test_a_method_inherits_the_settings_and_their_ranges() -> None:
+    class Mine(Fit, frozen=True):
+        rank: int = 4
+        lr: float = 3e-4
+
+    assert configure(Mine, {"rank": "8", "schedule": "cosine"}) == Mine(rank=8, schedule="cosine")
+    with pytest.raises(ConfigError, match="schedule"):
+        configure(Mine, {"schedule": "square"})
+
+
+def test_reduced_precision_trains_fp32_weights() -> None:
+    module = network()
+    losses = fit(module, RECORDS, collate, loss, Fit(steps=30, lr=0.02, precision="bf16"), Kept(Path("/x")))
+    assert losses[-1] < losses[0] and all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_the_worlds_randomness_is_neither_read_nor_moved() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        module = network()
+        fit(module, RECORDS, collate, loss, Fit(steps=5), Kept(Path("/x")))
+        results.append(digest(module))
+        if seed == 1:
+            assert torch.equal(torch.rand(3), expected)
+    assert results[0] == results[1]
+
+
+def test_the_runs_seed_moves_both_the_order_and_the_dropout() -> None:
+    results = set()
+    for seed in (0, 1):
+        module = network()
+        fit(module, RECORDS, collate, loss, Fit(steps=5), Kept(Path("/x"), seed))
+        results.add(digest(module))
+    assert len(results) == 2
+
+
+# ---- killed and resumed
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, tuple[float, ...]]:
+    module = network()
+    losses = fit(module, RECORDS, collate, loss, SETTINGS, Kept(tmp_path_factory.mktemp("unbroken")))
+    return digest(module), losses
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kills=st.lists(st.integers(0, 40), max_size=4), every=st.sampled_from([0.0, 1e-3, 1e9]))
+def test_killed_anywhere_it_ends_in_the_same_bytes(
+    kills: list[int], every: float, unbroken: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    work = tmp_path_factory.mktemp("killed")
+
+    def attempt(kill_after: float) -> tuple[str, tuple[float, ...], Kept]:
+        count = 0
+
+        def collate_until_killed(records: Sequence[Any]) -> dict[str, torch.Tensor]:
+            nonlocal count
+            count += 1
+            if count > kill_after:
+                raise Killed
+            return collate(records)
+
+        module, run = network(), Kept(work)
+        losses = fit(module, RECORDS, collate_until_killed, loss, _every(every), run)
+        return digest(module), losses, run
+
+    for kill in kills:
+        try:
+            attempt(kill)
+        except Killed:
+            continue
+    final, losses, run = attempt(math.inf)
+    assert (final, losses) == unbroken
+    assert run.curves["fit"] == list(unbroken[1])  # the report of the last attempt shows the whole curve
+
+
+def _every(seconds: float) -> Fit:
+    return Fit(epochs=4, batch_size=5, lr=0.02, checkpoint_every=seconds)
+
+
+@pytest.mark.parametrize("moment", ["save_file", "_sync", "replace"])
+def test_killed_while_a_checkpoint_is_written_the_one_before_stands(
+    moment: str, unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = {"save_file": checkpoint.safetensors_torch, "_sync": checkpoint, "replace": os}[moment]
+    if moment == "save_file":
+        owner.save_file  # noqa: B018  (a lazy name: bound on first use)
+    real, count = getattr(owner, moment), 0
+
+    def break_at_the_seventh(*arguments: Any, **named: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 7:
+            if moment == "save_file":
+                Path(arguments[1]).write_bytes(b"half a file")
+            raise Killed
+        real(*arguments, **named)
+
+    monkeypatch.setattr(owner, moment, break_at_the_seventh)
+    with pytest.raises(Killed):
+        fit(network(), RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+    monkeypatch.undo()
+    module = network()
+    losses = fit(module, RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+    assert (digest(module), losses) == unbroken
+
+
+def test_a_process_ended_by_sigkill_resumes_to_the_same_bytes(unbroken: Any, tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path[:0] = ['tests', 'tests/train', 'src']\n"
+        "import time, test_fit as t; from pathlib import Path; t.torch.set_num_threads(1)\n"
+        "def collate(r): print('batch', flush=True); time.sleep(.02); return t.collate(r)\n"
+        f"t.fit(t.network(), t.RECORDS, collate, t.loss, t.SETTINGS, t.Kept(Path({str(tmp_path)!r})))\n"
+    )
+    root = Path(__file__).parents[2]
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for _ in range(random.Random(0).randint(3, 12)):
+        assert child.stdout.readline() == "batch\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    kept = checkpoint.read(tmp_path / "fit")
+    assert kept is not None and 0 < kept[1]["step"] < 20
+    module = network()
+    losses = fit(module, RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+    assert (digest(module), losses) == unbroken
+
+
+def test_a_finished_training_is_not_done_again(tmp_path: Path, unbroken: Any) -> None:
+    fit(network(), RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+
+    def never(records: Sequence[Any]) -> dict[str, torch.Tensor]:
+        raise AssertionError
+
+    module = network()
+    losses = fit(module, RECORDS, never, loss, SETTINGS, Kept(tmp_path))
+    assert (digest(module), losses) == unbroken
+    kept = checkpoint.read(tmp_path / "fit")
+    assert kept is not None and not any(name.startswith("aids/") for name in kept[0])  # moments are no longer needed
+
+
+def test_another_trainings_checkpoint_is_refused(tmp_path: Path) -> None:
+    fit(network(), RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+    for module, records, config in (
+        (network(seed=1), RECORDS, SETTINGS),
+        (network(), RECORDS[:-1], SETTINGS),
+        (network(), RECORDS, Fit(epochs=4, batch_size=5, lr=0.03)),
+    ):
+        with pytest.raises(OutputError, match="another training"):
+            fit(module, records, collate, loss, config, Kept(tmp_path))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_damaged_checkpoint_is_said_to_be_so(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "fit").mkdir()
+    (tmp_path / "fit" / checkpoint.FILE).write_bytes(damage)
+    with pytest.raises(CorruptError, match="remove it"):
+        fit(network(), RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+
+
+# ---- nonsense
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_the_rate_and_a_remedy(tmp_path: Path) -> None:
+    count = 0
+
+    def explode(module: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return loss(module, batch) * (math.nan if count == 8 else 1)
+
+    with pytest.raises(DivergedError, match=r"fit diverged at step 7.*nan.*lr=.*rate at that step was"):
+        fit(network(), RECORDS, collate, explode, SETTINGS, Kept(tmp_path))
+    kept = checkpoint.read(tmp_path / "fit")
+    assert kept is not None and kept[1]["step"] == 7
+    assert all(bool(torch.isfinite(t).all()) for t in kept[0].values() if t.is_floating_point())
+
+
+def test_a_gradient_that_is_not_finite_stops_it_too(tmp_path: Path) -> None:
+    """√ at 0 has a finite value and an infinite slope."""
+    module = nn.Linear(6, 3)
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    with pytest.raises(DivergedError, match="step 0"):
+        fit(module, RECORDS, collate, lambda m, b: m(b["x"]).abs().sum().sqrt(), SETTINGS, Kept(tmp_path))
+    assert checkpoint.read(tmp_path / "fit") is None
+
+
+def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
+    """Without clipping, nothing sees a bad gradient of the last step but the weights themselves."""
+    module = nn.Linear(6, 3)
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    config = Fit(steps=1, clip=0, checkpoint_every=0)
+    with pytest.raises(DivergedError, match="weight"):
+        fit(module, RECORDS, collate, lambda m, b: (m(b["x"]) ** 2).sum().sqrt(), config, Kept(tmp_path))
+    assert checkpoint.read(tmp_path / "fit") is None

@@ -138,33 +138,41 @@ def map_tensors(
     fn: Callable[..., Tensor],
     sources: Sequence[Mapping[str, LazyTensor]],
     *,
-    dtype: torch.dtype | None = None,
+    like: Mapping[str, LazyTensor] | None = None,
 ) -> dict[str, LazyTensor]:
-    """fn(name, *chunks) for each name, elementwise over the sources' flat chunks widened to fp32.
+    """fn(name, *chunks) for each name, elementwise over the sources' flat chunks in fp32, which fn leaves as they are.
 
-    Shapes are equal over the sources; shape and (unless dtype is given) dtype of the result are the first source's.
-    Nothing is read until the result is. CorruptError, then, where it is not finite.
+    Shapes are equal over the sources; the result's dtypes are those of `like`, or else of the first source. Nothing is
+    read until the result is: CorruptError, then, where it is not finite.
     """
-    return {name: _mapped(name, fn, [source[name] for source in sources], dtype) for name in names}
+    like = like or sources[0]
+    return {name: _mapped(name, fn, [source[name] for source in sources], like[name].dtype) for name in names}
 
 
-def _mapped(
-    name: str, fn: Callable[..., Tensor], inputs: Sequence[LazyTensor], dtype: torch.dtype | None
-) -> LazyTensor:
+def parts(inputs: Sequence[LazyTensor], chunk: int = CHUNK) -> Iterator[Callable[[], list[Tensor]]]:
+    """The inputs' flat chunks side by side, in fp32, read when called; all at once if one can only be read whole."""
+    readers = [tensor for tensor in inputs if isinstance(tensor, Chunked)]
+    if len(readers) < len(inputs):
+        yield lambda: [widen(tensor.read().reshape(-1)) for tensor in inputs]
+    else:
+        for span in spans(size(inputs[0]), chunk):
+            yield lambda span=span: [widen(reader.read_flat(*span)) for reader in readers]
+
+
+def _mapped(name: str, fn: Callable[..., Tensor], inputs: Sequence[LazyTensor], dtype: torch.dtype) -> LazyTensor:
     shape = tuple(inputs[0].shape)
     assert all(tuple(tensor.shape) == shape for tensor in inputs), name
-    kind = dtype or inputs[0].dtype
 
     def result(*values: Tensor) -> Tensor:
-        out = fn(name, *(widen(value) for value in values)).to(kind)
+        out = fn(name, *map(widen, values)).to(dtype)
         if not finite(out):
-            _refuse(name, values, inputs, kind)
+            _refuse(name, values, inputs, dtype)
         return out
 
-    if all(isinstance(tensor, Chunked) for tensor in inputs):
-        parts = [tensor for tensor in inputs if isinstance(tensor, Chunked)]
-        return Computed(shape, kind, lambda start, stop: result(*(part.read_flat(start, stop) for part in parts)))
-    return Whole(shape, kind, lambda: result(*(tensor.read().reshape(-1) for tensor in inputs)))
+    readers = [tensor for tensor in inputs if isinstance(tensor, Chunked)]
+    if len(readers) < len(inputs):
+        return Whole(shape, dtype, lambda: result(*(tensor.read().reshape(-1) for tensor in inputs)))
+    return Computed(shape, dtype, lambda start, stop: result(*(reader.read_flat(start, stop) for reader in readers)))
 
 
 def _refuse(name: str, values: Sequence[Tensor], inputs: Sequence[LazyTensor], dtype: torch.dtype) -> NoReturn:

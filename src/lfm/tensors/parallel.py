@@ -1,4 +1,4 @@
-"""Work over many chunks on every core. Reads, writes, hashes and torch's arithmetic all release the interpreter's lock."""
+"""Work over many chunks on every core. Reads, writes, hashes and torch's arithmetic release the interpreter's lock."""
 
 from __future__ import annotations
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import msgspec
 
-from lfm.core.errors import CorruptError
+from lfm.models.api.store import Store
 
 _CANONICAL = msgspec.json.Encoder(order="deterministic")
 
 
 def digest_of(question: Any) -> str:
-    """sha256 of plain JSON values, independent of the order of keys."""
+    """sha256 of plain JSON values, whatever the order of their keys."""
     return hashlib.sha256(_CANONICAL.encode(question)).hexdigest()
 
 
@@ -32,38 +30,24 @@ def default_cache() -> Path:
 
 @final
 class Cache:
-    """One sqlite file. Several threads and processes may read and write it at once; the first answer to a question stays."""
+    """Questions' digests and their answers. Threads and processes share it; the first answer to a question stays."""
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "answers.sqlite"
-        with self._open() as connection:
-            connection.execute("CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, answer BLOB NOT NULL)")
+        self._store = Store(
+            self.path,
+            "CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, answer BLOB NOT NULL)",
+            what="a cache of answers",
+        )
 
     def get(self, questions: Sequence[str]) -> dict[str, bytes]:
-        """The kept answers among these questions' digests."""
+        """The kept answers among these questions."""
         found: dict[str, bytes] = {}
-        with self._open() as connection:
-            for start in range(0, len(questions), 500):
-                some = list(questions[start : start + 500])
-                rows = connection.execute(
-                    f"SELECT question, answer FROM answers WHERE question IN ({','.join('?' * len(some))})", some
-                )
-                found.update((question, bytes(answer)) for question, answer in rows)
+        for start in range(0, len(questions), 500):
+            some = list(questions[start : start + 500])
+            marks = ",".join("?" * len(some))
+            found.update(self._store.run(f"SELECT question, answer FROM answers WHERE question IN ({marks})", some))
         return found
 
-    def put(self, answers: dict[str, bytes]) -> None:
-        with self._open() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", list(answers.items()))
-            connection.execute("COMMIT")
-
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as connection:
-                yield connection
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError as error:
-            raise CorruptError(f"{self.path} is not a cache of answers", why=str(error), fix="delete it") from None
+    def put(self, answers: Mapping[str, bytes]) -> None:
+        self._store.run_many("INSERT OR IGNORE INTO answers VALUES (?, ?)", list(answers.items()))

@@ -124,7 +124,7 @@ class Client:
         retries: int | None = None,
     ) -> bytes:
         tries = 1 + (self.patience.retries if retries is None else retries)
-        trouble = ""
+        trouble, pause, attempt = "", 0.0, 0
         for attempt in range(tries):
             if attempt:
                 self.patience.sleep(pause)

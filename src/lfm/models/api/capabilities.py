@@ -1,0 +1,193 @@
+"""What a server can do: told by our own server, found out from any other by a few tiny requests."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from lfm.core.errors import EndpointError, ModelError
+from lfm.core.model import Facts
+from lfm.models.api import answers
+from lfm.models.api.cache import Cache, digest_of
+from lfm.models.api.client import Charge, Client, Refused
+from lfm.models.api.refs import Endpoint
+
+T = TypeVar("T")
+
+EXTENSION = "lfm"
+"""Key of a model's entry in /models under which our own server tells its abilities."""
+
+TOP_K = (20, 5, 1)
+"""How many alternatives are asked for when probing: vLLM's limit, OpenAI's, and the least."""
+
+MARGIN = 4
+"""Tokens that a text may take beyond its bytes: a word-boundary mark and special tokens. Probing may find more."""
+
+PROBE = {"timeout": 30.0, "retries": 1}
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What one model at one server does.
+
+    batch: prompts a request. top_k: most alternatives told a token. echo, score: two ways to score a given text.
+    overhead: tokens beyond a prompt's own (template, specials).
+    """
+
+    completions: bool = False
+    chat: bool = False
+    batch: int = 1
+    top_k: int = 0
+    echo: bool = False
+    score: bool = False
+    suffix: bool = False
+    embeddings: bool = False
+    overhead: int = MARGIN
+    chat_overhead: int = MARGIN
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """What our own server tells in /models."""
+
+    digest: str
+    can: Capabilities
+    facts: dict[str, Any] = {}
+
+
+def bound(text: str) -> int:
+    """The most tokens a text can make: a token covers at least a byte of some normal form of it."""
+    forms = (text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKC", "NFKD")))
+    return max(len(form.encode("utf-8", "surrogatepass")) for form in forms)
+
+
+def named(client: Client, endpoint: Endpoint) -> tuple[Endpoint, Told | None]:
+    """The endpoint with its model's name, and what the server tells of it unasked (our own server does)."""
+    try:
+        entries = answers.read(client.get("/models", **PROBE), answers.Models, endpoint.url).data
+    except (Refused, EndpointError) as error:
+        if not endpoint.model or _deaf(error):
+            raise _plain(endpoint, error) from None
+        return (
+            endpoint,
+            None,
+        )  # transformers' server answers 500 where it has no cache directory, and serves all the same
+    names = [entry["id"] for entry in entries if isinstance(entry.get("id"), str)]
+    if not endpoint.model:
+        if len(names) != 1:
+            some = ", ".join(names[:8]) or "none"
+            raise ModelError(
+                f"{endpoint.url} serves {len(names)} models",
+                why=f"they are: {some}",
+                fix=f"name one: {endpoint.ref}NAME",
+            )
+        endpoint = endpoint._replace(model=names[0])
+    entry = next((entry for entry in entries if entry.get("id") == endpoint.model), {})
+    if EXTENSION not in entry:
+        return endpoint, None
+    try:
+        return endpoint, msgspec.convert(entry[EXTENSION], Told)
+    except msgspec.ValidationError as error:
+        raise EndpointError(f"{endpoint.url} tells abilities that make no sense", why=str(error)) from None
+
+
+def probed(client: Client, endpoint: Endpoint, cache: Cache) -> Capabilities:
+    """What a server does, by trying. Asked once for a URL and model, then remembered."""
+    question = digest_of({"capabilities": endpoint.url, "model": endpoint.model})
+    if kept := cache.get([question]).get(question):
+        return msgspec.json.decode(kept, type=Capabilities)
+    can = _probe(client, endpoint)
+    cache.put({question: msgspec.json.encode(can)})
+    return can
+
+
+def facts_of(told: Told | None) -> Facts:
+    """What is known of the model behind an endpoint."""
+    known = {} if told is None else {k: v for k, v in told.facts.items() if k in Facts._fields}
+    try:
+        return msgspec.convert({"task": "causal-lm", **known}, Facts)
+    except msgspec.ValidationError:
+        return Facts(task="causal-lm")
+
+
+def _probe(client: Client, endpoint: Endpoint) -> Capabilities:
+    url, tiny = endpoint.url, {"model": endpoint.model, "max_tokens": 1, "temperature": 0}
+    failures: list[Exception] = []
+    spent: list[int] = []
+
+    def completion(body: Mapping[str, Any], prompts: int = 1) -> list[answers.Choice] | None:
+        try:
+            content = client.post(
+                "/completions", {**tiny, **body}, Charge(prompts, 16 * prompts), answers.used, **PROBE
+            )
+            spent.append(answers.used(content) or 0)
+            return answers.in_order(answers.read(content, answers.Completion, url).choices, prompts, url)
+        except (Refused, EndpointError) as error:
+            if _deaf(error):
+                raise _plain(endpoint, error) from None
+            failures.append(error)
+            return None
+
+    def chat() -> int | None:
+        body = {**tiny, "messages": [{"role": "user", "content": "a"}]}
+        try:
+            # A chat template may hold a long system prompt: its length is learned here, before budgets rest on it.
+            content = client.post("/chat/completions", body, Charge(1, 16), **PROBE)
+            answers.in_order(answers.read(content, answers.Chat, url).choices, 1, url)
+            return answers.used(content) or MARGIN
+        except (Refused, EndpointError) as error:
+            failures.append(error)
+            return None
+
+    plain = completion({"prompt": "a"}) is not None
+    overhead = max(spent, default=0) + MARGIN
+    top_k = next((k for k in TOP_K if plain and _tells(completion({"prompt": "a", "logprobs": k}), k, url)), 0)
+    echo = bool(top_k) and _works(
+        lambda: answers.echoed(
+            (completion({"prompt": "a b", "max_tokens": 0, "echo": True, "logprobs": 1}) or [])[0], "a", " b", url
+        )
+    )
+    batch = 16 if plain and completion({"prompt": ["a", "b"]}, 2) is not None else 1
+    template = chat()
+    if not plain and template is None:
+        raise EndpointError(
+            f"{url} does neither completions nor chat for {endpoint.model!r}",
+            why=str(failures[0]),
+            fix="check the model's name and that the URL ends where the API begins (often /v1)",
+        )
+    return Capabilities(
+        completions=plain,
+        chat=template is not None,
+        batch=batch,
+        top_k=top_k,
+        echo=echo,
+        overhead=overhead,
+        chat_overhead=(template or 0) + MARGIN,
+    )
+
+
+def _tells(choices: list[answers.Choice] | None, k: int, url: str) -> bool:
+    return choices is not None and _works(lambda: answers.best(choices[0], k, url))
+
+
+def _works(attempt: Callable[[], Any]) -> bool:
+    """Whether a server that answered, answered with what the protocol says. One that ignores a field lacks the ability."""
+    try:
+        attempt()
+    except (EndpointError, IndexError):
+        return False
+    return True
+
+
+def _deaf(error: Exception) -> bool:
+    """Whether nothing more can be learned: no server, no access, a web page, a redirect elsewhere."""
+    return isinstance(error, EndpointError) and (
+        any(mark in str(error) for mark in ("nothing answers", "refused access", "another host", "web page"))
+    )
+
+
+def _plain(endpoint: Endpoint, error: Exception) -> EndpointError:
+    if isinstance(error, EndpointError):
+        return error
+    return EndpointError(f"{endpoint.url} lists no models", why=str(error), fix=f"name one: {endpoint.ref}NAME")

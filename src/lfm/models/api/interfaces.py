@@ -1,0 +1,244 @@
+"""Text, Logprobs and Embeddings over HTTP. Every answer is kept by its question, so that asking again is free."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
+from urllib.parse import quote
+
+import msgspec
+
+from lfm.core.errors import EndpointError
+from lfm.core.model import Ranked, Score
+from lfm.models.api import answers
+from lfm.models.api.cache import Cache, digest_of
+from lfm.models.api.capabilities import Capabilities, bound
+from lfm.models.api.client import Charge, Client, Refused
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+A = TypeVar("A")
+
+LARGE = 2**23
+"""Characters of embeddings a request; also the largest table that is kept in the cache, in bytes."""
+
+
+class Question(NamedTuple):
+    """One prompt of a request. many: fields whose values, one a prompt, make a list when prompts travel together."""
+
+    many: Mapping[str, Any]
+    shared: Mapping[str, Any]
+    tokens: int  # the most it can take, prompt and answer
+
+
+@final
+@dataclass(frozen=True)
+class Line:
+    """An open endpoint. identity: what the cache knows it by."""
+
+    client: Client
+    cache: Cache
+    can: Capabilities
+    model: str
+    identity: str
+
+    @property
+    def url(self) -> str:
+        return self.client.endpoint.url
+
+    def table(self) -> bytes:
+        """The input-embedding table as a safetensors file."""
+        key = digest_of([self.identity, "table"])
+        raw = self.cache.get([key]).get(key)
+        if raw is None:
+            path = "/input_embeddings"
+            raw = self._granted(path, lambda: self.client.get(f"{path}?model={quote(self.model, safe='')}", Charge(1)))
+            if len(raw) <= LARGE:
+                self.cache.put({key: raw})
+        return raw
+
+    def _granted(self, path: str, send: Callable[[], bytes]) -> bytes:
+        try:
+            return send()
+        except Refused as refusal:
+            raise EndpointError(
+                f"{self.url}{path} refused the request ({refusal.status})",
+                why=refusal.said,
+                fix=f"if the server changed since it was first asked, delete {self.cache.path}",
+            ) from None
+
+    def ask(
+        self, path: str, questions: Sequence[Question], parse: Callable[[bytes], Sequence[A]], kind: type[A]
+    ) -> list[A]:
+        """One answer a question, from the cache or from the server; each request's answers are kept as they come."""
+        keys = [digest_of([self.identity, path, dict(q.many), dict(q.shared)]) for q in questions]
+        known = self.cache.get(list(dict.fromkeys(keys)))
+        missing = list({key: q for key, q in zip(keys, questions, strict=True) if key not in known}.items())
+
+        def send(batch: list[tuple[str, Question]]) -> dict[str, bytes]:
+            asked = [question for _, question in batch]
+            body = {"model": self.model, **asked[0].shared}
+            for name in asked[0].many:
+                values = [question.many[name] for question in asked]
+                body[name] = values if len(values) > 1 or path == "/score" else values[0]
+            charge = Charge(len(asked), sum(question.tokens for question in asked))
+            content = self._granted(path, lambda: self.client.post(path, body, charge, answers.used))
+            found = answers.in_order(parse(content), len(asked), self.url)
+            made = {key: msgspec.json.encode(answer) for (key, _), answer in zip(batch, found, strict=True)}
+            self.cache.put(made)
+            return made
+
+        for made in self.client.map(send, self._batches(missing)):
+            known.update(made)
+        return [msgspec.json.decode(known[key], type=kind) for key in keys]
+
+    def _batches(self, missing: list[tuple[str, Question]]) -> list[list[tuple[str, Question]]]:
+        batches: list[list[tuple[str, Question]]] = []
+        size = 0
+        for key, question in missing:
+            own = sum(len(value) for value in question.many.values() if isinstance(value, str))
+            last = batches[-1] if batches else []
+            joins = 0 < len(last) < self.can.batch and size + own <= LARGE and last[0][1].shared == question.shared
+            if joins:
+                last.append((key, question))
+                size += own
+            else:
+                batches.append([(key, question)])
+                size = own
+        return batches
+
+    def complete(self, questions: Sequence[Question]) -> list[answers.Choice]:
+        return self.ask(
+            "/completions",
+            questions,
+            lambda content: answers.read(content, answers.Completion, self.url).choices,
+            answers.Choice,
+        )
+
+
+@final
+class ApiText:
+    """Text from completions, or from chat where the server has nothing else."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]:
+        line, shared = self._line, {"max_tokens": max_tokens, "temperature": temperature}
+        if stop:
+            shared["stop"] = list(stop)
+        # Sampled prompts get a seed each, or equal prompts would get equal answers.
+        each = [{**shared, "seed": _seed(seed, i)} if temperature > 0 else shared for i in range(len(prompts))]
+        if line.can.completions:
+            asked = [
+                Question({"prompt": prompt}, own, bound(prompt) + line.can.overhead + max_tokens)
+                for prompt, own in zip(prompts, each, strict=True)
+            ]
+            return [choice.text for choice in line.complete(asked)]
+        asked = [
+            Question(
+                {},
+                {**own, "messages": [{"role": "user", "content": prompt}]},
+                bound(prompt) + line.can.chat_overhead + max_tokens,
+            )
+            for prompt, own in zip(prompts, each, strict=True)
+        ]
+        replies = line.ask(
+            "/chat/completions",
+            asked,
+            lambda content: answers.read(content, answers.Chat, line.url).choices,
+            answers.ChatChoice,
+        )
+        return [reply.message.content or "" for reply in replies]
+
+
+@final
+class ApiLogprobs:
+    """Scores by /score where the server is ours, by echo elsewhere; next tokens by the logprobs of one token."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
+        line, pairs = self._line, list(zip(prompts, continuations, strict=True))
+        endings = list(suffixes) or [""] * len(pairs)
+        if line.can.score:
+            asked = [
+                Question({"prompts": p, "continuations": c, "suffixes": s}, {}, bound(p + c + s) + line.can.overhead)
+                for (p, c), s in zip(pairs, endings, strict=True)
+            ]
+            found = line.ask(
+                "/score", asked, lambda content: answers.read(content, answers.Scores, line.url).data, answers.Scored
+            )
+            return [answers.scored(one, line.url) for one in found]
+        shared = {"max_tokens": 0, "temperature": 0, "echo": True, "logprobs": 1}
+        # Some servers make one token all the same, so it is reserved.
+        asked = [Question({"prompt": p + c}, shared, bound(p + c) + line.can.overhead + 1) for p, c in pairs]
+        choices = line.complete(asked)
+        return [answers.echoed(choice, p, c, line.url) for choice, (p, c) in zip(choices, pairs, strict=True)]
+
+    def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
+        line, most = self._line, min(k, self._line.can.top_k)
+        shared = {"max_tokens": 1, "temperature": 0, "logprobs": most}
+        endings = list(suffixes) or [""] * len(prompts)
+        asked = [
+            Question(
+                {"prompt": prompt},
+                {**shared, "suffix": suffix} if line.can.suffix and suffix else shared,
+                bound(prompt + suffix) + line.can.overhead + 1,
+            )
+            for prompt, suffix in zip(prompts, endings, strict=True)
+        ]
+        return [answers.best(choice, most, line.url) for choice in line.complete(asked)]
+
+
+@final
+class ApiEmbeddings:
+    """Input embeddings to and from a server that gives its table: the access of a black-box prompt tuner."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._table: Tensor | None = None
+
+    def table(self) -> Tensor:
+        from lfm.models.api.embeds import from_safetensors
+
+        if self._table is None:
+            self._table = from_safetensors(self._line.table())
+        return self._table
+
+    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        from lfm.models.api.embeds import decode
+
+        line = self._line
+        asked = [Question({"input": text}, {}, bound(text) + line.can.overhead) for text in texts]
+        found = line.ask(
+            "/input_embeddings",
+            asked,
+            lambda content: answers.read(content, answers.Embedding, line.url).data,
+            answers.Embedded,
+        )
+        return [decode(one.embedding) for one in found]
+
+    def next_from(self, embeds: Sequence[Tensor], k: int) -> list[Ranked]:
+        from lfm.models.api.embeds import encode
+
+        line, most = self._line, min(k, self._line.can.top_k)
+        shared = {"max_tokens": 1, "temperature": 0, "logprobs": most}
+        asked = [Question({"prompt_embeds": encode(one)}, shared, len(one) + 1) for one in embeds]
+        return [answers.best(choice, most, line.url) for choice in line.complete(asked)]
+
+
+def _seed(seed: int, place: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{place}".encode()).digest()[:4]) >> 1

@@ -20,7 +20,7 @@ from lfm.models.api.refs import endpoint_of, key_for
 
 
 def open_api(
-    ref: str, *, budget: Budget | None = None, cache: Path | None = None, patience: Patience = Patience()
+    ref: str, *, budget: Budget | None = None, cache: Path | None = None, patience: Patience | None = None
 ) -> Model:
     """The model behind an endpoint, giving exactly what the server was seen to do.
 
@@ -29,7 +29,7 @@ def open_api(
     OPENAI_API_KEY. EndpointError where the server hangs, fails or lies; BudgetError where a request would not fit.
     """
     endpoint = endpoint_of(ref)
-    client = Client(endpoint, Meter(budget or Budget()), patience, key_for(endpoint))
+    client = Client(endpoint, Meter(budget or Budget()), patience or Patience(), key_for(endpoint))
     endpoint, told = capabilities.named(client, endpoint)
     answers = Cache(cache or default_cache())
     can = told.can if told else capabilities.probed(client, endpoint, answers)

@@ -69,10 +69,8 @@ def named(client: Client, endpoint: Endpoint) -> tuple[Endpoint, Told | None]:
     except (Refused, EndpointError) as error:
         if not endpoint.model or _deaf(error):
             raise _plain(endpoint, error) from None
-        return (
-            endpoint,
-            None,
-        )  # transformers' server answers 500 where it has no cache directory, and serves all the same
+        # transformers' server answers 500 where it has no cache directory, and serves all the same.
+        return endpoint, None
     names = [entry["id"] for entry in entries if isinstance(entry.get("id"), str)]
     if not endpoint.model:
         if len(names) != 1:
@@ -172,7 +170,7 @@ def _tells(choices: list[answers.Choice] | None, k: int, url: str) -> bool:
 
 
 def _works(attempt: Callable[[], Any]) -> bool:
-    """Whether a server that answered, answered with what the protocol says. One that ignores a field lacks the ability."""
+    """Whether an answer is what the protocol says. A server that ignores a field lacks the ability."""
     try:
         attempt()
     except (EndpointError, IndexError):

@@ -41,7 +41,7 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 @final
 @dataclass(frozen=True)
 class Patience:
-    """timeout: seconds for one whole answer. retries: tries after the first. concurrency: requests under way at once."""
+    """timeout: seconds for one whole answer. retries: tries after the first. concurrency: requests at once."""
 
     timeout: float = 120.0
     retries: int = 5
@@ -54,6 +54,9 @@ class Charge(NamedTuple):
 
     queries: int = 0
     tokens: int = 0
+
+
+FREE = Charge()
 
 
 class Refused(Exception):
@@ -84,7 +87,7 @@ class Client:
         )
         weakref.finalize(self, self._http.close)
 
-    def get(self, path: str, charge: Charge = Charge(), **patience: Any) -> bytes:
+    def get(self, path: str, charge: Charge = FREE, **patience: Any) -> bytes:
         """The body that lies at a path."""
         return self._ask("GET", path, None, charge, None, **patience)
 

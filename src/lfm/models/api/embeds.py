@@ -1,4 +1,4 @@
-"""Input embeddings as text: base64 of safetensors, and (reading only) base64 of torch.save, which is never unpickled."""
+"""Input embeddings as text: base64 of safetensors, and (reading only) of torch.save, which is never unpickled."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _from_zip(raw: bytes) -> Tensor:
 
 
 def _one_tensor(pickled: bytes) -> tuple[tuple[int, ...], tuple[int, ...], int, str, str]:
-    """(shape, stride, offset, dtype, storage key) if the pickle rebuilds one plain tensor; UnsafeError if anything else."""
+    """(shape, stride, offset, dtype, storage key) if the pickle rebuilds one plain tensor, else UnsafeError."""
     match _read(pickled):
         case _Call(
             function=function,
@@ -154,7 +154,7 @@ def _read(pickled: bytes) -> Any:
                 case "PROTO" | "FRAME":
                     pass
                 case "GLOBAL":
-                    stack.append(_Name(argument))
+                    stack.append(_Name(str(argument)))
                 case "MARK":
                     stack.append(_MARK)
                 case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":

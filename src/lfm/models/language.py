@@ -163,7 +163,13 @@ class CausalLogprobs:
 def ranked(tokenizer: Any, logits: Tensor, k: int) -> Ranked:
     """The k best (token text, log-probability) of one position's logits (V,)."""
     values, ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
-    return tuple((tokenizer.decode([i]), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
+    return tuple((piece(tokenizer, i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def piece(tokenizer: Any, token: int) -> str:
+    """A token's text as it continues other text: with the space it brings, which decoding it alone may strip."""
+    text = tokenizer.decode([token])
+    return f" {text}" if text[:1] != " " and tokenizer.convert_ids_to_tokens(token).startswith("▁") else text
 
 
 @final

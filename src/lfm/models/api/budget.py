@@ -1,4 +1,4 @@
-"""A budget of queries and tokens that is never exceeded: charged before a request leaves, settled when it is answered."""
+"""A budget of queries and tokens that is never exceeded: charged before a request leaves, settled by its answer."""
 
 from __future__ import annotations
 

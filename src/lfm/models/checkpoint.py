@@ -301,6 +301,7 @@ def facts(source: Source) -> Facts:
         labels=tuple(str(labels[key]) for key in sorted(labels, key=int)),
         layers=int(look.get("num_hidden_layers") or look.get("n_layer") or look.get("num_layers") or 0),
         width=int(look.get("hidden_size") or look.get("n_embd") or look.get("d_model") or 0),
+        context=int(look.get("max_position_embeddings") or look.get("n_positions") or look.get("n_ctx") or 0),
     )
 
 

@@ -31,12 +31,12 @@ def _takes(forward: type) -> frozenset[str] | None:
 def forward(module: nn.Module, batch: Batch) -> Tensor:
     """The module's logits in fp32: (B, T, V) or (B, classes); an encoder's hidden states (B, T, width).
 
-    Keys that the forward does not take ("labels" first of all) are left out. A module that is not of transformers is
+    Keys that the forward does not take are left out, "labels" too: an encoder-decoder without "decoder_input_ids" reads
+    them shifted by one place. A module that is not of transformers is
     called with the batch's first tensor.
     """
-    takes = _takes(type(module)) or (
-        _takes(type(module.get_base_model())) if hasattr(module, "get_base_model") else None  # type: ignore[operator]
-    )
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+    takes = _takes(type(module)) or _takes(type(inner))
     where = next(module.parameters()).device
     if takes is None:
         name = "pixel_values" if "pixel_values" in batch else next(iter(batch))
@@ -45,6 +45,9 @@ def forward(module: nn.Module, batch: Batch) -> Tensor:
         given = {k: v.to(where) for k, v in batch.items() if k in takes and k != "labels"}
         if "use_cache" in takes:
             given["use_cache"] = False  # type: ignore[assignment]
+        if "decoder_input_ids" in takes and "decoder_input_ids" not in given and "labels" in batch:
+            shift = inner.prepare_decoder_input_ids_from_labels  # type: ignore[union-attr]
+            given["decoder_input_ids"] = shift(labels=batch["labels"].to(where))  # type: ignore[operator]
         out = module(**given)
     if isinstance(out, torch.Tensor):
         return out.float()

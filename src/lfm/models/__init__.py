@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,27 @@ Find = Callable[[str], str | None]
 """digest → a reference of a model with that digest, if one is known."""
 
 
+Schemes = Mapping[str, Callable[[str], Model]]
+"""prefix → what opens the rest of a reference that begins with it."""
+
+
 def load(
-    ref: str | Path, *, module: Callable[[], nn.Module] | None = None, find: Find | None = None, **api: Any
+    ref: str | Path,
+    *,
+    module: Callable[[], nn.Module] | None = None,
+    find: Find | None = None,
+    schemes: Schemes | None = None,
+    **api: Any,
 ) -> Model:
     """A model by reference: a directory (checkpoint, adapter, program), a .safetensors file, or `api:URL[#model]`.
 
     module: builds the architecture of a bare state dict. find: where a part or base may lie if it has moved.
-    api: what lfm.models.api.open_api takes. ModelError says what was looked for.
+    schemes: other kinds of reference. api: what lfm.models.api.open_api takes. ModelError says what was looked for.
     """
     text = str(ref)
+    for prefix, opened in (schemes or {}).items():
+        if text.startswith(prefix):
+            return opened(text.removeprefix(prefix))
     if text.startswith("api:"):
         from lfm.models.api import open_api
 
@@ -50,14 +62,14 @@ def load(
             why=f"in {path.parent} there is {', '.join(near[:3])}" if near else "no such directory",
             fix="give a directory, a .safetensors file, zoo:NAME (see `lfm zoo`), or api:URL",
         )
-    return _directory(path.resolve(), module, find, api)
+    return _directory(path.resolve(), module, find, {**api, "schemes": schemes})
 
 
-def _directory(path: Path, module: Any, find: Find | None, api: dict[str, Any]) -> Model:
+def _directory(path: Path, module: Any, find: Find | None, rest: dict[str, Any]) -> Model:
     def part(ref: str, digest: str) -> Model:
         error: ModelError | MismatchError | None = None
         try:
-            found = load(ref, find=find, **api)
+            found = load(ref, find=find, **rest)
             if not digest or found.digest == digest:
                 return found
             error = MismatchError(f"{ref} has digest {found.digest[:12]}, {path} was made with {digest[:12]}")
@@ -65,7 +77,7 @@ def _directory(path: Path, module: Any, find: Find | None, api: dict[str, Any]) 
             error = missing
         other = find(digest) if find and digest else None
         if other:
-            return load(other, find=find, **api)
+            return load(other, find=find, **rest)
         raise ModelError(
             f"{path} is made over a model that cannot be found",
             why=error.what,

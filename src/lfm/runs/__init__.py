@@ -1,0 +1,40 @@
+"""Runs: models in, a verified new model out; the directory that tells it, and what can be asked of it later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lfm.core.model import Model
+from lfm.record import RunRecord as RunRecord
+from lfm.record import Verified
+from lfm.record import read as read
+from lfm.runs import verification
+from lfm.runs.ancestry import Node as Node
+from lfm.runs.ancestry import lineage as lineage
+from lfm.runs.comparison import Comparison as Comparison
+from lfm.runs.comparison import compare as compare
+from lfm.runs.execute import Order as Order
+from lfm.runs.execute import Prepared as Prepared
+from lfm.runs.execute import execute as execute
+from lfm.runs.execute import key_of as key_of
+from lfm.runs.execute import prepare as prepare
+from lfm.runs.execute import versions as versions
+from lfm.runs.planning import plan as plan
+from lfm.runs.refs import model as model
+from lfm.runs.refs import records as records
+from lfm.runs.run import LocalRun as LocalRun
+from lfm.runs.run import Show as Show
+from lfm.runs.undoing import undo as _undo
+
+
+def verify(directory: Path) -> Verified:
+    """Hold a run directory against its own record. VerifyError if its bytes or its answers have changed."""
+    return verification.verify(directory, model)
+
+
+def undo(directory: Path, out: Path) -> str:
+    """Write the model as it was before the run to `out`; returns its digest, which is the base's."""
+    return _undo(directory, out, model)
+
+
+__all__ = ["Model"]

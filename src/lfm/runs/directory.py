@@ -1,0 +1,84 @@
+"""A run's place on disk: worked on beside its final path, under a lock, and moved there whole."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lfm.core.errors import OutputError
+from lfm.runs import journal
+
+
+def work_for(out: Path) -> Path:
+    """The hidden directory beside `out` in which the run is made."""
+    return out.parent / f".{out.name}.lfm"
+
+
+@contextmanager
+def claim(out: Path, key: str) -> Iterator[Path]:
+    """The run's work directory, held by this process alone; what an interrupted run of the same key left is in it.
+
+    OutputError if `out` exists, if another process is making it, if it cannot be written, or if an interrupted run with
+    other settings was to become it. An error before the first step is kept leaves nothing behind.
+    """
+    if out.exists():
+        raise OutputError(f"{out} exists", fix="choose another --out, or remove it first")
+    work = work_for(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
+        lock = (work / "lock").open("w")
+    except OSError as error:
+        raise OutputError(f"cannot write beside {out}", why=str(error.strerror)) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"another process is making {out}", fix="wait for it, or choose another --out") from None
+        if out.exists() or not (work / "lock").exists():
+            raise OutputError(f"another process has just made {out}", fix="choose another --out")
+        _same_run(work, key, out)
+        try:
+            yield work
+        except BaseException:
+            if not _worth_keeping(work):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def publish(work: Path, artefact: Path, out: Path) -> None:
+    """Move the finished artefact to its place, whole, and remove what it was made in."""
+    for file in artefact.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    try:
+        artefact.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise OutputError(f"{out} appeared while the run was made", fix="choose another --out") from None
+        raise OutputError(f"cannot move the result to {out}", why=str(error.strerror)) from None
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _same_run(work: Path, key: str, out: Path) -> None:
+    recorded = work / "key"
+    if not recorded.exists():
+        journal.put(recorded, key)
+    elif recorded.read_text(encoding="utf-8") != key and _worth_keeping(work):
+        raise OutputError(
+            f"an interrupted run with other settings or inputs was to become {out}",
+            fix=f"finish it with those, choose another --out, or remove {work}",
+        )
+    else:
+        journal.put(recorded, key)
+
+
+def _worth_keeping(work: Path) -> bool:
+    """Whether a resumed run would be spared anything: kept steps, training checkpoints, or paid answers."""
+    return any(file.is_file() and file.name not in ("lock", "key") for file in work.rglob("*"))

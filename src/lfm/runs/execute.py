@@ -1,0 +1,277 @@
+"""One run: models in, a verified new model (or finding) out, in a directory that stands alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, final
+
+from lfm import record
+from lfm.core import registry
+from lfm.core.config import configure, values
+from lfm.core.errors import LfmError, OutputError
+from lfm.core.finding import Finding
+from lfm.core.method import Inputs, check
+from lfm.core.model import Model
+from lfm.data import files
+from lfm.data.records import Record, kind_of
+from lfm.record import DataInput, Input, Measure, Output, RunRecord, Sample
+from lfm.runs import card, directory, ledger, planning, refs, undoing, verification
+from lfm.runs.run import LocalRun, Show, silent
+
+PACKAGES = ("learn-from-model", "torch", "transformers", "peft", "safetensors", "numpy")
+
+
+@final
+@dataclass(frozen=True)
+class Order:
+    """What is asked for: a method, what fills its roles, its settings, and where the result goes.
+
+    models, data: role → references (or what they refer to). evals: data on which the first model and the result are
+    measured. form: the format to save in, where the result has several. budget: (queries, tokens) of endpoints.
+    """
+
+    id: str
+    models: Mapping[str, Sequence[str | Path | Model]]
+    data: Mapping[str, str | Path | Sequence[Record]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    out: Path = Path("out")
+    seed: int = 0
+    evals: Sequence[str | Path | Sequence[Record]] = ()
+    form: str = ""
+    budget: tuple[int | None, int | None] = (None, None)
+    title: str = ""
+    command: str = ""
+
+
+@final
+@dataclass(frozen=True)
+class Prepared:
+    """An order whose references are opened and whose inputs are checked; no weight has been read."""
+
+    order: Order
+    listed: registry.Listed
+    config: Any
+    whole: Inputs  # everything each model gives: for evaluation
+    inputs: Inputs  # what the method may use
+    evals: Mapping[str, tuple[Record, ...]]
+
+
+def prepare(order: Order, show: Show = silent) -> Prepared:
+    """Open and check everything that can fail before work begins. Raises the LfmError that says what to mend."""
+    listed = registry.get(order.id)
+    config = configure(listed.method.config, order.settings, where=order.id)
+    opened = {
+        role: tuple(refs.model(ref, show=show, **_api(order, ref)) for ref in given)
+        for role, given in order.models.items()
+    }
+    data = {role: refs.records(ref, show=show) for role, ref in order.data.items()}
+    whole = Inputs(opened, data)
+    inputs = check(order.id, listed.method, whole, alternatives=partial(_alternatives, opened))
+    if listed.method.agree:
+        listed.method.agree(config, inputs)
+    evals = {_name(ref, place): refs.records(ref, show=show) for place, ref in enumerate(order.evals)}
+    return Prepared(order, listed, config, whole, inputs, evals)
+
+
+def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None] | None = None) -> RunRecord:
+    """Run it. The directory `order.out` appears whole, or not at all; run again after a kill, it resumes.
+
+    report: writes a page about the finished directory into it, before it is published.
+    """
+    began, cpu = time.time(), _cpu()
+    if order.out.exists():
+        raise OutputError(f"{order.out} exists", fix="choose another --out, or remove it first")
+    prepared = prepare(order, show)
+    show("reading inputs", 0, None)
+    key = key_of(prepared)
+    estimate = planning.plan(prepared)
+    with directory.claim(order.out, key) as work:
+        run = LocalRun(order.seed, work, show)
+        first = next((m[0] for m in prepared.whole.models.values() if m), None)
+        before = _evaluate(run, "before", first, prepared.evals)
+        made = prepared.listed.method.run(prepared.config, prepared.inputs, run)
+        artefact = work / "artefact"
+        shutil.rmtree(artefact, ignore_errors=True)
+        artefact.mkdir()
+        show("saving", 0, None)
+        made.save(artefact, *([order.form] if order.form and isinstance(made, Model) else []))
+        show("verifying", 0, None)
+        reopen = partial(refs.model, show=show)
+        verified = verification.held_against(made, artefact, reopen)
+        saved = made if isinstance(made, Finding) else reopen(artefact)
+        after = {} if isinstance(saved, Finding) else _evaluate(run, "after", saved, prepared.evals)
+        undoable = isinstance(made, Model) and undoing.keep(made, _input(prepared), artefact)
+        done = RunRecord(
+            id=order.id,
+            key=key,
+            config=values(prepared.config),
+            seed=order.seed,
+            inputs=tuple(_inputs(prepared)),
+            data=tuple(_data(prepared)),
+            output=_output(saved, order, artefact),
+            verified=verified,
+            summary=prepared.listed.summary,
+            title=order.title,
+            before={name: e["metrics"] for name, e in before.items()},
+            after={name: e["metrics"] for name, e in after.items()},
+            notes={**run.notes, **(made.metrics if isinstance(made, Finding) else {})},
+            curves={name: tuple(points) for name, points in run.curves.items()},
+            samples=_samples(before, after),
+            command=order.command,
+            versions=versions(),
+            started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+            seconds=round(time.time() - began, 3),
+            cpu_seconds=round(_cpu() - cpu, 3),
+            planned_seconds=estimate.seconds,
+            undo=bool(undoable),
+        )
+        record.write(done, artefact)
+        card.write(done, artefact, prepared.listed.method.paper)
+        if report:
+            report(artefact)
+        directory.publish(work, artefact, order.out)
+    ledger.add(ledger.entries_of(order.out))
+    return done
+
+
+def key_of(prepared: Prepared) -> str:
+    """sha256 over all that decides the result: method, settings, inputs by digest, seed, evaluations, lfm's version."""
+    order = prepared.order
+    whole = {
+        "id": order.id,
+        "config": values(prepared.config),
+        "models": {role: [m.digest for m in given] for role, given in prepared.inputs.models.items()},
+        "data": {role: files.digest(r) for role, r in prepared.inputs.data.items()},
+        "evals": {name: files.digest(r) for name, r in prepared.evals.items()},
+        "seed": order.seed,
+        "form": order.form,
+        "version": metadata.version("learn-from-model"),
+    }
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python, the platform, and the packages that results depend on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _api(order: Order, ref: Any) -> dict[str, Any]:
+    if not str(ref).startswith(("api:", "serve:")):
+        return {}
+    from lfm.models.api import Budget
+
+    queries, tokens = order.budget
+    work = directory.work_for(order.out)
+    work.mkdir(parents=True, exist_ok=True)
+    return {"budget": Budget(queries=queries, tokens=tokens, path=work / "budget.sqlite")}
+
+
+def _alternatives(opened: Mapping[str, tuple[Model, ...]]) -> list[str]:
+    given = [set(m.gives) for models in opened.values() for m in models]
+    return [m.id for m in registry.methods(have=set.intersection(*given))] if given else []
+
+
+def _name(ref: Any, place: int) -> str:
+    if isinstance(ref, str | Path):
+        return Path(str(ref).removeprefix("zoo:")).stem
+    return f"data{place or ''}"
+
+
+def _evaluate(run: LocalRun, when: str, model: Model | None, evals: Mapping[str, tuple[Record, ...]]) -> dict[str, Any]:
+    """Each evaluation's metrics and samples; kept as a step, so that a resumed run does not pay again."""
+    if model is None or not evals:
+        return {}
+    from lfm.evals import evaluate
+
+    found: dict[str, Any] = {}
+    for name, data in evals.items():
+
+        def measured(name: str = name, data: tuple[Record, ...] = data) -> dict[str, Any]:
+            run.show(f"measuring {name} {when}", 0, None)
+            result = evaluate(model, data, seed=run.seed)
+            return {
+                "metrics": {m: [v.value, v.low, v.high, v.n] for m, v in result.metrics.items()},
+                "samples": [[s.prompt, s.answer] for s in result.samples],
+            }
+
+        try:
+            kept = run.step(f"{when} {name} {model.digest}", measured)
+        except LfmError as error:
+            if when == "before":
+                continue  # an input that cannot take this data says nothing about the output
+            raise error
+        found[name] = {
+            "metrics": {m: Measure(value=v[0], low=v[1], high=v[2], n=v[3]) for m, v in kept["metrics"].items()},
+            "samples": kept["samples"],
+        }
+    return found
+
+
+def _samples(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Sample, ...]:
+    found = []
+    for name, measured in after.items():
+        then = dict(before.get(name, {}).get("samples", []))
+        found += [Sample(prompt=p, before=then.get(p, ""), after=a) for p, a in measured["samples"]]
+    return tuple(found)
+
+
+def _input(prepared: Prepared) -> Model | None:
+    return next((m[0] for m in prepared.whole.models.values() if m), None)
+
+
+def _inputs(prepared: Prepared) -> list[Input]:
+    found = []
+    for role, given in prepared.whole.models.items():
+        for ref, model in zip(prepared.order.models[role], given, strict=True):
+            shown = model.ref if isinstance(ref, Model) else str(ref)
+            path = str(Path(model.ref).resolve()) if Path(model.ref).exists() else ""
+            found.append(
+                Input(
+                    role=role,
+                    ref=shown,
+                    path=path,
+                    kind=model.kind,
+                    digest=model.digest,
+                    facts={k: v for k, v in model.facts._asdict().items() if k not in ("labels", "vocabulary_digest")},
+                )
+            )
+    return found
+
+
+def _data(prepared: Prepared) -> list[DataInput]:
+    return [
+        DataInput(
+            role=role,
+            ref=str(ref) if isinstance(ref, str | Path) else "records given in Python",
+            digest=files.digest(prepared.whole.data[role]),
+            records=len(prepared.whole.data[role]),
+            kind=kind_of(prepared.whole.data[role][0]) if prepared.whole.data[role] else "",
+        )
+        for role, ref in prepared.order.data.items()
+    ]
+
+
+def _output(saved: Model | Finding, order: Order, artefact: Path) -> Output:
+    size = sum(file.stat().st_size for file in artefact.rglob("*") if file.is_file())
+    if isinstance(saved, Finding):
+        return Output(kind="finding", digest=saved.digest, format="finding", bytes=size)
+    return Output(kind=saved.kind, digest=saved.digest, format=order.form or saved.kind, bytes=size)
+
+
+def _cpu() -> float:
+    mine = os.times()
+    return mine.user + mine.system + mine.children_user + mine.children_system

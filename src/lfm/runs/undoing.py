@@ -1,0 +1,79 @@
+"""Undo: a change that leaves most of a model alone comes off to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lfm import record
+from lfm.core.errors import OutputError, VerifyError
+from lfm.core.model import LazyTensor, Model, Weights
+
+STEM = "undo"
+TENSORS = f"{STEM}.safetensors"
+LARGEST_SHARE = 0.5
+"""Of the model's bytes: past it, keeping the base itself is what one would want."""
+
+
+def keep(made: Model, base: Model | None, artefact: Path) -> bool:
+    """Write beside a changed checkpoint what its base held in place of what changed; False where that is too much."""
+    from lfm.tensors.write import write_tensors
+
+    if base is None or not made.restore or made.kind != "checkpoint" or not made.can(Weights):
+        return False
+    changed = _changed(made.ask(Weights).tensors(), made.restore)
+    size = sum(prod(t.shape) * t.dtype.itemsize for t in changed.values())
+    if not changed or size > LARGEST_SHARE * base.facts.bytes:
+        return False
+    write_tensors(artefact, changed, stem=STEM)
+    (artefact / "undo.json").write_text(json.dumps({"base": base.digest, "tensors": sorted(changed)}, indent=1) + "\n")
+    return True
+
+
+def undo(directory: Path, out: Path, load: Any) -> str:
+    """Write to `out` the model as it was before the run; its digest is the base's. OutputError if that was not kept."""
+    from lfm.tensors.files import open_tensors
+
+    run = record.read(directory)
+    if out.exists():
+        raise OutputError(f"{out} exists", fix="choose another --out, or remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = load(directory)
+    if run.output.kind == "adapter":
+        before, base = load(json.loads((directory / "base.json").read_text())["ref"]), run.inputs[0].digest
+    elif (directory / TENSORS).exists():
+        before = made.ask(Weights).replace(open_tensors(directory / TENSORS))
+        base = json.loads((directory / "undo.json").read_text())["base"]
+    else:
+        raise OutputError(
+            f"{directory} cannot be undone",
+            why="its run changed most of the model, or made a new one",
+            fix="its input is named in run.json: " + ", ".join(i.ref for i in run.inputs),
+        )
+    if before.digest != base:
+        raise VerifyError(
+            "undoing does not give the base back", why=f"digest {before.digest[:12]}, the base had {base[:12]}"
+        )
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        before.save(partial, "checkpoint" if "checkpoint" in before.formats else "")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return base
+
+
+def _changed(after: Mapping[str, LazyTensor], before: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    import torch
+
+    return {
+        name: old
+        for name, old in before.items()
+        if name in after and not torch.equal(old.read().view(torch.uint8), after[name].read().view(torch.uint8))
+    }

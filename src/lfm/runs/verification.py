@@ -1,0 +1,130 @@
+"""What was tested is what was saved: the output is opened again and held against the one in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lfm import record
+from lfm.core import finding
+from lfm.core.errors import AccessError, VerifyError
+from lfm.core.finding import Finding
+from lfm.core.heavy import np, torch
+from lfm.core.model import Batch, Codec, LazyTensor, Logits, Logprobs, Model, Weights
+from lfm.models import load
+from lfm.record import Verified
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOLERANCE = 1e-4
+"""Largest difference that is not an error: the same numbers summed in another order, never another model."""
+
+PROBES = ("The", "Once upon a time there was", "What is the answer?", "In the end, everyone went home and")
+PROBE_VALUES = 64
+
+
+def held_against(made: Model | Finding, directory: Path, load_saved: Any = load) -> Verified:
+    """Reload what was saved in a directory and compare it with what was made. VerifyError if they differ."""
+    if isinstance(made, Finding):
+        same = finding.read(directory).digest == made.digest
+        result = Verified(quantity="finding", max_abs=0.0 if same else float("inf"), on="all of it")
+    else:
+        result = compare(made, load_saved(directory))
+    if not result.max_abs <= TOLERANCE:
+        raise VerifyError(
+            "what was saved is not what was made",
+            why=f"max |Δ{result.quantity}| = {result.max_abs:.3g} on {result.on}",
+            fix="nothing was published; please report this with the command that you ran",
+        )
+    return result
+
+
+def compare(a: Model, b: Model) -> Verified:
+    """The largest difference by the strongest means that both give: logits, log-probabilities, or all weights."""
+    batch = probe(b) if b.can(Logits) and a.can(Logits) else None
+    if batch is not None:
+        x, y = a.ask(Logits).logits(batch), b.ask(Logits).logits(batch)
+        kept = y.flatten()[:: max(1, y.numel() // PROBE_VALUES)][:PROBE_VALUES]
+        what = "images" if "pixel_values" in batch else "texts"
+        rows = len(next(iter(batch.values())))
+        return Verified(
+            quantity="logit", max_abs=distance(x, y), on=f"{rows} probe {what}", probe=tuple(map(float, kept))
+        )
+    if a.can(Logprobs) and b.can(Logprobs):
+        return _compare_logprobs(a, b)
+    if a.can(Weights) and b.can(Weights):
+        left, right = a.ask(Weights).tensors(), b.ask(Weights).tensors()
+        return Verified(quantity="weight", max_abs=weight_distance(left, right), on=f"{len(right)} tensors")
+    raise AccessError(f"{a.ref} and {b.ref} cannot be compared", why="they share neither logits, logprobs nor weights")
+
+
+def _compare_logprobs(a: Model, b: Model) -> Verified:
+    words = [" the"] * len(PROBES)
+    x, y = (model.ask(Logprobs).score(PROBES, words) for model in (a, b))
+    apart = [abs(p.total - q.total) for p, q in zip(x, y, strict=True)]
+    return Verified(
+        quantity="logprob", max_abs=max(apart), on=f"{len(PROBES)} probe texts", probe=tuple(q.total for q in y)
+    )
+
+
+def probe(model: Model) -> Batch | None:
+    """A fixed batch that the model can take; None where it has no codec to make one."""
+    if not model.can(Codec):
+        return None
+    codec = model.ask(Codec)
+    if model.facts.task == "image-classification":
+        noise = np.random.default_rng(0).integers(0, 256, size=(4, 32, 32, 3), dtype=np.uint8)
+        return codec.images(list(noise))
+    batch = dict(codec.texts(PROBES))
+    if model.facts.task == "seq2seq-lm":
+        batch["decoder_input_ids"] = batch["input_ids"][:, :4]
+    return batch
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    """max |x − y|; infinite where the shapes differ or one is not a number."""
+    if x.shape != y.shape:
+        return float("inf")
+    apart = (x.double() - y.double()).abs().max() if x.numel() else torch.zeros(())
+    return float("inf") if bool(torch.isnan(apart)) else float(apart)
+
+
+def weight_distance(left: Mapping[str, LazyTensor], right: Mapping[str, LazyTensor]) -> float:
+    """max |Δ| over all tensors, one at a time; infinite where names or shapes differ."""
+    if set(left) != set(right):
+        return float("inf")
+    return max((distance(left[name].read(), right[name].read()) for name in left), default=0.0)
+
+
+def verify(directory: Path, load_saved: Any = load) -> Verified:
+    """Hold a run directory against its own record: the digest, and the probe's values. VerifyError if they differ."""
+    run = record.read(directory)
+    if run.output.kind == "finding":
+        now = finding.read(directory).digest
+        _same_digest(directory, now, run.output.digest)
+        return Verified(quantity="finding", max_abs=0.0, on="all of it")
+    model = load_saved(directory)
+    _same_digest(directory, model.digest, run.output.digest)
+    again = compare(model, model)
+    values: Sequence[float] = again.probe
+    if run.verified.probe and len(values) == len(run.verified.probe):
+        apart = max(abs(p - q) for p, q in zip(values, run.verified.probe, strict=True))
+        if not apart <= TOLERANCE:
+            raise VerifyError(
+                f"{directory} answers otherwise than when it was made",
+                why=f"max |Δ{again.quantity}| = {apart:.3g} on {again.on}; its bytes are the same",
+                fix="compare the versions in run.json with `lfm doctor`",
+            )
+        return Verified(quantity=again.quantity, max_abs=apart, on=again.on, probe=tuple(values))
+    return again
+
+
+def _same_digest(directory: Path, now: str, then: str) -> None:
+    if now != then:
+        raise VerifyError(
+            f"{directory} is not what its run made",
+            why=f"its digest is {now[:12]}, recorded was {then[:12]}",
+            fix="restore it from where it came, or run its command again (in run.json)",
+        )

@@ -84,7 +84,7 @@ class Whole:
 
 def lazy(tensor: LazyTensor | Tensor) -> LazyTensor:
     """A LazyTensor of either."""
-    return Held(tensor) if isinstance(tensor, torch.Tensor) else tensor
+    return Held(tensor.detach().contiguous()) if isinstance(tensor, torch.Tensor) else tensor
 
 
 def size(tensor: LazyTensor | Tensor) -> int:

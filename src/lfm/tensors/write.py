@@ -92,17 +92,21 @@ def write_tensors(
 
 
 def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
-    """In the given order, each file filled until the next tensor would exceed the limit."""
-    groups: list[dict[str, LazyTensor]] = [{}]
+    """In the given order, each file filled until the next tensor would exceed the limit; a larger one goes alone."""
+    groups: list[dict[str, LazyTensor]] = []
+    filling: dict[str, LazyTensor] = {}
     filled = 0
     for name, tensor in tensors.items():
         bytes_ = size(tensor) * DTYPES[dtype_code(tensor.dtype)][1]
-        if groups[-1] and filled + bytes_ > limit:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = tensor
+        if bytes_ > limit:
+            groups.append({name: tensor})
+            continue
+        if filled + bytes_ > limit:
+            groups.append(filling)
+            filling, filled = {}, 0
+        filling[name] = tensor
         filled += bytes_
-    return groups
+    return [*groups, filling] if filling or not groups else groups
 
 
 def _plan(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> _Planned:

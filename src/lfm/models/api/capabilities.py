@@ -102,11 +102,14 @@ def probed(client: Client, endpoint: Endpoint, cache: Cache) -> Capabilities:
 
 def facts_of(told: Told | None) -> Facts:
     """What is known of the model behind an endpoint."""
-    known = {} if told is None else {k: v for k, v in told.facts.items() if k in Facts._fields}
-    try:
-        return msgspec.convert({"task": "causal-lm", **known}, Facts)
-    except msgspec.ValidationError:
-        return Facts(task="causal-lm")
+    known = {"task": "causal-lm"} if told is None else told.facts
+    plain = Facts()
+    found = {
+        name: tuple(map(str, known[name])) if name == "labels" else known[name]
+        for name, default in zip(Facts._fields, plain, strict=True)
+        if isinstance(known.get(name), list if name == "labels" else type(default))
+    }
+    return plain._replace(**found)
 
 
 def _probe(client: Client, endpoint: Endpoint) -> Capabilities:

@@ -1,0 +1,86 @@
+"""`lfm serve REF`: any model behind OpenAI's protocol, so that any client can use it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lfm.core.errors import OutputError
+from lfm.core.model import Model
+from lfm.serve.protocol import LARGEST, application
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.applications import Starlette
+
+__all__ = ["app", "running", "serve"]
+
+
+def app(model: Model, name: str, *, largest: int = LARGEST) -> Starlette:
+    """The ASGI application that serves a model under a name."""
+    return application(model, name, largest=largest)
+
+
+def serve(model: Model, host: str = "127.0.0.1", port: int = 0, *, name: str = "", announce: Any = print) -> None:
+    """Serve until interrupted. port 0: any free one. announce: called once with the URL that clients need."""
+    with _listening(host, port) as listener:
+        announce(_url(listener))
+        _server(model, name or named(model)).run(sockets=[listener])
+
+
+@contextmanager
+def running(model: Model, *, name: str = "", port: int = 0) -> Iterator[str]:
+    """The URL of a server of this model on this machine, in a thread, for as long as the context lasts."""
+    with _listening("127.0.0.1", port) as listener:
+        server = _server(model, name or named(model))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="lfm-serve", daemon=True)
+        thread.start()
+        try:
+            yield _url(listener)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def named(model: Model) -> str:
+    """The name a model is served under unless told otherwise: the last part of its reference."""
+    return model.ref.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1].rsplit("#", 1)[-1] or "model"
+
+
+def _server(model: Model, name: str) -> uvicorn.Server:
+    import uvicorn
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app(model, name),
+            log_level="warning",
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=5,
+            access_log=False,
+        )
+    )
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise OutputError(
+                f"nothing can listen at {host} port {port}", why=str(error), fix="choose another --port, or 0 for any"
+            ) from None
+        # Listening already, so that a client that connects at once waits instead of failing.
+        listener.listen(128)
+        yield listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

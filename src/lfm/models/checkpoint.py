@@ -23,9 +23,18 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures_version")
 """Keys of config.json that do not change what the model computes; left out of its digest."""
-NOT_OURS = {"run.json", "finding.json", "program.json", "adapter_config.json", "trainer_state.json"}
-PASSED_ON = (".json", ".txt", ".model", ".jinja")
-"""Endings of the small files beside the weights (tokenizer, processor, chat template) that go on with the model."""
+PASSED_ON = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*processor_config.json",
+    "generation_config.json",
+    "*.model",
+    "*.jinja",
+)
+"""Names of the small files beside the weights (tokenizer, processor, chat template) that go on with the model."""
 
 
 @final
@@ -40,6 +49,7 @@ class Source:
     build: Callable[[], nn.Module] | None = None  # a bare state dict's module, given in Python
     restore: Mapping[str, LazyTensor] | None = None
     low_rank: Mapping[str, LowRank] | None = None
+    written: str = ""  # config.json as it was read: unchanged, it is written back byte for byte
 
     @cached_property
     def stored(self) -> Mapping[str, LazyTensor | Tensor]:
@@ -60,19 +70,17 @@ def open_checkpoint(directory: Path) -> Model:
 
     path = directory / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        written = path.read_text(encoding="utf-8")
+        config = json.loads(written)
         assert isinstance(config, dict)
     except (json.JSONDecodeError, UnicodeDecodeError, AssertionError) as error:
         raise CorruptError(f"{path} is not a JSON object", why=str(error)) from None
     files = {
         file.name: file
         for file in sorted(directory.iterdir())
-        if file.suffix in PASSED_ON
-        and file.name not in {CONFIG, *NOT_OURS}
-        and not file.name.endswith(".index.json")
-        and file.is_file()
+        if file.is_file() and any(file.match(pattern) for pattern in PASSED_ON)
     }
-    return model_of(Source(str(directory), config, partial(open_tensors, directory), files))
+    return model_of(Source(str(directory), config, partial(open_tensors, directory), files, written=written))
 
 
 def open_bare(file: Path, build: Callable[[], nn.Module] | None = None) -> Model:
@@ -311,8 +319,9 @@ def write(source: Source, out: Path) -> None:
 
     write_tensors(out, source.stored)
     if source.config:
-        text = json.dumps(source.config, indent=2, sort_keys=True, ensure_ascii=False)
-        (out / CONFIG).write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(source.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        unchanged = source.written and json.loads(source.written) == source.config
+        (out / CONFIG).write_text(source.written if unchanged else text, encoding="utf-8")
     for name, path in source.files.items():
         shutil.copyfile(path, out / name)
 

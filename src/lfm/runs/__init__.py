@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from lfm.core import registry
+from lfm.core.config import configure
 from lfm.core.model import Model
 from lfm.record import RunRecord as RunRecord
 from lfm.record import Verified
@@ -25,6 +29,11 @@ from lfm.runs.refs import records as records
 from lfm.runs.run import LocalRun as LocalRun
 from lfm.runs.run import Show as Show
 from lfm.runs.undoing import undo as _undo
+
+
+def configured(id: str, settings: Mapping[str, Any]) -> Any:
+    """A method's Config from plain settings. ConfigError where they do not fit."""
+    return configure(registry.get(id).method.config, settings, where=id)
 
 
 def verify(directory: Path) -> Verified:

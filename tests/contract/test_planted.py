@@ -1,0 +1,51 @@
+"""The contract suite catches methods that break their word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import contract
+import outside
+import tiny
+from case import Case
+from lfm.core.errors import AccessError, LfmError
+
+CASE = Case(models={"model": ("model",)})
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LFM_HOME", str(tmp_path / "home"))
+    outside.plant(monkeypatch)
+    tiny.causal(tmp_path / "model")
+    return tmp_path
+
+
+def test_an_honest_method_passes(here: Path) -> None:
+    contract.uses_what_it_declares("edit.nudge", CASE, here)
+    contract.leaves_inputs_alone("edit.nudge", CASE, here)
+    contract.same_seed_same_digest("edit.nudge", CASE, here)
+    contract.resumes_to_the_same_digest("edit.nudge", CASE, here)
+    contract.refuses_before_loading("edit.nudge", CASE, here)
+
+
+def test_one_that_reads_more_than_it_declares_is_caught(here: Path) -> None:
+    with pytest.raises(AccessError, match="weights"):
+        contract.uses_what_it_declares("edit.sneak", CASE, here)
+
+
+def test_one_that_demands_more_than_it_reads_is_caught(here: Path) -> None:
+    with pytest.raises(AssertionError, match="never asks"):
+        contract.uses_what_it_declares("edit.boast", CASE, here)
+
+
+def test_one_that_draws_its_own_randomness_is_caught(here: Path) -> None:
+    with pytest.raises(AssertionError):
+        contract.same_seed_same_digest("edit.moody", CASE, here)
+
+
+def test_one_that_changes_its_input_is_caught(here: Path) -> None:
+    with pytest.raises((AssertionError, LfmError)):  # seen at the end, or by the reader whose file has changed
+        contract.leaves_inputs_alone("edit.vandal", CASE, here)

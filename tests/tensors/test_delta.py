@@ -57,10 +57,18 @@ def test_scope() -> None:
         "none": Held(torch.empty(0)),
     }
     names = ["a", "b", "none"]
-    assert change_thresholds(base, model, names, 0.2, "tensor") == {"a": torch.tensor(0.8).item(), "b": 8.0}
-    assert change_thresholds(base, model, names, 0.2, "model") == {"a": 6.0, "b": 6.0}
-    assert change_thresholds(base, model, names, 0.01, "tensor") == {"a": torch.tensor(0.9).item(), "b": 9.0}
-    assert change_thresholds(base, model, names, 1.0, "model") == {"a": 0.0, "b": 0.0}
+    assert change_thresholds(base, model, names, 0.2, "tensor") == {
+        "a": torch.tensor(0.8).item(),
+        "b": 8.0,
+        "none": 0.0,
+    }
+    assert change_thresholds(base, model, names, 0.2, "model") == {"a": 6.0, "b": 6.0, "none": 6.0}
+    assert change_thresholds(base, model, names, 0.01, "tensor") == {
+        "a": torch.tensor(0.9).item(),
+        "b": 9.0,
+        "none": 0.0,
+    }
+    assert change_thresholds(base, model, names, 1.0, "model") == {"a": 0.0, "b": 0.0, "none": 0.0}
 
 
 def test_scope_over_tensors_of_different_width() -> None:

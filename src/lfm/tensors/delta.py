@@ -45,7 +45,6 @@ def change_thresholds(
     def keep(count: int) -> int:
         return max(1, int(density * count))
 
-    names = [name for name in names if size(base[name])]
     if scope == "model":
         every = [part for name in names for part in changes(name)]
         limit = kth_magnitude(every, keep(sum(size(base[name]) for name in names)), workers=workers)
@@ -60,6 +59,8 @@ def kth_magnitude(parts: Sequence[Callable[[], Tensor]], keep: int, *, workers: 
     each pass: one pass for 16-bit floats, two for fp32, four for fp64. Memory: a few parts and one histogram a worker.
     """
     assert keep >= 1
+    if not parts:
+        return 0.0
     counts, dtype = _histogram(parts, 0, 0, workers)
     if int(counts.sum()) <= keep:
         return 0.0

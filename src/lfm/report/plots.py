@@ -1,0 +1,137 @@
+"""Small plots as SVG text. Colours come from the page's classes, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+from lfm.report import words
+from lfm.report.words import number
+
+POINTS = 240
+"""A longer curve is thinned to this many points: more would not be seen."""
+
+
+class Estimate(NamedTuple):
+    """A value and its confidence interval, where one is known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return (self.value if self.low is None else self.low, self.value if self.high is None else self.high)
+
+
+def change(before: Estimate | None, after: Estimate | None, *, width: int = 190, height: int = 26) -> str:
+    """Before (hollow) and after (filled) on a scale that starts at zero, with their intervals."""
+    known = [e for e in (before, after) if e is not None and math.isfinite(e.value)]
+    if not known:
+        return ""
+    ends = [end for e in known for end in (e.value, *e.ends) if math.isfinite(end)]
+    low, high = min(0.0, *ends), max(*ends, 0.0)
+    if low >= 0 and high <= 1:
+        high = 1.0
+    span = (high / 2 - low / 2) or 1.0  # halves, since the whole may overflow
+
+    def x(value: float) -> float:
+        return round(8 + (width - 16) * (value / 2 - low / 2) / span, 1)
+
+    middle = height / 2
+    parts = [f'<line class="track" x1="{x(low)}" x2="{x(high)}" y1="{middle}" y2="{middle}"/>']
+    for estimate, name in ((before, "before"), (after, "after")):
+        if estimate in known and estimate is not None:
+            a, b = estimate.ends
+            if b > a and math.isfinite(a) and math.isfinite(b):
+                parts.append(f'<line class="interval {name}" x1="{x(a)}" x2="{x(b)}" y1="{middle}" y2="{middle}"/>')
+    if len(known) == 2 and before and after and abs(x(before.value) - x(after.value)) > 1:
+        parts.append(f'<line class="move" x1="{x(before.value)}" x2="{x(after.value)}" y1="{middle}" y2="{middle}"/>')
+    if before in known and before is not None:
+        parts.append(f'<circle class="dot before" cx="{x(before.value)}" cy="{middle}" r="4.5"/>')
+    if after in known and after is not None:
+        parts.append(f'<circle class="dot after" cx="{x(after.value)}" cy="{middle}" r="4.5"/>')
+    spoken = " to ".join(number(e.value) for e in known)
+    return (
+        f'<svg class="change" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{escape(spoken)}">{"".join(parts)}</svg>'
+    )
+
+
+def line(ys: Sequence[float], xs: Sequence[float] = (), *, name: str = "", x_label: str = "", y_label: str = "") -> str:
+    """One curve with its axes; values that are not finite break the line."""
+    width, height, left, right, top, bottom = 340, 170, 46, 12, 12, 30
+    xs = list(xs) or [float(i) for i in range(1, len(ys) + 1)]
+    pairs = thin([(x, y) for x, y in zip(xs, ys) if math.isfinite(x)])
+    finite = [y for _, y in pairs if math.isfinite(y)]
+    if not finite:
+        return ""
+    ticks = nice(min(finite), max(finite))
+    low, high = ticks[0], ticks[-1]
+    first, last = min(x for x, _ in pairs), max(x for x, _ in pairs)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - first) / (last - first) if last > first else 0.5
+        up = (y - low) / (high - low)
+        return round(left + across * (width - left - right), 1), round(
+            height - bottom - up * (height - top - bottom), 1
+        )
+
+    parts = []
+    for tick in ticks:
+        _, y = at(first, tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{left - 7}" y="{y + 3.5}" text-anchor="end">{words.tick(tick)}</text>')
+    for x, anchor in ((first, "start"), (last, "end")) if last > first else ((first, "middle"),):
+        spot = at(x, low)[0]
+        parts.append(
+            f'<text class="tick" x="{spot}" y="{height - bottom + 15}" text-anchor="{anchor}">{words.tick(x)}</text>'
+        )
+    middle, below, label = (left + width - right) / 2, height - bottom + 15, escape(x_label or "step")
+    parts.append(f'<text class="axis" x="{middle}" y="{below}" text-anchor="middle">{label}</text>')
+    for run in _runs(pairs):
+        points = " ".join(f"{px},{py}" for px, py in (at(x, y) for x, y in run))
+        if len(run) == 1:
+            parts.append(f'<circle class="dot after" cx="{points.split(",")[0]}" cy="{points.split(",")[1]}" r="3"/>')
+        else:
+            parts.append(f'<polyline class="curve" points="{points}"/>')
+    end = next((x, y) for x, y in reversed(pairs) if math.isfinite(y))
+    parts.append('<circle class="dot after" cx="{}" cy="{}" r="3.5"/>'.format(*at(*end)))
+    spoken = f"{name or y_label}: from {number(finite[0])} to {number(finite[-1])}"
+    return (
+        f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(spoken)}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def thin(pairs: list[tuple[float, float]], limit: int = POINTS) -> list[tuple[float, float]]:
+    """At most `limit` points, the first and the last kept."""
+    if len(pairs) <= limit:
+        return pairs
+    return [pairs[round(i * (len(pairs) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def nice(low: float, high: float, count: int = 4) -> list[float]:
+    """Round tick values that cover low to high; at least two."""
+    if high - low < 1e-12 * max(abs(low), abs(high), 1e-300) or high == low:
+        pad = abs(low) / 2 or 0.5
+        low, high = low - pad, high + pad
+    raw = (high - low) / count
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= raw * 0.999)
+    start = math.floor(low / step + 1e-9)
+    stop = math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) if abs(step) > 1e-9 else i * step for i in range(start, max(stop, start + 1) + 1)]
+
+
+def _runs(pairs: list[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in pairs:
+        if math.isfinite(y):
+            runs[-1].append((x, y))
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]

@@ -43,7 +43,7 @@ class LocalLogits:
         self._module = module
 
     def logits(self, batch: Batch) -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: a distiller's loss may take these logits
             return forward(self._module(), batch)
 
 
@@ -56,7 +56,7 @@ class LocalFeatures:
 
     def features(self, batch: Batch, sites: Sequence[tuple[str, int]]) -> list[Tensor]:
         module = self._module()
-        with torch.inference_mode(), structure.watch(module, list(sites)) as seen:
+        with torch.no_grad(), structure.watch(module, list(sites)) as seen:
             forward(module, batch)
         return [tensor.float() for tensor in seen]
 

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from lfm.core.config import configure
 from lfm.core.errors import ConfigError, CorruptError, DivergedError, OutputError
+from lfm.runs.run import LocalRun
 from lfm.train import Fit, checkpoint, fit, seeded
 from lfm.train.fit import rate, steps_of
-from train.runs import Kept
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,7 +80,7 @@ def test_one_step_is_adamws() -> None:
     loss(module, collate(RECORDS)).backward()
     assert module.weight.grad is not None and module.bias.grad is not None
     g, h = module.weight.grad.clone(), module.bias.grad.clone()
-    run = Kept(Path("/nonexistent"))
+    run = LocalRun(0, Path("/nonexistent"))
     fit(module, RECORDS, collate, loss, Fit(steps=1, batch_size=22, lr=0.1, warmup=0, clip=0, weight_decay=0.5), run)
     torch.testing.assert_close(module.weight.detach(), weight * (1 - 0.1 * 0.5) - 0.1 * g / (g.abs() + 1e-8))
     torch.testing.assert_close(module.bias.detach(), bias - 0.1 * h / (h.abs() + 1e-8))  # vectors do not decay
@@ -94,7 +94,15 @@ def test_the_gradient_is_clipped_by_its_norm() -> None:
         norms.append(torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm().item())
 
     module = network()
-    fit(module, RECORDS, collate, lambda m, b: 100 * loss(m, b), Fit(steps=3, clip=0.5), Kept(Path("/x")), after=after)
+    fit(
+        module,
+        RECORDS,
+        collate,
+        lambda m, b: 100 * loss(m, b),
+        Fit(steps=3, clip=0.5),
+        LocalRun(0, Path("/x")),
+        after=after,
+    )
     assert norms == pytest.approx([0.5] * 3, rel=1e-4)
 
 
@@ -106,7 +114,7 @@ def test_accumulated_batches_are_one_batch() -> None:
         nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)
         config = Fit(steps=1, batch_size=size, accumulate=parts, lr=0.1)
-        losses = fit(module, RECORDS, collate, loss, config, Kept(Path("/x")))
+        losses = fit(module, RECORDS, collate, loss, config, LocalRun(0, Path("/x")))
         results.append((losses, module.weight.detach().clone()))
     assert results[0][0] == pytest.approx(results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
@@ -119,7 +127,7 @@ def test_each_epoch_sees_each_record_once_in_an_order_of_its_own() -> None:
         seen.extend(RECORDS.index(r) for r in records)
         return collate(records)
 
-    fit(network(), RECORDS, watch, loss, Fit(epochs=3, batch_size=5), Kept(Path("/x")))
+    fit(network(), RECORDS, watch, loss, Fit(epochs=3, batch_size=5), LocalRun(0, Path("/x")))
     epochs = [seen[i : i + 22] for i in range(0, 66, 22)]
     assert len(seen) == 66
     assert all(sorted(e) == list(range(22)) for e in epochs)
@@ -130,7 +138,7 @@ def test_only_what_requires_a_gradient_moves_and_modes_return() -> None:
     module = network().eval()
     module[0].requires_grad_(False)  # type: ignore[index]
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    fit(module, RECORDS, collate, loss, Fit(steps=3), Kept(Path("/x")))
+    fit(module, RECORDS, collate, loss, Fit(steps=3), LocalRun(0, Path("/x")))
     after = module.state_dict()
     assert torch.equal(before["0.weight"], after["0.weight"]) and not torch.equal(before["4.weight"], after["4.weight"])
     assert not module.training and all(p.grad is None for p in module.parameters())
@@ -145,7 +153,7 @@ def test_a_parameter_may_have_a_rate_of_its_own() -> None:
         collate,
         loss,
         Fit(steps=2),
-        Kept(Path("/x")),
+        LocalRun(0, Path("/x")),
         scale=lambda n: 0.0 if n.startswith("4.") else 1.0,
     )
     assert torch.equal(module[4].weight.detach(), last)  # type: ignore[index]
@@ -185,7 +193,7 @@ def test_a_method_inherits_the_settings_and_their_ranges() -> None:
 
 def test_reduced_precision_trains_fp32_weights() -> None:
     module = network()
-    losses = fit(module, RECORDS, collate, loss, Fit(steps=30, lr=0.02, precision="bf16"), Kept(Path("/x")))
+    losses = fit(module, RECORDS, collate, loss, Fit(steps=30, lr=0.02, precision="bf16"), LocalRun(0, Path("/x")))
     assert losses[-1] < losses[0] and all(p.dtype == torch.float32 for p in module.parameters())
 
 
@@ -196,7 +204,7 @@ def test_the_worlds_randomness_is_neither_read_nor_moved() -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         module = network()
-        fit(module, RECORDS, collate, loss, Fit(steps=5), Kept(Path("/x")))
+        fit(module, RECORDS, collate, loss, Fit(steps=5), LocalRun(0, Path("/x")))
         results.append(digest(module))
         if seed == 1:
             assert torch.equal(torch.rand(3), expected)
@@ -207,7 +215,7 @@ def test_the_runs_seed_moves_both_the_order_and_the_dropout() -> None:
     results = set()
     for seed in (0, 1):
         module = network()
-        fit(module, RECORDS, collate, loss, Fit(steps=5), Kept(Path("/x"), seed))
+        fit(module, RECORDS, collate, loss, Fit(steps=5), LocalRun(seed, Path("/x")))
         results.add(digest(module))
     assert len(results) == 2
 
@@ -218,7 +226,7 @@ def test_the_runs_seed_moves_both_the_order_and_the_dropout() -> None:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, tuple[float, ...]]:
     module = network()
-    losses = fit(module, RECORDS, collate, loss, SETTINGS, Kept(tmp_path_factory.mktemp("unbroken")))
+    losses = fit(module, RECORDS, collate, loss, SETTINGS, LocalRun(0, tmp_path_factory.mktemp("unbroken")))
     return digest(module), losses
 
 
@@ -229,7 +237,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
 ) -> None:
     work = tmp_path_factory.mktemp("killed")
 
-    def attempt(kill_after: float) -> tuple[str, tuple[float, ...], Kept]:
+    def attempt(kill_after: float) -> tuple[str, tuple[float, ...], LocalRun]:
         count = 0
 
         def collate_until_killed(records: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -239,7 +247,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
                 raise Killed
             return collate(records)
 
-        module, run = network(), Kept(work)
+        module, run = network(), LocalRun(0, work)
         losses = fit(module, RECORDS, collate_until_killed, loss, _every(every), run)
         return digest(module), losses, run
 
@@ -277,10 +285,10 @@ def test_killed_while_a_checkpoint_is_written_the_one_before_stands(
 
     monkeypatch.setattr(owner, moment, break_at_the_seventh)
     with pytest.raises(Killed):
-        fit(network(), RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+        fit(network(), RECORDS, collate, loss, SETTINGS, LocalRun(0, tmp_path))
     monkeypatch.undo()
     module = network()
-    losses = fit(module, RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+    losses = fit(module, RECORDS, collate, loss, SETTINGS, LocalRun(0, tmp_path))
     assert (digest(module), losses) == unbroken
 
 
@@ -289,7 +297,7 @@ def test_a_process_ended_by_sigkill_resumes_to_the_same_bytes(unbroken: Any, tmp
         "import sys; sys.path[:0] = ['tests', 'tests/train', 'src']\n"
         "import time, test_fit as t; from pathlib import Path; t.torch.set_num_threads(1)\n"
         "def collate(r): print('batch', flush=True); time.sleep(.02); return t.collate(r)\n"
-        f"t.fit(t.network(), t.RECORDS, collate, t.loss, t.SETTINGS, t.Kept(Path({str(tmp_path)!r})))\n"
+        f"t.fit(t.network(), t.RECORDS, collate, t.loss, t.SETTINGS, t.LocalRun(0, t.Path({str(tmp_path)!r})))\n"
     )
     root = Path(__file__).parents[2]
     child = subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True)
@@ -302,32 +310,32 @@ def test_a_process_ended_by_sigkill_resumes_to_the_same_bytes(unbroken: Any, tmp
     kept = checkpoint.read(tmp_path / "fit")
     assert kept is not None and 0 < kept[1]["step"] < 20
     module = network()
-    losses = fit(module, RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+    losses = fit(module, RECORDS, collate, loss, SETTINGS, LocalRun(0, tmp_path))
     assert (digest(module), losses) == unbroken
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path, unbroken: Any) -> None:
-    fit(network(), RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+    fit(network(), RECORDS, collate, loss, SETTINGS, LocalRun(0, tmp_path))
 
     def never(records: Sequence[Any]) -> dict[str, torch.Tensor]:
         raise AssertionError
 
     module = network()
-    losses = fit(module, RECORDS, never, loss, SETTINGS, Kept(tmp_path))
+    losses = fit(module, RECORDS, never, loss, SETTINGS, LocalRun(0, tmp_path))
     assert (digest(module), losses) == unbroken
     kept = checkpoint.read(tmp_path / "fit")
     assert kept is not None and not any(name.startswith("aids/") for name in kept[0])  # moments are no longer needed
 
 
 def test_another_trainings_checkpoint_is_refused(tmp_path: Path) -> None:
-    fit(network(), RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+    fit(network(), RECORDS, collate, loss, SETTINGS, LocalRun(0, tmp_path))
     for module, records, config in (
         (network(seed=1), RECORDS, SETTINGS),
         (network(), RECORDS[:-1], SETTINGS),
         (network(), RECORDS, Fit(epochs=4, batch_size=5, lr=0.03)),
     ):
         with pytest.raises(OutputError, match="another training"):
-            fit(module, records, collate, loss, config, Kept(tmp_path))
+            fit(module, records, collate, loss, config, LocalRun(0, tmp_path))
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0{}      "])
@@ -335,7 +343,7 @@ def test_a_damaged_checkpoint_is_said_to_be_so(damage: bytes, tmp_path: Path) ->
     (tmp_path / "fit").mkdir()
     (tmp_path / "fit" / checkpoint.FILE).write_bytes(damage)
     with pytest.raises(CorruptError, match="remove it"):
-        fit(network(), RECORDS, collate, loss, SETTINGS, Kept(tmp_path))
+        fit(network(), RECORDS, collate, loss, SETTINGS, LocalRun(0, tmp_path))
 
 
 # ---- nonsense
@@ -350,7 +358,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_the_rate_and_a_remedy(tmp
         return loss(module, batch) * (math.nan if count == 8 else 1)
 
     with pytest.raises(DivergedError, match=r"fit diverged at step 7.*nan.*lr=.*rate at that step was"):
-        fit(network(), RECORDS, collate, explode, SETTINGS, Kept(tmp_path))
+        fit(network(), RECORDS, collate, explode, SETTINGS, LocalRun(0, tmp_path))
     kept = checkpoint.read(tmp_path / "fit")
     assert kept is not None and kept[1]["step"] == 7
     assert all(bool(torch.isfinite(t).all()) for t in kept[0].values() if t.is_floating_point())
@@ -362,7 +370,7 @@ def test_a_gradient_that_is_not_finite_stops_it_too(tmp_path: Path) -> None:
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
     with pytest.raises(DivergedError, match="step 0"):
-        fit(module, RECORDS, collate, lambda m, b: m(b["x"]).abs().sum().sqrt(), SETTINGS, Kept(tmp_path))
+        fit(module, RECORDS, collate, lambda m, b: m(b["x"]).abs().sum().sqrt(), SETTINGS, LocalRun(0, tmp_path))
     assert checkpoint.read(tmp_path / "fit") is None
 
 
@@ -373,5 +381,5 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
     nn.init.zeros_(module.bias)
     config = Fit(steps=1, clip=0, checkpoint_every=0)
     with pytest.raises(DivergedError, match="weight"):
-        fit(module, RECORDS, collate, lambda m, b: (m(b["x"]) ** 2).sum().sqrt(), config, Kept(tmp_path))
+        fit(module, RECORDS, collate, lambda m, b: (m(b["x"]) ** 2).sum().sqrt(), config, LocalRun(0, tmp_path))
     assert checkpoint.read(tmp_path / "fit") is None

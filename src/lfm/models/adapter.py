@@ -63,7 +63,9 @@ def over(base: Model, module: nn.Module, *, ref: str = "adapter") -> Model:
     config["inference_mode"] = True
     state = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in peft.get_peft_model_state_dict(adapted).items()
+        for name, tensor in peft.get_peft_model_state_dict(
+            adapted, save_embedding_layers=False
+        ).items()  # auto asks the Hub
     }
     return model_of(Source(f"{ref} over {base.ref}", base, config, lambda: state, ""))
 

@@ -1,5 +1,7 @@
 """The only training loop, and the losses."""
 
+from lfm.train.batches import once as once
+from lfm.train.cost import training as training
 from lfm.train.fit import Fit as Fit
 from lfm.train.fit import fit as fit
 from lfm.train.loop import State as State

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from lfm.core.config import Config, Meta
 from lfm.core.heavy import nn, torch
-from lfm.train.device import autocast, choose, move
+from lfm.models.device import device as choose
 from lfm.train.loop import State, loop
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def fit(
     parameters = list(trained.values())
     steps = steps_of(config, len(records))
     batches = _batches(len(records), config.batch_size, name, run)
-    context = autocast(device, config.precision)
+    context = _autocast(device, config.precision)
 
     def advance(step: int) -> Tensor:
         learning_rate = rate(config, step, steps)
@@ -101,7 +102,8 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         total: Tensor | None = None
         for part in range(config.accumulate):
-            batch = move(collate([records[i] for i in batches(step * config.accumulate + part)]), device)
+            batch = collate([records[i] for i in batches(step * config.accumulate + part)])
+            batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with context:
                 value = loss(module, batch)
             value = value.float() / config.accumulate
@@ -139,6 +141,13 @@ def fit(
     finally:
         optimizer.zero_grad(set_to_none=True)
         module.to(home).train(mode)
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """bf16 arithmetic where asked for; auto: only where the device has it in hardware."""
+    cuda = device.type == "cuda"
+    narrow = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported(False))
+    return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
 
 
 def _remedy(config: Fit, rate: float) -> str:

@@ -8,6 +8,7 @@ own (meta-learning, a generator against a student) uses it directly.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, final
 
 from lfm.core.errors import DivergedError, OutputError
 from lfm.core.heavy import torch
+from lfm.models.device import device as choose
 from lfm.train import checkpoint
-from lfm.train.device import choose
 from lfm.train.seeds import seed, seeded
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ class _repeatable:
 
     def __enter__(self) -> None:
         if self.wanted:
+            # cuBLAS adds in one order only with a workspace of fixed size
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             self.strict = torch.are_deterministic_algorithms_enabled()
             self.lenient = torch.is_deterministic_algorithms_warn_only_enabled()
             torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,55 @@
+"""Which layers a tuning method takes, found by structure: the blocks' projections, the norms, the head."""
+
+from __future__ import annotations
+
+from lfm.core.heavy import nn
+from lfm.models import structure
+
+
+def all_blocks(module: nn.Module) -> list[str]:
+    """Names of the blocks of every stack (an encoder's and a decoder's), outermost lists only, in order."""
+    found: list[str] = []
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and not any(name.startswith(block + ".") for block in found):
+            found += [f"{name}.{i}" for i, block in enumerate(child) if next(structure.linears(block), None)]
+    return found
+
+
+def projections(module: nn.Module) -> list[str]:
+    """Names of the linear layers in the blocks; without blocks, of all linear and convolution layers but the last."""
+    blocks = all_blocks(module)
+    names = [name for name, *_ in structure.linears(module)]
+    if blocks:
+        return [name for name in names if any(name.startswith(block + ".") for block in blocks)]
+    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)][:-1] or names
+
+
+def attention(module: nn.Module) -> list[str]:
+    """Names of the linear layers outside the feed-forward layer of every block."""
+    return [name for block in all_blocks(module) for name in structure.attention(module, block)]
+
+
+def downs(module: nn.Module) -> list[str]:
+    """Names of the projections that end each block's feed-forward layer."""
+    return [structure.feed_forward(module, block).down for block in all_blocks(module)]
+
+
+def norms(module: nn.Module) -> list[str]:
+    """Names of the modules whose only parameters are a gain vector and perhaps a bias."""
+    found = []
+    for name, child in module.named_modules():
+        parameters = dict(child.named_parameters())
+        if (
+            "weight" in parameters
+            and all(p.ndim == 1 for p in parameters.values())
+            and set(parameters) <= {"weight", "bias"}
+        ):
+            found.append(name)
+    return found
+
+
+def heads(module: nn.Module) -> list[str]:
+    """Names of what stands beside the body: the children with parameters, less the one with the most."""
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in module.named_children()}
+    body = max(sizes, key=lambda name: sizes[name])
+    return [name for name, size in sizes.items() if size and name != body]

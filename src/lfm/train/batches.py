@@ -1,0 +1,46 @@
+"""Collating once what is collated again each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from lfm.core.heavy import torch
+
+if TYPE_CHECKING:
+    from lfm.core.model import Batch
+
+R = TypeVar("R")
+
+LIMIT = 2**30
+"""Bytes that collated records may hold."""
+CHUNK = 64
+
+
+def once(
+    records: Sequence[R], collate: Callable[[Sequence[R]], Batch], *, limit: int = LIMIT
+) -> tuple[Sequence[int], Callable[[Sequence[int]], Batch]]:
+    """Record numbers and a collate of them that gives what `collate` gives of the records.
+
+    Records whose tensors are all of one shape (images) are prepared now and afterwards only picked; of others, and past
+    `limit` bytes, each batch is collated when it is asked for.
+    """
+    numbers = range(len(records))
+
+    def afresh(chosen: Sequence[int]) -> Batch:
+        return collate([records[i] for i in chosen])
+
+    first = collate(records[:1])
+    size = sum(tensor.nbytes for tensor in first.values()) * len(records)
+    if size > limit or any(name.endswith("ids") for name in first):  # token ids: as long as the batch's longest
+        return numbers, afresh
+    parts = [afresh(numbers[i : i + CHUNK]) for i in range(0, len(records), CHUNK)]
+    if any(part[name].shape[1:] != first[name].shape[1:] for part in parts for name in first):
+        return numbers, afresh
+    whole = {name: torch.cat([part[name] for part in parts]) for name in first}
+
+    def pick(chosen: Sequence[int]) -> Batch:
+        index = torch.as_tensor(list(chosen))
+        return {name: tensor[index] for name, tensor in whole.items()}
+
+    return numbers, pick

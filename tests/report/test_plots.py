@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
@@ -20,7 +19,7 @@ NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 @given(st.lists(NUMBERS, max_size=40))
 def test_a_curve_of_any_numbers_is_a_picture_inside_its_frame(ys: list[float]) -> None:
     svg = plots.line(ys, name="loss")
-    if not any(map(math.isfinite, ys)):
+    if not any(map(plots.drawable, ys)):
         assert svg == ""
         return
     root = ElementTree.fromstring(svg)

@@ -27,26 +27,31 @@ class Estimate(NamedTuple):
         return (self.value if self.low is None else self.low, self.value if self.high is None else self.high)
 
 
+def drawable(value: float) -> bool:
+    """Finite, and small enough for differences of such values to be."""
+    return abs(value) < 1e100
+
+
 def change(before: Estimate | None, after: Estimate | None, *, width: int = 190, height: int = 26) -> str:
     """Before (hollow) and after (filled) on a scale that starts at zero, with their intervals."""
-    known = [e for e in (before, after) if e is not None and math.isfinite(e.value)]
+    known = [e for e in (before, after) if e is not None and drawable(e.value)]
     if not known:
         return ""
-    ends = [end for e in known for end in (e.value, *e.ends) if math.isfinite(end)]
+    ends = [end for e in known for end in (e.value, *e.ends) if drawable(end)]
     low, high = min(0.0, *ends), max(*ends, 0.0)
     if low >= 0 and high <= 1:
         high = 1.0
-    span = (high / 2 - low / 2) or 1.0  # halves, since the whole may overflow
+    span = (high - low) or 1.0
 
     def x(value: float) -> float:
-        return round(8 + (width - 16) * (value / 2 - low / 2) / span, 1)
+        return round(8 + (width - 16) * (value - low) / span, 1)
 
     middle = height / 2
     parts = [f'<line class="track" x1="{x(low)}" x2="{x(high)}" y1="{middle}" y2="{middle}"/>']
     for estimate, name in ((before, "before"), (after, "after")):
         if estimate in known and estimate is not None:
             a, b = estimate.ends
-            if b > a and math.isfinite(a) and math.isfinite(b):
+            if b > a and drawable(a) and drawable(b):
                 parts.append(f'<line class="interval {name}" x1="{x(a)}" x2="{x(b)}" y1="{middle}" y2="{middle}"/>')
     if len(known) == 2 and before and after and abs(x(before.value) - x(after.value)) > 1:
         parts.append(f'<line class="move" x1="{x(before.value)}" x2="{x(after.value)}" y1="{middle}" y2="{middle}"/>')
@@ -65,8 +70,8 @@ def line(ys: Sequence[float], xs: Sequence[float] = (), *, name: str = "", x_lab
     """One curve with its axes; values that are not finite break the line."""
     width, height, left, right, top, bottom = 340, 170, 46, 12, 12, 30
     xs = list(xs) or [float(i) for i in range(1, len(ys) + 1)]
-    pairs = thin([(x, y) for x, y in zip(xs, ys) if math.isfinite(x)])
-    finite = [y for _, y in pairs if math.isfinite(y)]
+    pairs = thin([(x, y) for x, y in zip(xs, ys) if drawable(x)])
+    finite = [y for _, y in pairs if drawable(y)]
     if not finite:
         return ""
     ticks = nice(min(finite), max(finite))
@@ -98,7 +103,7 @@ def line(ys: Sequence[float], xs: Sequence[float] = (), *, name: str = "", x_lab
             parts.append(f'<circle class="dot after" cx="{points.split(",")[0]}" cy="{points.split(",")[1]}" r="3"/>')
         else:
             parts.append(f'<polyline class="curve" points="{points}"/>')
-    end = next((x, y) for x, y in reversed(pairs) if math.isfinite(y))
+    end = next((x, y) for x, y in reversed(pairs) if drawable(y))
     parts.append('<circle class="dot after" cx="{}" cy="{}" r="3.5"/>'.format(*at(*end)))
     spoken = f"{name or y_label}: from {number(finite[0])} to {number(finite[-1])}"
     return (
@@ -130,7 +135,7 @@ def nice(low: float, high: float, count: int = 4) -> list[float]:
 def _runs(pairs: list[tuple[float, float]]) -> list[list[tuple[float, float]]]:
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in pairs:
-        if math.isfinite(y):
+        if drawable(y):
             runs[-1].append((x, y))
         elif runs[-1]:
             runs.append([])

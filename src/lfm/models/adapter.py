@@ -61,12 +61,9 @@ def over(base: Model, module: nn.Module, *, ref: str = "adapter") -> Model:
     config = {key: _plain(value) for key, value in adapted.peft_config["default"].to_dict().items()}
     config["base_model_name_or_path"] = base.ref
     config["inference_mode"] = True
-    state = {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in peft.get_peft_model_state_dict(
-            adapted, save_embedding_layers=False
-        ).items()  # auto asks the Hub
-    }
+    # save_embedding_layers="auto" would ask the Hub for the base's config
+    trained = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in trained.items()}
     return model_of(Source(f"{ref} over {base.ref}", base, config, lambda: state, ""))
 
 

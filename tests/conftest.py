@@ -1,4 +1,4 @@
-"""What every test runs under: one thread a process (tiny models gain nothing from more), and no examples by the clock."""
+"""What every test runs under: one thread a process (tiny models gain nothing from more), no example by the clock."""
 
 from __future__ import annotations
 

@@ -145,15 +145,18 @@ def _said(tokenizer: Any, ids: Sequence[int]) -> str:
 # ---------------------------------------------------------------------------------------------- rows
 
 
+def halves(text: str) -> tuple[str, str]:
+    """What an encoder reads of a text and what its decoder writes: its halves, parted at the space after the middle."""
+    middle = text.find(" ", len(text) // 2)
+    middle = len(text) // 2 if middle < 0 else middle
+    return text[:middle], text[middle:].strip()
+
+
 def _text_row(text: str, tokenizer: Any, facts: Facts) -> Row:
     limit = context_of(tokenizer, facts)
     if facts.task == "seq2seq-lm":
-        middle = text.find(" ", len(text) // 2)
-        middle = len(text) // 2 if middle < 0 else middle
-        source, target = (
-            tokenizer(text[:middle])["input_ids"],
-            tokenizer(text_target=text[middle:].strip())["input_ids"],
-        )
+        first, second = halves(text)
+        source, target = tokenizer(first)["input_ids"], tokenizer(text_target=second)["input_ids"]
         return Row(list(source[: limit or None]), list(target[: limit or None]))
     cut: dict[str, Any] = {"truncation": True, "max_length": limit} if limit else {}
     encoded = tokenizer(text, return_special_tokens_mask=True, **cut)

@@ -1,0 +1,82 @@
+"""Facts as questions with candidate answers: which objects compete, and where the right one ranks.
+
+Ranking among a relation's objects rather than the whole vocabulary lets objects of several tokens, and models that tell
+probabilities only of what they are asked, take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lfm.core.model import Logprobs
+from lfm.data.records import Edit, Fact
+from lfm.data.wording import spaced
+
+
+class Question(NamedTuple):
+    """A prompt with a blank before its suffix, and what might fill it; no candidate begins with a space of its own."""
+
+    prompt: str
+    suffix: str
+    candidates: tuple[str, ...]
+
+
+def objects(facts: Sequence[Fact]) -> dict[str, tuple[str, ...]]:
+    """Each relation's objects, in alphabetical order."""
+    found: dict[str, set[str]] = {}
+    for fact in facts:
+        found.setdefault(fact.relation, set()).add(fact.object)
+    return {relation: tuple(sorted(held)) for relation, held in found.items()}
+
+
+def questions(facts: Sequence[Fact]) -> list[Question]:
+    """One question a fact: its relation's objects compete, less those that are also true of its subject."""
+    competing = objects(facts)
+    true: dict[tuple[str, str], set[str]] = {}
+    for fact in facts:
+        true.setdefault((fact.subject, fact.relation), set()).add(fact.object)
+    return [
+        Question(
+            fact.prompt,
+            fact.suffix,
+            tuple(
+                o for o in competing[fact.relation] if o == fact.object or o not in true[fact.subject, fact.relation]
+            ),
+        )
+        for fact in facts
+    ]
+
+
+def rephrased(fact: Fact | Edit, question: Question) -> list[Question]:
+    """The same question by each of the fact's paraphrases."""
+    return [question._replace(prompt=prompt) for prompt in fact.paraphrases]
+
+
+def log_probabilities(
+    logprobs: Logprobs, asked: Sequence[Question], *, chunk: int = 256, done: Callable[[int], None] | None = None
+) -> list[tuple[float, ...]]:
+    """The log-probability of each candidate, all its tokens together. done: told how many more are known."""
+    pairs = [(q.prompt, spaced(q.prompt, c), q.suffix) for q in asked for c in q.candidates]
+    told: list[float] = []
+    for start in range(0, len(pairs), chunk):
+        part = pairs[start : start + chunk]
+        prompts, answers, suffixes = zip(*part, strict=True)
+        told += [score.total for score in logprobs.score(prompts, answers, suffixes)]
+        if done:
+            done(len(part))
+    found, place = [], 0
+    for question in asked:
+        found.append(tuple(told[place : place + len(question.candidates)]))
+        place += len(question.candidates)
+    return found
+
+
+def rank(scores: Sequence[float], right: int) -> int:
+    """The place of scores[right] from the best, counted from 1; a tie counts against it."""
+    return 1 + sum(1 for i, score in enumerate(scores) if i != right and not score < scores[right])
+
+
+def best(scores: Sequence[float]) -> int:
+    """The place of the highest score, the first of equals."""
+    return max(range(len(scores)), key=lambda i: (scores[i], -i))

@@ -1,0 +1,26 @@
+"""When a generated text counts as the answer."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+
+def begins_with(said: str, answer: str) -> bool:
+    """Whether the text begins with the answer as a whole word or words, spaces before it aside."""
+    said, answer = said.lstrip(), answer.strip()
+    if not answer or not said.startswith(answer):
+        return False
+    rest = said[len(answer) :]
+    wide = unicodedata.east_asian_width(answer[-1]) in ("W", "F")  # such scripts put no space between words
+    return not rest or wide or not (rest[0].isalnum() and answer[-1].isalnum())
+
+
+def same(said: str, answer: str) -> bool:
+    """Whether the text is the answer, white space at its ends aside."""
+    return said.strip() == answer.strip()
+
+
+def room(answers: Sequence[str]) -> int:
+    """Tokens enough for any of the answers under any tokenizer (a token is a byte at least), and one to stop at."""
+    return max((len(answer.encode()) for answer in answers), default=0) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import DataError
@@ -166,6 +167,7 @@ def ranked(tokenizer: Any, logits: Tensor, k: int) -> Ranked:
     return tuple((piece(tokenizer, i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
 
 
+@lru_cache(maxsize=2**18)
 def piece(tokenizer: Any, token: int) -> str:
     """A token's text as it continues other text: with the space it brings, which decoding it alone may strip."""
     text = tokenizer.decode([token])

@@ -231,9 +231,8 @@ class Server:
         self.check(request.model)
         texts = [request.input] if isinstance(request.input, str) else request.input
         rows = self._model.ask(Embeddings).embed(texts)
-        read = sum(len(row) for row in rows)
         data = [{"index": i, "embedding": encode(row)} for i, row in enumerate(rows)]
-        return {"object": "list", "data": data, "usage": {"prompt_tokens": read, "total_tokens": read}}
+        return {"object": "list", "data": data}
 
     def table(self) -> bytes:
         from lfm.core.heavy import safetensors_torch

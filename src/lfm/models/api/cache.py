@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import msgspec
 
+from lfm.core.errors import CorruptError
 from lfm.models.api.store import Store
 
 _CANONICAL = msgspec.json.Encoder(order="deterministic")
@@ -46,8 +48,18 @@ class Cache:
         for start in range(0, len(questions), 500):
             some = list(questions[start : start + 500])
             marks = ",".join("?" * len(some))
-            found.update(self._store.run(f"SELECT question, answer FROM answers WHERE question IN ({marks})", some))
+            rows = self._store.run(f"SELECT question, answer FROM answers WHERE question IN ({marks})", some)
+            found.update((question, _whole(self.path, answer)) for question, answer in rows)
         return found
 
     def put(self, answers: Mapping[str, bytes]) -> None:
-        self._store.run_many("INSERT OR IGNORE INTO answers VALUES (?, ?)", list(answers.items()))
+        self._store.run_many(
+            "INSERT OR IGNORE INTO answers VALUES (?, ?)", [(q, zlib.compress(a, 1)) for q, a in answers.items()]
+        )
+
+
+def _whole(path: Path, packed: bytes) -> bytes:
+    try:
+        return zlib.decompress(packed)
+    except zlib.error as error:
+        raise CorruptError(f"{path} holds an answer that is damaged", why=str(error), fix="delete it") from None

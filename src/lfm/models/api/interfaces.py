@@ -222,7 +222,8 @@ class ApiEmbeddings:
         from lfm.models.api.embeds import decode
 
         line = self._line
-        asked = [Question({"input": text}, {}, bound(text) + line.can.overhead) for text in texts]
+        # Looking a text up in the table is a query, but the model reads no token.
+        asked = [Question({"input": text}, {}, 0) for text in texts]
         found = line.ask(
             "/input_embeddings",
             asked,

@@ -1,0 +1,290 @@
+"""Tune a soft prompt from answers alone: no weights, no gradients, over an API.
+
+    P = reshape(A z) + P₀,  z ∈ R^d,  A_ij ~ N(0, σ_A²),  σ_A = α · std(E) / (√d · σ)
+    z* = argmin_z 1/n Σᵢ loss(log p(w(·) | P(z), xᵢ), yᵢ)          by CMA-ES from z = 0 with step size σ
+
+Paper: Black-Box Tuning for Language-Model-as-a-Service, arXiv 2201.03514, and its code (txsun1997/Black-Box-Tuning).
+E is the input-embedding table; P₀ the embeddings of random tokens; loss the cross-entropy, or the hinge
+Σ_{j≠y} max(0, m + log p_j − log p_y), over the first tokens of the labels' words w. Differs from the paper: the prompt
+stands before the text (the code adds it to the embeddings of words in the template); every `dev_every` generations the
+best of that generation is held against the dev records, and z = 0 is a candidate too, so that the kept prompt is never
+worse than none of it on the records that choose. A word's token that is not among the `top` most probable ones told
+gets the least log-probability told.
+
+Model: Embeddings. Data: train, and dev to choose by (else the training loss chooses); label or pair records, worded by
+`template` ("{text}", "{text_b}"; their own wording by default) and `words` (label → word; the label by default).
+Result: a program that holds P (t, width) and its model; also a PEFT prompt where that is a local checkpoint.
+Errors: ConfigError where two labels' words begin with the same token; BudgetError stops it, and it goes on from there.
+
+    lfm run prompt.bbt model=api:http://127.0.0.1:8000/v1 train=train.jsonl dev=dev.jsonl --set calls=2000 --out tuned
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, final
+
+import msgspec
+
+import lfm.core
+from lfm import search
+from lfm.core import Cost, Data, DataSlot, Embeddings, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
+from lfm.core.errors import ConfigError
+from lfm.core.heavy import F, np, peft, safetensors_torch, torch
+from lfm.data.records import Label, Pair
+from lfm.data.wording import spaced, wording
+from lfm.models.program import program
+from lfm.models.prompted import logprobs, pieces, prompted
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+ID = "prompt.bbt"
+AT_ONCE = 2**26
+"""Bytes of embeddings that are put together at a time."""
+
+CHARACTERS = 4
+"""Of text, for each token that an amount of data is said to have: amounts are counted in characters, rounded up."""
+
+SPECIALS = 4
+"""Tokens that a tokenizer may put around a text."""
+
+CHECK = 24
+"""Queries by which the saved program is held against the one in memory."""
+
+
+class Config(lfm.core.Config, frozen=True):
+    template: Annotated[str, Meta(description="how a record is asked: {text}, {text_b}; empty: its own wording")] = ""
+    words: Annotated[dict[str, str], Meta(description="label → the word that stands for it; the label if absent")] = (
+        msgspec.field(default_factory=dict)
+    )
+    prompt_tokens: Annotated[int, Meta(ge=1, description="length of the prompt")] = 50
+    d: Annotated[int, Meta(ge=2, description="dimension that is searched")] = 500
+    calls: Annotated[int, Meta(ge=2, description="prompts tried, each on all training records")] = 8000
+    popsize: Annotated[int, Meta(ge=2, description="prompts a generation of CMA-ES")] = 20
+    sigma: Annotated[float, Meta(gt=0, description="first step size σ")] = 1.0
+    alpha: Annotated[float, Meta(gt=0, description="α: how far the projection reaches, in stds of the embeddings")] = (
+        1.0
+    )
+    loss: Annotated[Literal["ce", "hinge"], Meta(description="over the labels' words")] = "ce"
+    margin: Annotated[float, Meta(gt=0, description="m of the hinge loss")] = 2.0
+    dev_every: Annotated[int, Meta(ge=1, description="generations between looks at the dev records")] = 5
+    top: Annotated[int, Meta(ge=1, description="next tokens asked for; an endpoint may tell fewer")] = 100
+
+
+class Told(NamedTuple):
+    """A prompt's loss and accuracy on some records."""
+
+    loss: float
+    accuracy: float
+
+
+@final
+@dataclass(frozen=True)
+class Asked:
+    """Records as the model reads them: embeddings (t, width) each, the answers' first tokens, and which is right."""
+
+    rows: tuple[Tensor, ...]
+    tokens: tuple[str, ...]
+    right: tuple[int, ...]
+
+
+def run(config: Config, inputs: Inputs, run: Run) -> Model:
+    model = inputs.model("model")
+    embeddings = model.ask(Embeddings)
+    table = embeddings.table()
+    a = projection(table, config, run)
+    p0 = table[torch.randint(len(table), (config.prompt_tokens,), generator=run.generator("p0"))]
+    records = cast("Sequence[Label | Pair]", inputs.records("train"))
+    dev_records = cast("Sequence[Label | Pair]", inputs.records("dev"))
+    labels = sorted({record.label for record in (*records, *dev_records)})
+    tokens = first_tokens(embeddings, worded(records[0], config.template), labels, config)
+    train = asked(embeddings, records, labels, tokens, config)
+    dev: Asked | None = asked(embeddings, dev_records, labels, tokens, config) if dev_records else None
+
+    def prompt(z: NDArray[Any]) -> Tensor:
+        return (a @ torch.from_numpy(z).float()).reshape(p0.shape) + p0
+
+    def losses(points: NDArray[Any]) -> list[float]:
+        return [told.loss for told in tell(embeddings, [prompt(z) for z in points], train, config)]
+
+    def chosen_by(name: str, z: NDArray[Any]) -> tuple[float, float]:
+        """(errors, loss) on the records that choose; without dev records the training loss alone."""
+        if dev is None:
+            return 0.0, run.step(name, lambda: losses(z[None]))[0]
+        loss, accuracy = run.step(name, lambda dev=dev: list(tell(embeddings, [prompt(z)], dev, config)[0]))
+        run.curve("dev accuracy", accuracy)
+        return 1 - accuracy, loss
+
+    best = np.zeros(config.d)
+    least = start = chosen_by("start", best)
+    rounds = config.calls // config.popsize
+    for made in search.generations(
+        losses,
+        config.d,
+        sigma=config.sigma,
+        popsize=config.popsize,
+        budget=config.calls,
+        run=run,
+        seed=run.seed_for("z"),
+    ):
+        z, value = made.points[made.best], made.values[made.best]
+        run.curve("train loss", value)
+        if dev is None:
+            now = (0.0, value)
+        elif (made.number + 1) % config.dev_every == 0 or made.number + 1 == rounds:
+            now = chosen_by(f"dev {made.number}", z)
+        else:
+            continue
+        if now < least:
+            best, least = z, now
+    if dev is not None:
+        run.note(accuracy_before=1 - start[0], accuracy_after=1 - least[0])
+    run.note(loss_before=start[1], loss_after=least[1])
+    parts = Parts({"model": (model,)}, {"prompt": prompt(best).contiguous()}, {})
+    return _with_peft(program(ID, config, parts, opened), model, parts.tensors["prompt"])
+
+
+def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
+    """The part behind the saved prompt."""
+    return prompted(parts.model("model"), parts.tensors["prompt"])
+
+
+def projection(table: Tensor, config: Config, run: Run) -> Tensor:
+    """A (t·width, d) of the paper's scale."""
+    scale = config.alpha * float(table.float().std(correction=0)) / (config.d**0.5 * config.sigma)
+    size = (config.prompt_tokens * table.shape[1], config.d)
+    return torch.randn(size, generator=run.generator("A")) * scale
+
+
+def first_tokens(embeddings: Embeddings, text: str, labels: Sequence[str], config: Config) -> tuple[str, ...]:
+    """The first token of each label's word as it follows a text."""
+    words = [config.words.get(label, label) for label in labels]
+    firsts = [pieces(embeddings, text, spaced(text, word))[1][0][1] for word in words]
+    if len(set(firsts)) < len(firsts):
+        clash = next(first for first in firsts if firsts.count(first) > 1)
+        same = [word for word, first in zip(words, firsts, strict=True) if first == clash]
+        raise ConfigError(
+            f"the words {' and '.join(map(repr, same))} begin with the same token {clash!r}",
+            why="labels are told apart by the first token of their words",
+            fix='give others: words={"label": "word"}',
+        )
+    return tuple(firsts)
+
+
+def asked(
+    embeddings: Embeddings,
+    records: Sequence[Label | Pair],
+    labels: Sequence[str],
+    tokens: tuple[str, ...],
+    config: Config,
+) -> Asked:
+    """The records in words and embedded."""
+    texts = [worded(record, config.template) for record in records]
+    return Asked(tuple(embeddings.embed(texts)), tokens, tuple(labels.index(record.label) for record in records))
+
+
+def worded(record: Label | Pair, template: str) -> str:
+    """What the model is asked about a record."""
+    if not template:
+        return wording(record).prompt
+    known = {"text": record.text, **({"text_b": record.text_b} if isinstance(record, Pair) else {})}
+    text = template
+    for name, value in known.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+def tell(embeddings: Embeddings, prompts: Sequence[Tensor], asked: Asked, config: Config) -> list[Told]:
+    """Each prompt's loss and accuracy on the records."""
+    n = len(asked.rows)
+    each = sum((len(rows) + config.prompt_tokens) * rows.shape[1] * 4 for rows in asked.rows)
+    together = max(1, AT_ONCE // each)
+    found: list[Told] = []
+    for start in range(0, len(prompts), together):
+        some = prompts[start : start + together]
+        ranked = embeddings.next_from([torch.cat([p, rows]) for p in some for rows in asked.rows], config.top)
+        told = torch.tensor([logprobs(row, asked.tokens) for row in ranked], dtype=torch.float64)
+        right = torch.tensor(asked.right)
+        for block in told.split(n):
+            hits = float((block.argmax(-1) == right).double().mean())
+            found.append(Told(float(LOSSES[config.loss](block, right, config.margin)), hits))
+    return found
+
+
+def cross_entropy(told: Tensor, right: Tensor, margin: float) -> Tensor:
+    """Mean over records of −log softmax(told)_right."""
+    return F.cross_entropy(told, right)
+
+
+def hinge(told: Tensor, right: Tensor, margin: float) -> Tensor:
+    """Mean over records of Σ over wrong classes of max(0, margin + told_wrong − told_right)."""
+    slack = (margin + told - told.gather(1, right[:, None])).clamp(min=0)
+    return slack.scatter(1, right[:, None], 0.0).sum(1).mean()
+
+
+LOSSES: Mapping[str, Callable[[Any, Any, float], Any]] = {"ce": cross_entropy, "hinge": hinge}
+
+
+def _with_peft(made: Model, part: Model, prompt: Tensor) -> Model:
+    """The program, with a second format where peft can take the prompt to the same model: a local checkpoint."""
+    if part.kind != "checkpoint" or not Path(part.ref).is_dir():
+        return made
+    return replace(made, formats={**made.formats, "peft": partial(_write_peft, part, prompt)}, _opened={})
+
+
+def _write_peft(part: Model, prompt: Tensor, out: Path) -> None:
+    settings: Any = peft.PromptTuningConfig
+    settings(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=part.ref,
+        num_virtual_tokens=len(prompt),
+        token_dim=prompt.shape[1],
+        num_transformer_submodules=1,
+        num_layers=part.facts.layers,
+        num_attention_heads=1,  # of use to prefix tuning only
+        inference_mode=True,
+    ).save_pretrained(str(out))
+    safetensors_torch.save_file({"prompt_embeddings": prompt}, out / "adapter_model.safetensors")
+
+
+def cost(config: Config, sizes: Sizes) -> Cost:
+    """Queries and tokens are the most it can take, as long as no character makes more than one token."""
+    facts = sizes.model("model")
+    train, dev = sizes.data["train"], sizes.data.get("dev")
+    rounds = config.calls // config.popsize
+    looks = 1 + -(-rounds // config.dev_every)
+    # The table; every text, and every beginning of every label's word, embedded once; the check of what was saved.
+    queries, tokens = 1 + sum(map(len, config.words.values())) + CHECK, CHECK * (config.prompt_tokens + 50)
+    for amount, times in ((train, rounds * config.popsize + (0 if dev else 1)), (dev, looks)):
+        if amount is None:
+            continue
+        characters = amount.tokens * CHARACTERS + amount.records * (len(config.template) + SPECIALS)
+        queries += amount.records * (times + 3) + amount.tokens * CHARACTERS
+        tokens += times * (characters + amount.records * (config.prompt_tokens + 1))
+    return Cost(
+        flops=2.0 * facts.parameters * tokens,
+        steps=rounds,
+        memory=4 * (2 * facts.parameters + config.prompt_tokens * facts.width * config.d) + 2 * AT_ONCE,
+        disk=4 * config.prompt_tokens * facts.width + 10_000,
+        queries=queries,
+        tokens=tokens,
+    )
+
+
+METHOD = Method(
+    paper="https://arxiv.org/abs/2201.03514",
+    config=Config,
+    models={"model": Slot((Embeddings,), help="the model to prompt; an endpoint will do")},
+    data={
+        "train": DataSlot(Data.FEW_SHOT, kinds=("label", "pair"), help="a few examples of each class"),
+        "dev": DataSlot(Data.FEW_SHOT, kinds=("label", "pair"), optional=True, help="to choose the best prompt by"),
+    },
+    run=run,
+    cost=cost,
+    open=opened,
+)

@@ -1,0 +1,162 @@
+"""A soft prompt before a model that takes input embeddings; and text and scores made from such access alone."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, final
+
+from lfm.core.errors import DataError
+from lfm.core.heavy import torch
+from lfm.core.model import Embeddings, Logprobs, Model, Ranked, Score, Text
+from lfm.models.language import cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CANDIDATES = 1000
+"""Next tokens asked for when text is scored or sampled; an endpoint may tell fewer."""
+
+SPECIAL = re.compile(r"<[^<>\s]+>")
+"""What special tokens look like as text. A text ends with the first one."""
+
+
+def prompted(part: Model, prompt: Tensor) -> Mapping[type, Callable[[], Any]]:
+    """The interfaces of a model before whose every input the prompt (t, d) stands."""
+    opened = PromptedEmbeddings(lambda: part.ask(Embeddings), prompt)
+    return {
+        Text: lambda: EmbeddingsText(opened),
+        Logprobs: lambda: EmbeddingsLogprobs(opened),
+        Embeddings: lambda: opened,
+    }
+
+
+@final
+class PromptedEmbeddings:
+    """The part's embeddings; what is asked after a sequence is asked after the prompt and that sequence."""
+
+    def __init__(self, part: Callable[[], Embeddings], prompt: Tensor) -> None:
+        self._open, self._prompt = part, prompt.detach().float()
+
+    @cached_property
+    def _part(self) -> Embeddings:
+        return self._open()
+
+    def table(self) -> Tensor:
+        return self._part.table()
+
+    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        return self._part.embed(texts)
+
+    def next_from(self, embeds: Sequence[Tensor], k: int) -> list[Ranked]:
+        return self._part.next_from([torch.cat([self._prompt, rows]) for rows in embeds], k)
+
+
+@final
+class EmbeddingsText:
+    """Text that grows by the text of the next token. Characters of several tokens (rare scripts, emoji) are lost."""
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        self._embeddings = embeddings
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]:
+        said, going = [""] * len(prompts), list(range(len(prompts)))
+        for place in range(max_tokens):
+            rows = self._embeddings.embed([prompts[i] + said[i] for i in going])
+            ranked = self._embeddings.next_from(rows, CANDIDATES if temperature > 0 else 1)
+            for i, row in zip(list(going), ranked, strict=True):
+                token = _choose(row, temperature, f"{seed}:{i}:{place}")
+                whole = said[i] + token
+                ended = SPECIAL.fullmatch(token.strip()) is not None
+                said[i] = said[i] if ended else cut(whole, stop)
+                if ended or said[i] != whole:
+                    going.remove(i)
+            if not going:
+                break
+        return said
+
+
+def _choose(row: Ranked, temperature: float, key: str) -> str:
+    if temperature <= 0:
+        return row[0][0]
+    random = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
+    weights = (torch.tensor([value for _, value in row], dtype=torch.float64) / temperature).softmax(0)
+    return row[int(torch.multinomial(weights, 1, generator=random))][0]
+
+
+@final
+class EmbeddingsLogprobs:
+    """Scores of text, the text of each token found by embedding ever longer beginnings.
+
+    A token that is not among those the model tells gets the least log-probability told: an upper bound of its own.
+    Suffixes are ignored: nothing is conditioned on them.
+    """
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        self._embeddings = embeddings
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
+        pairs = list(zip(prompts, continuations, strict=True))
+        split = [pieces(self._embeddings, prompt, continuation) for prompt, continuation in pairs]
+        asked = [rows[:place] for rows, found in split for place, _ in found]
+        ranked = iter(self._embeddings.next_from(asked, CANDIDATES))
+        scores = []
+        for _, found in split:
+            values = [logprobs(next(ranked), [text])[0] for _, text in found]
+            scores.append(Score(tuple(text for _, text in found), tuple(values)))
+        return scores
+
+    def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
+        return self._embeddings.next_from(self._embeddings.embed(prompts), k)
+
+
+def logprobs(ranked: Ranked, tokens: Sequence[str]) -> list[float]:
+    """The tokens' log-probabilities; the least one told, for a token that is not told."""
+    known = dict(reversed(ranked))  # of tokens with one text, the more probable
+    return [known.get(token, ranked[-1][1]) for token in tokens]
+
+
+def pieces(embeddings: Embeddings, prompt: str, continuation: str) -> tuple[Tensor, list[tuple[int, str]]]:
+    """(embeddings of the joined text, its continuation's tokens as (place, text)), from embeddings alone.
+
+    A token is known by what a longer beginning of the text adds to the embeddings of a shorter one. DataError where
+    nothing is added.
+    """
+    beginnings = [prompt + continuation[:end] for end in range(len(continuation) + 1)]
+    bare, *longer = embeddings.embed(beginnings)
+    if not longer:
+        raise DataError("an empty continuation has no score", fix="give a continuation with text")
+    whole = longer[-1]
+    shared = [_common(rows, whole) for rows in longer]
+    first, start = _common(bare, whole), 0
+    closing = 0  # tokens that close every text
+    if first < len(bare):
+        closing = min(_common(rows.flip(0), whole.flip(0)) for rows in (bare, *longer[:-1]))
+    found: list[tuple[int, str]] = []
+    for place in range(first, len(whole) - closing):
+        # A token ends where the longest beginning ends whose tokens are those of the whole up to this place.
+        full = [i + 1 for i, rows in enumerate(longer) if len(rows) - closing == place + 1 <= shared[i]]
+        last = place + 1 == len(whole) - closing
+        end = len(continuation) if last else max((e for e in full if e > start), default=start)
+        found.append((place, continuation[start:end]))
+        start = end
+    if not found:
+        raise DataError(f"no token of {continuation!r} is left after {prompt!r}")
+    return whole, found
+
+
+def _common(a: Tensor, b: Tensor) -> int:
+    """How many rows at the beginning are equal."""
+    least = min(len(a), len(b))
+    same = (a[:least] == b[:least]).all(-1)
+    return least if bool(same.all()) else int((~same).nonzero()[0, 0])

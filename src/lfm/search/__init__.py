@@ -1,0 +1,6 @@
+"""Gradient-free search."""
+
+from lfm.search.cma import Best as Best
+from lfm.search.cma import Generation as Generation
+from lfm.search.cma import generations as generations
+from lfm.search.cma import minimise as minimise

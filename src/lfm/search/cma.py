@@ -1,0 +1,91 @@
+"""CMA-ES: minimise a function of a few hundred numbers from its values alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lfm.core.heavy import cmaes, np
+from lfm.core.method import Run
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Points = Callable[["NDArray[Any]"], Sequence[float]]
+"""(n, dim) float64 points → their n values, the lower the better."""
+
+
+class Generation(NamedTuple):
+    """One generation: points (popsize, dim) and their values."""
+
+    number: int
+    points: NDArray[Any]
+    values: tuple[float, ...]
+
+    @property
+    def best(self) -> int:
+        """Row of the lowest value, the first of equals."""
+        return min(range(len(self.values)), key=self.values.__getitem__)
+
+
+class Best(NamedTuple):
+    """The lowest value found, where it lies, and the lowest of each generation."""
+
+    point: NDArray[Any]
+    value: float
+    history: tuple[float, ...]
+
+
+def generations(
+    evaluate: Points,
+    dim: int,
+    *,
+    sigma: float,
+    popsize: int,
+    budget: int,
+    run: Run,
+    seed: int,
+    name: str = "generation",
+) -> Iterator[Generation]:
+    """budget // popsize generations of CMA-ES (Hansen, arXiv 1604.00772) from 0 ∈ R^dim with step size sigma.
+
+    Each generation's values are a step of the run, so that an interrupted search is resumed by telling them again: its
+    points follow from the seed and the values. It ends early only where CMA-ES has converged to machine precision. A
+    value that is not a number counts as infinitely bad.
+    """
+    assert popsize >= 2 and budget >= popsize, "CMA-ES needs two points a generation, and one generation"
+    search = cmaes.CMA(mean=np.zeros(dim), sigma=sigma, population_size=popsize, seed=seed % 2**32)
+    for index in run.track(range(budget // popsize), name, budget // popsize):
+        points = np.stack([search.ask() for _ in range(popsize)])
+        values = run.step(f"{name} {index}", lambda points=points: _finite(evaluate(points)))
+        assert len(values) == popsize, f"{len(values)} values for {popsize} points"
+        search.tell(list(zip(points, values, strict=True)))
+        yield Generation(index, points, tuple(values))
+        if search.should_stop():
+            return
+
+
+def minimise(
+    evaluate: Points,
+    dim: int,
+    *,
+    sigma: float,
+    popsize: int,
+    budget: int,
+    run: Run,
+    seed: int,
+    name: str = "generation",
+) -> Best:
+    """The best point of a whole search. Arguments are those of `generations`."""
+    point, value, history = np.zeros(dim), math.inf, []
+    for made in generations(evaluate, dim, sigma=sigma, popsize=popsize, budget=budget, run=run, seed=seed, name=name):
+        history.append(made.values[made.best])
+        if made.values[made.best] < value:
+            point, value = made.points[made.best], made.values[made.best]
+    return Best(point, value, tuple(history))
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    # The largest float, not infinity: CMA-ES takes differences of values, and a journal holds JSON.
+    return [float(v) if math.isfinite(v) else np.finfo(np.float64).max.item() for v in values]

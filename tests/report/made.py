@@ -31,7 +31,7 @@ def run(
 ) -> Path:
     """One run directory. inputs: (role, ref, digest); data: (role, ref, records, kind)."""
     out.mkdir(parents=True)
-    finding = rest.pop("finding", None)
+    finding, path = rest.pop("finding", None), rest.pop("path", "")
     if finding is not None:
         finding.save(out)
     quantity = "finding" if finding is not None else "logit"
@@ -42,7 +42,7 @@ def run(
             config=rest.pop("config", {"rank": 8, "learning_rate": 0.001, "steps": 200}),
             seed=0,
             inputs=tuple(
-                Input(role=role, ref=ref, path="", kind="checkpoint", digest=given) for role, ref, given in inputs
+                Input(role=role, ref=ref, path=path, kind="checkpoint", digest=given) for role, ref, given in inputs
             ),
             data=tuple(
                 DataInput(role=role, ref=ref, digest="d" * 64, records=count, kind=what)

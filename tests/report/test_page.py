@@ -231,3 +231,13 @@ def test_the_browser_would_show_a_page_that_fails_or_calls_home(tmp_path: Path) 
     seen = browse(bad, tmp_path, 390)
     assert seen.asked == {"http://picture.invalid/x.png"}
     assert any("Error: no" in line for line in seen.complaints)
+
+
+def test_a_run_shows_what_its_input_was_made_from(tmp_path: Path) -> None:
+    first = run(tmp_path / "edited", "edit.rome", [("model", "zoo:lm", "1" * 64)], "2" * 64)
+    run(tmp_path / "tuned", "tune.lora", [("model", str(first), "2" * 64)], "3" * 64, path=str(first))
+    text = Outline(page([tmp_path / "tuned"])).text
+    assert "zoo:lm" in text and "edit.rome" in text
+    run(tmp_path / "other", "edit.rome", [("model", "zoo:lm", "1" * 64)], "9" * 64)
+    run(tmp_path / "stale", "tune.lora", [("model", "x/y", "2" * 64)], "3" * 64, path=str(tmp_path / "other"))
+    assert "edit.rome" not in Outline(page([tmp_path / "stale"])).text, "what lies there now is another model"

@@ -8,10 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lfm.core import Cost, Inputs, Logits, Model
-from lfm.core.method import Amount
 from lfm.core.model import Codec, Gradients
-from lfm.data.records import Completion, Fact
-from lfm.runs.plan import HEADROOM, Machine, amount, machine, weigh
+from lfm.runs.plan import HEADROOM, Machine, machine, weigh
 from lfm.runs.plan import plan as make_plan
 from planted import METHODS, Settings
 
@@ -44,13 +42,6 @@ def test_the_range_is_a_range_and_more_work_never_takes_less(flops: float, steps
 
 def test_memory_counts_what_python_and_torch_take() -> None:
     assert weigh("a.b", Cost(memory=7), SMALL).memory == HEADROOM + 7
-
-
-def test_amount_counts_text_wherever_it_stands() -> None:
-    assert amount([Completion(prompt="ab", completion="cdef"), Completion(prompt="", completion="gh")]) == Amount(2, 2)
-    fact = Fact(subject="", relation="", object="", prompt="", suffix="", neighbours=(("abcd", "efgh"),))
-    assert amount([fact]).tokens == 2
-    assert amount([]) == Amount(0, 0)
 
 
 def test_a_plan_opens_no_interface(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from lfm.cli import discover
+from lfm.cli import discover, machine, made, measure, use, work
+from lfm.cli.front import Front
 from lfm.core.errors import LfmError
 
 UNEXPECTED = 70
@@ -16,10 +17,10 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="lfm",
-    help="Learn From Model: models in, a verified new model (or a finding about them) out.",
-    epilog="Start with `lfm demo`, or ask `lfm methods --have text,logprobs` what can be done with what you have.",
+    cls=Front,
     no_args_is_help=True,
     rich_markup_mode="rich",
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -38,7 +39,7 @@ def _root(
         raise typer.Exit
 
 
-for group in (discover,):
+for group in (machine, discover, work, measure, made, use):
     group.register(app)
 
 
@@ -77,12 +78,11 @@ def run(arguments: Sequence[str]) -> int:
 def _usage(error: typer.TyperException) -> int:
     from lfm.cli.screen import complain
 
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return 0  # the help has been shown
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "lfm"
-    if type(error).__name__ != "NoArgsIsHelpError":
-        complain(LfmError(error.format_message().rstrip("."), fix=f"`{command} --help` shows what it takes"))
-    elif context is not None:
-        print(context.get_help())
+    complain(LfmError(error.format_message().rstrip("."), fix=f"`{command} --help` shows what it takes"))
     return error.exit_code
 
 

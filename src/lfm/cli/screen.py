@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from lfm.core.errors import LfmError
+from lfm.report import words
+from lfm.report.words import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
+
+    from lfm.core.finding import Finding
+    from lfm.record import Measure
 
 ACCESS = {
     "text": "green",
@@ -65,25 +71,6 @@ def badges(labels: Iterable[str], colours: dict[str, str]) -> Text:
     return Text(" ").join(badge(label, colours.get(label, "white")) for label in labels)
 
 
-class Amount(NamedTuple):
-    """A number people can read and its unit."""
-
-    value: str
-    unit: str
-
-    def __str__(self) -> str:
-        return f"{self.value} {self.unit}"
-
-
-def size(count: float) -> str:
-    """Bytes as people say them, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
 def count(number: float) -> str:
     """A count as people say it: 950, 12.4 k, 3.1 M."""
     for unit in ("", " k", " M", " G", " T"):
@@ -95,13 +82,58 @@ def count(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them."""
-    if seconds < 1:
-        return "< 1 s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+    return "< 1 s" if seconds < 1 else words.duration(round(seconds) if seconds < 10 else seconds).replace(".0 s", " s")
+
+
+def measures(before: Mapping[str, Measure], after: Mapping[str, Measure], title: str) -> Table:
+    """Metrics before and after, with the interval of the later one."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, padding=(0, 2, 0, 0), title=Text(title, "bold"), title_justify="left", header_style="dim")
+    grid.add_column("metric")
+    for name in (*(("before",) if before else ()), "after" if before else "value", *(("change",) if before else ())):
+        grid.add_column(name, justify="right")
+    grid.add_column("95 % interval", style="dim", justify="right")
+    for name, new in after.items():
+        old = before.get(name)
+        cells = [Text(words.metric(name)), *([Text(words.number(old.value) if old else "–", "dim")] if before else [])]
+        cells.append(Text(words.number(new.value), "bold"))
+        if before:
+            cells.append(_change(name, old, new))
+        wide = new.high > new.low
+        grid.add_row(*cells, f"{words.number(new.low)} – {words.number(new.high)}" if wide else "")
+    return grid
+
+
+def _change(name: str, old: Measure | None, new: Measure) -> Text:
+    from rich.text import Text
+
+    if old is None:
+        return Text("")
+    difference = new.value - old.value
+    apart = new.low > old.high or new.high < old.low
+    better = (difference < 0) == words.smaller_is_better(name)
+    return Text(words.signed(difference), "dim" if not apart else "green" if better else "red")
+
+
+def finding(found: Finding, rows: int = 12) -> Table:
+    """A finding's first rows."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(
+        box=None, padding=(0, 2, 0, 0), title=Text(found.title, "bold"), title_justify="left", header_style="dim"
+    )
+    for column in found.columns:
+        numeric = any(isinstance(row.get(column), (int, float)) for row in found.rows[:rows])
+        grid.add_column(words.metric(column), justify="right" if numeric else "left")
+    for row in found.rows[:rows]:
+        cells = (row.get(column) for column in found.columns)
+        grid.add_row(*(Text(words.short(words.number(c) if isinstance(c, (int, float)) else c, 40)) for c in cells))
+    if len(found.rows) > rows:
+        grid.caption = f"{rows} of {len(found.rows)} rows; table.csv has all"
+    return grid
 
 
 def complain(error: LfmError) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 REPORT = "report.html"
 
 
-def page(directories: Sequence[Path]) -> str:
-    """The report as one HTML document, inline style and pictures included."""
+def page(directories: Sequence[Path], *, name: str = "") -> str:
+    """The report as one HTML document, inline style and pictures included. name: what a single run is called there."""
     import jinja2
 
     from lfm.report import lineage, words
     from lfm.report.gather import gather
 
-    found = gather(directories)
+    found = gather(directories, name)
     here = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(here),
@@ -40,8 +40,8 @@ def page(directories: Sequence[Path]) -> str:
     )
 
 
-def write(directory: Path) -> Path:
+def write(directory: Path, *, name: str = "") -> Path:
     """Make report.html in a run directory or a recipe's output, and return its path."""
     path = directory / REPORT
-    path.write_text(page([directory]), encoding="utf-8")
+    path.write_text(page([directory], name=name), encoding="utf-8")
     return path

@@ -13,7 +13,7 @@ from lfm import record as records
 from lfm.core import finding as findings
 from lfm.core.errors import LfmError, ModelError
 from lfm.core.finding import Finding
-from lfm.record import Measure, RunRecord
+from lfm.record import Input, Measure, RunRecord
 from lfm.report import plots, words
 from lfm.report.lineage import Node
 from lfm.report.plots import Estimate
@@ -129,11 +129,11 @@ class Page(NamedTuple):
     verified: str
 
 
-def gather(directories: Sequence[Path]) -> Page:
+def gather(directories: Sequence[Path], name: str = "") -> Page:
     """The page of one recipe's output, of one run directory, or of several. ModelError where there is none."""
     if len(directories) == 1 and (directories[0] / RECIPE).is_file():
         return _recipe(directories[0])
-    chapters = _chapters([(d, d.name, "", "done") for d in directories])
+    chapters = _chapters([(d, name or d.resolve().name, "", "done") for d in directories])
     first = chapters[0].record
     single = len(chapters) == 1
     seconds = sum(c.record.seconds for c in chapters)
@@ -380,10 +380,12 @@ def ancestry(
             parent = made_by_digest.get(given.digest)
             if parent is not None and order[parent] < chapter.number:
                 edges[parent, chapter.anchor] = None
-            elif not given.ref.startswith("serve:"):
-                key = f"source-{given.digest or given.ref}"
-                sources.setdefault(key, Node(id=key, lines=(_tail(given.ref), given.kind), kind="source"))
+            elif not given.ref.startswith("serve:") or not needs:
+                key = given.digest or given.ref
                 edges[key, chapter.anchor] = None
+                for node, parents in _before(given):
+                    sources.setdefault(node.id, node)
+                    edges |= {(parent, node.id): None for parent in parents}
     made = [
         Node(
             id=c.anchor,
@@ -394,6 +396,28 @@ def ancestry(
         for c in chapters
     ]
     return [*sources.values(), *made], list(edges)
+
+
+def _before(given: Input, seen: frozenset[str] = frozenset()) -> list[tuple[Node, list[str]]]:
+    """An input as a box, and what it was made from as far as that still lies there; each with its parents' ids."""
+    key = given.digest or given.ref
+    made = _made(given)
+    if made is None or key in seen:
+        return [(Node(id=key, lines=(_tail(given.ref), given.kind), kind="source"), [])]
+    parents = [i.digest or i.ref for i in made.inputs]
+    node = Node(id=key, lines=(made.title or Path(given.path).name, made.id, _gist(made)))
+    return [(node, parents), *(pair for i in made.inputs for pair in _before(i, seen | {key}))]
+
+
+def _made(given: Input) -> RunRecord | None:
+    """The run that made an input, where its directory is what it was then."""
+    if not given.path or not (Path(given.path) / records.RUN).is_file():
+        return None
+    try:
+        made = records.read(Path(given.path))
+    except LfmError:
+        return None
+    return made if made.output.digest == given.digest else None
 
 
 def _gist(run: RunRecord) -> str:

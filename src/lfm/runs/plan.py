@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, final
@@ -18,11 +18,9 @@ from typing import Any, final
 import msgspec
 
 from lfm.core.heavy import np
-from lfm.core.method import Amount, Cost, Inputs, Method, Sizes
+from lfm.core.method import Cost, Inputs, Method, Sizes
 from lfm.core.model import names_of
-
-CHARACTERS_PER_TOKEN = 4
-"""Of English under a subword vocabulary; a small vocabulary makes more tokens."""
+from lfm.data import files
 
 EFFICIENCY = (0.1, 0.8)
 """Share of the matrix-product rate that training and inference reach, worst and best."""
@@ -84,7 +82,7 @@ def plan(
     """The plan of one run on checked inputs. budget: (queries, tokens), None where unlimited."""
     sizes = Sizes(
         {role: tuple(m.facts for m in given) for role, given in inputs.models.items()},
-        {role: amount(records) for role, records in inputs.data.items()},
+        {role: files.amount(records) for role, records in inputs.data.items()},
     )
     access = {role: names_of(slot.needs) for role, slot in method.models.items() if inputs.all(role)}
     return weigh(id, method.cost(config, sizes), on or machine(out, device), access=access, budget=budget)
@@ -125,18 +123,6 @@ def weigh(
     )
 
 
-def amount(records: Sequence[Any]) -> Amount:
-    """How many records, and about how many tokens their text makes."""
-    characters = sum(_characters(msgspec.structs.astuple(record)) for record in records)
-    return Amount(len(records), -(-characters // CHARACTERS_PER_TOKEN))
-
-
-def _characters(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    return sum(map(_characters, value)) if isinstance(value, tuple) else 0
-
-
 def machine(out: Path, device: str = "auto") -> Machine:
     """This machine now; a graphics card where there is one and the device is not "cpu"."""
     card = None if device == "cpu" else accelerator()
@@ -155,7 +141,7 @@ def cores() -> int:
 
 
 @cache
-def matrix_rate(side: int = 512, seconds: float = 0.05) -> float:
+def matrix_rate(side: int = 256, seconds: float = 0.05) -> float:
     """fp32 FLOP/s of a matrix product on this machine's cores, the best of several."""
     a = np.ones((side, side), dtype=np.float32)
     best, until = float("inf"), time.perf_counter() + seconds

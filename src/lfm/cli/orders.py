@@ -1,0 +1,123 @@
+"""A command line's words → what lfm.runs is asked for."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lfm.core import registry
+from lfm.core.errors import ConfigError, SlotError
+
+if TYPE_CHECKING:
+    from lfm.runs import Order
+
+
+def pairs(words: Sequence[str], what: str) -> list[tuple[str, str]]:
+    """`key=value` words in parts. ConfigError for a word without `=`."""
+    found = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{word!r} is not {what}", fix=f"write {what}")
+        found.append((key, value))
+    return found
+
+
+def settings(words: Sequence[str]) -> dict[str, Any]:
+    """`--set key=value` words as a mapping; a value in brackets or braces is JSON."""
+    import json
+
+    found: dict[str, Any] = {}
+    for key, value in pairs(words, "--set KEY=VALUE"):
+        if value[:1] in ("[", "{"):
+            try:
+                found[key] = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"--set {key}: {value} is not JSON", why=str(error)) from None
+        else:
+            found[key] = value
+    return found
+
+
+def roles(id: str, words: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """`role=ref` words as models and data of a method. SlotError names the method's roles."""
+    method = registry.get(id).method
+    models: dict[str, list[str]] = {}
+    data: dict[str, str] = {}
+    known = [*method.models, *method.data]
+    for role, ref in pairs(words, "ROLE=REF"):
+        if role in method.models:
+            models.setdefault(role, []).append(ref)
+        elif role in data:
+            raise SlotError(
+                f"{role!r} is given twice", why="one file fills a data role", fix="put the records together"
+            )
+        elif role in method.data:
+            data[role] = ref
+        else:
+            near = get_close_matches(role, known, n=1)
+            why = f"models: {', '.join(method.models)}; data: {', '.join(method.data) or 'none'}"
+            raise SlotError(f"{id} has no role {role!r}", why=why, fix=f"did you mean {near[0]!r}?" if near else "")
+    return models, data
+
+
+def order(
+    id: str,
+    words: Sequence[str],
+    *,
+    sets: Sequence[str] = (),
+    out: Path | None = None,
+    seed: int = 0,
+    evals: Sequence[str] = (),
+    form: str = "",
+    queries: int | None = None,
+    tokens: int | None = None,
+) -> Order:
+    """The order that a command line places."""
+    from lfm.runs import Order
+
+    models, data = roles(id, words)
+    place = out if out is not None else default_out(id)
+    return Order(
+        id=id,
+        models=models,
+        data=data,
+        settings=settings(sets),
+        out=place,
+        seed=seed,
+        evals=tuple(evals),
+        form=form,
+        budget=(queries, tokens),
+        command=command(id, words, sets, place, seed, evals, form, queries, tokens),
+    )
+
+
+def default_out(name: str) -> Path:
+    """Where a run goes unless told otherwise."""
+    return Path("runs") / name.rsplit(".", 1)[-1]
+
+
+def command(
+    id: str,
+    words: Sequence[str],
+    sets: Sequence[str],
+    out: Path,
+    seed: int,
+    evals: Sequence[str],
+    form: str,
+    queries: int | None,
+    tokens: int | None,
+) -> str:
+    """The command line that does it again."""
+    parts = ["lfm", "run", id, *words]
+    for word in sets:
+        parts += ["--set", word]
+    parts += [f"--eval={ref}" for ref in evals]
+    parts += [f"--format={form}"] if form else []
+    parts += [f"--seed={seed}"] if seed else []
+    parts += [f"--budget-queries={queries}"] if queries is not None else []
+    parts += [f"--budget-tokens={tokens}"] if tokens is not None else []
+    return shlex.join([*parts, "--out", str(out)])

@@ -1,0 +1,198 @@
+"""`lfm plan` and `lfm run`: what a run would take, and the run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lfm.cli import orders, screen
+from lfm.cli.progress import shown
+from lfm.core import registry
+
+if TYPE_CHECKING:
+    from lfm.record import RunRecord
+    from lfm.runs.plan import Plan
+
+DOES_NOT_FIT = 6
+
+Target = Annotated[str, typer.Argument(help="A method (edit.rome), a recipe's file, or a recipe's name.")]
+Words = Annotated[
+    list[str] | None, typer.Argument(help="What fills the method's roles: model=REF train=FILE …", metavar="ROLE=REF")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting; in a recipe, STEP.KEY=VALUE or params.NAME=VALUE.", metavar="KEY=VALUE"),
+]
+Out = Annotated[Path | None, typer.Option(help="The directory to make; must not exist.", show_default="runs/NAME")]
+Seed = Annotated[int | None, typer.Option(help="Of everything random.", show_default="0")]
+Evals = Annotated[list[str] | None, typer.Option("--eval", help="Data to measure on before and after.", metavar="FILE")]
+Form = Annotated[str, typer.Option("--format", help="How to save, where there are several ways: adapter, checkpoint…")]
+Queries = Annotated[int | None, typer.Option("--budget-queries", help="Requests to endpoints, at most.")]
+Tokens = Annotated[int | None, typer.Option("--budget-tokens", help="Tokens of endpoints, at most.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", help="A recipe's steps that run at once, each in its own process.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout.")]
+
+
+def is_method(target: str) -> bool:
+    """Whether the target is meant as a method's id: one that exists, or at least looks like one and is no recipe."""
+    from lfm.recipe.parse import shipped
+
+    if target in registry.ids():
+        return True
+    return not target.endswith((".yaml", ".yml")) and not Path(target).is_file() and target not in shipped()
+
+
+def plan(
+    target: Target,
+    words: Words = None,
+    sets: Sets = None,
+    out: Out = None,
+    seed: Seed = None,
+    evals: Evals = None,
+    form: Form = "",
+    queries: Queries = None,
+    tokens: Tokens = None,
+    device: Device = "auto",
+    jobs: Jobs = 1,
+    json: Json = False,
+) -> None:
+    """What would a run take? Access, time, memory, disk, queries and tokens; nothing is run and no weight read."""
+    _use(device)
+    if not is_method(target):
+        from lfm.cli import recipes
+
+        return recipes.plan(target, orders.settings(sets or ()), out, seed, json)
+    from lfm import runs
+
+    with shown(quiet=json) as show:
+        prepared = runs.prepare(_order(target, words, sets, out, seed, evals, form, queries, tokens), show)
+        found = runs.plan(prepared)
+    if json:
+        screen.emit(plan_facts(found))
+    else:
+        _show_plan(found)
+    if not found.fits:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def run(
+    target: Target,
+    words: Words = None,
+    sets: Sets = None,
+    out: Out = None,
+    seed: Seed = None,
+    evals: Evals = None,
+    form: Form = "",
+    queries: Queries = None,
+    tokens: Tokens = None,
+    device: Device = "auto",
+    jobs: Jobs = 1,
+    json: Json = False,
+) -> None:
+    """Run a method, or a recipe. The result appears whole and verified, or not at all; a killed run resumes."""
+    _use(device)
+    if not is_method(target):
+        from lfm.cli import recipes
+
+        return recipes.run(target, orders.settings(sets or ()), out, seed, jobs, json)
+    from lfm import report, runs
+
+    order = _order(target, words, sets, out, seed, evals, form, queries, tokens)
+
+    def page(made: Path) -> None:
+        report.write(made, name=order.out.name)
+
+    try:
+        with shown(quiet=json) as show:
+            done = runs.execute(order, show=show, report=page)
+    except KeyboardInterrupt:
+        screen.err().print(
+            f"\n[bold]stopped.[/] What was done is kept; the same command goes on from there:\n  {order.command}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+    if json:
+        import msgspec
+
+        screen.emit(msgspec.to_builtins(done) | {"out": str(order.out)})
+    else:
+        _show_done(done, order.out)
+
+
+def _use(device: str) -> None:
+    if device != "auto":
+        os.environ["LFM_DEVICE"] = device
+
+
+def _order(id: str, words: Any, sets: Any, out: Any, seed: Any, evals: Any, form: str, queries: Any, tokens: Any):
+    return orders.order(
+        id,
+        words or (),
+        sets=sets or (),
+        out=out,
+        seed=seed or 0,
+        evals=evals or (),
+        form=form,
+        queries=queries,
+        tokens=tokens,
+    )
+
+
+def plan_facts(found: Plan) -> dict[str, Any]:
+    """A plan as scripts read it."""
+    import msgspec
+
+    return msgspec.to_builtins(found) | {"fits": found.fits}
+
+
+def _show_plan(found: Plan) -> None:
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    for role, names in found.access.items():
+        grid.add_row(role, screen.badges(names, screen.ACCESS))
+    low, high = found.seconds
+    grid.add_row("time", Text(f"{screen.duration(low)} to {screen.duration(high)} on {found.device}"))
+    grid.add_row("memory", Text(screen.size(found.memory)))
+    grid.add_row("disk", Text(screen.size(found.disk)))
+    if found.queries:
+        grid.add_row("queries", Text(f"{found.queries}, about {screen.count(found.tokens)} tokens"))
+    console = screen.out()
+    console.print(f"\n  [bold cyan]{found.method}[/]")
+    console.print(Padding(grid, (1, 0, 1, 2)))
+    if found.fits:
+        console.print("  [green]✓[/] it fits on this machine\n")
+    for lack in found.lacks:
+        console.print(f"  [red]✗ would not fit:[/] {lack}", soft_wrap=True)
+    if found.lacks:
+        console.print()
+
+
+def _show_done(done: RunRecord, out: Path) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = screen.out()
+    console.print(Text.assemble("\n  ", (done.id, "bold cyan"), "  → ", (str(out), "bold")), soft_wrap=True)
+    for evaluation, after in done.after.items():
+        console.print(Padding(screen.measures(done.before.get(evaluation, {}), after, evaluation), (1, 0, 0, 2)))
+    if done.output.kind == "finding":
+        from lfm.core import finding
+
+        console.print(Padding(screen.finding(finding.read(out)), (1, 0, 0, 2)))
+    console.print(Text.assemble("\n  ", ("✓ ", "green"), str(done.verified)), soft_wrap=True)
+    console.print(f"  [dim]{screen.duration(done.seconds)}; digest {done.output.digest[:12]}[/]")
+    console.print(f"\n  [dim]the page[/]  {out / 'report.html'}\n", soft_wrap=True)
+
+
+def register(app: typer.Typer) -> None:
+    panel = "Make"
+    app.command("plan", rich_help_panel=panel)(plan)
+    app.command("run", rich_help_panel=panel)(run)

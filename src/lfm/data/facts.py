@@ -6,7 +6,7 @@ probabilities only of what they are asked, take part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from lfm.core.model import Logprobs
@@ -53,23 +53,38 @@ def rephrased(fact: Fact | Edit, question: Question) -> list[Question]:
     return [question._replace(prompt=prompt) for prompt in fact.paraphrases]
 
 
+Pair = tuple[str, str, str]
+"""(prompt, answer with the space it needs, suffix)."""
+
+
+def pairs(asked: Sequence[Question]) -> list[Pair]:
+    """Every candidate in its prompt, in order and each only once."""
+    return list(dict.fromkeys((q.prompt, spaced(q.prompt, c), q.suffix) for q in asked for c in q.candidates))
+
+
+def score(logprobs: Logprobs, part: Sequence[Pair]) -> list[float]:
+    """The log-probability of each answer, all its tokens together."""
+    prompts, answers, suffixes = zip(*part, strict=True)
+    return [found.total for found in logprobs.score(prompts, answers, suffixes)]
+
+
+def regrouped(asked: Sequence[Question], told: Mapping[Pair, float]) -> list[tuple[float, ...]]:
+    """The scores of each question's candidates."""
+    return [tuple(told[q.prompt, spaced(q.prompt, c), q.suffix] for c in q.candidates) for q in asked]
+
+
 def log_probabilities(
     logprobs: Logprobs, asked: Sequence[Question], *, chunk: int = 256, done: Callable[[int], None] | None = None
 ) -> list[tuple[float, ...]]:
     """The log-probability of each candidate, all its tokens together. done: told how many more are known."""
-    pairs = [(q.prompt, spaced(q.prompt, c), q.suffix) for q in asked for c in q.candidates]
-    told: list[float] = []
-    for start in range(0, len(pairs), chunk):
-        part = pairs[start : start + chunk]
-        prompts, answers, suffixes = zip(*part, strict=True)
-        told += [score.total for score in logprobs.score(prompts, answers, suffixes)]
+    every = pairs(asked)
+    told: dict[Pair, float] = {}
+    for start in range(0, len(every), chunk):
+        part = every[start : start + chunk]
+        told.update(zip(part, score(logprobs, part), strict=True))
         if done:
             done(len(part))
-    found, place = [], 0
-    for question in asked:
-        found.append(tuple(told[place : place + len(question.candidates)]))
-        place += len(question.candidates)
-    return found
+    return regrouped(asked, told)
 
 
 def rank(scores: Sequence[float], right: int) -> int:

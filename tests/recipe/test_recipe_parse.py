@@ -50,7 +50,7 @@ def test_steps_become_jobs_and_a_matrix_one_job_a_value() -> None:
     assert jobs["tuned[rank=8]"].settings == {"rate": 0.01, "rank": 8}
     assert jobs["tuned[rank=8]"].folder == "tuned/rank=8"
     assert jobs["tuned[rank=4]"].eval == ["held-out.jsonl"]
-    assert jobs["probe"].data == {"facts": ["zoo:facts"]}
+    assert jobs["probe"].data == {"facts": "zoo:facts"}
     assert {job.seed for job in jobs.values()} == {3}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,46 +77,24 @@ def order(
 ) -> Order:
     """The order that a command line places."""
     from lfm.runs import Order
+    from lfm.runs.command import command
 
     models, data = roles(id, words)
-    place = out if out is not None else default_out(id)
+    place, chosen, budget = out if out is not None else default_out(id), settings(sets), (queries, tokens)
     return Order(
         id=id,
         models=models,
         data=data,
-        settings=settings(sets),
+        settings=chosen,
         out=place,
         seed=seed,
         evals=tuple(evals),
         form=form,
-        budget=(queries, tokens),
-        command=command(id, words, sets, place, seed, evals, form, queries, tokens),
+        budget=budget,
+        command=command(id, models, data, chosen, place, seed=seed, evals=evals, form=form, budget=budget),
     )
 
 
 def default_out(name: str) -> Path:
     """Where a run goes unless told otherwise."""
     return Path("runs") / name.rsplit(".", 1)[-1]
-
-
-def command(
-    id: str,
-    words: Sequence[str],
-    sets: Sequence[str],
-    out: Path,
-    seed: int,
-    evals: Sequence[str],
-    form: str,
-    queries: int | None,
-    tokens: int | None,
-) -> str:
-    """The command line that does it again."""
-    parts = ["lfm", "run", id, *words]
-    for word in sets:
-        parts += ["--set", word]
-    parts += [f"--eval={ref}" for ref in evals]
-    parts += [f"--format={form}"] if form else []
-    parts += [f"--seed={seed}"] if seed else []
-    parts += [f"--budget-queries={queries}"] if queries is not None else []
-    parts += [f"--budget-tokens={tokens}"] if tokens is not None else []
-    return shlex.join([*parts, "--out", str(out)])

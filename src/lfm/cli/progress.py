@@ -27,17 +27,17 @@ def shown(*, quiet: bool = False) -> Iterator[Show]:
 
 
 def _bars() -> Iterator[Show]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich import progress as bars
 
     columns = (
-        SpinnerColumn(finished_text="[green]✓[/]"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=28, complete_style="cyan", finished_style="green"),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        bars.SpinnerColumn(finished_text="[green]✓[/]"),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(bar_width=28, complete_style="cyan", finished_style="green"),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    tasks: dict[str, int] = {}
-    with Progress(*columns, console=screen.err(), transient=False) as progress:
+    tasks: dict[str, bars.TaskID] = {}
+    with bars.Progress(*columns, console=screen.err(), transient=False) as progress:
 
         def show(label: str, done: int, total: int | None) -> None:
             for other, task in tasks.items():

@@ -98,7 +98,8 @@ def run(
     if not is_method(target):
         from lfm.cli import recipes
 
-        return recipes.run(target, orders.settings(sets or ()), out, seed, jobs, json)
+        recipes.run(target, orders.settings(sets or ()), out, seed, jobs, json)
+        return
     from lfm import report, runs
 
     order = _order(target, words, sets, out, seed, evals, form, queries, tokens)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple, final
+
+from msgspec import structs
 
 from lfm.core import registry
 from lfm.core.config import configure
@@ -39,7 +41,7 @@ class Job:
     method: str
     about: str
     models: dict[str, list[str]]
-    data: dict[str, list[str]]
+    data: dict[str, str]
     settings: dict[str, Any]
     eval: list[str]
     format: str
@@ -74,20 +76,20 @@ def expand(recipe: Recipe, overrides: Mapping[str, Any] | None = None, *, seed: 
 
 def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe with settings and parameters replaced."""
-    from msgspec.structs import replace
-
     document = recipe.document
     steps = {step.id: step for step in document.steps}
     for name, value in overrides.items():
         head, _, key = name.partition(".")
         if head == "params" and key in document.params:
-            document = replace(document, params={**document.params, key: value})
+            document = structs.replace(document, params={**document.params, key: value})
         elif head in steps and key:
-            steps[head] = replace(steps[head], set={**steps[head].set, key: value}, matrix=_without(steps[head], key))
+            steps[head] = structs.replace(
+                steps[head], set={**steps[head].set, key: value}, matrix=_without(steps[head], key)
+            )
         else:
             known = [f"params.{p}" for p in document.params] + [f"{s}.SETTING" for s in steps]
             raise RecipeError(f"--set {name}: nothing of that name in {recipe.path}", fix=f"known: {', '.join(known)}")
-    return replace(recipe, document=replace(document, steps=list(steps.values())))
+    return structs.replace(recipe, document=structs.replace(document, steps=list(steps.values())))
 
 
 def references(text: str) -> list[str]:
@@ -151,7 +153,8 @@ def _label(point: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={re.sub(r'[^A-Za-z0-9_.+-]+', '-', str(value))}" for key, value in point.items())
 
 
-def _name(step: str, point: Mapping[str, Any]) -> str:
+def name_of(step: str, point: Mapping[str, Any]) -> str:
+    """A job's name: its step's id, and its point in brackets."""
     return f"{step}[{_label(point)}]" if point else step
 
 
@@ -212,7 +215,7 @@ def _job(
         def look(inside: str) -> Any:
             found = _look(recipe, inside, here, points)
             if isinstance(found, Reference):
-                name = _name(found.step, found.point or {})
+                name = name_of(found.step, found.point or {})
                 needs[name] = None
                 return "${" + ".".join([name, *found.rest]) + "}"
             return found[0]
@@ -227,12 +230,12 @@ def _job(
         ({"models": models, "data": data}[head] if dot else settings)[role or key] = value
     own = step.seed if step.seed is not None else recipe.document.seed if seed is None else seed
     job = Job(
-        name=_name(step.id, point),
+        name=name_of(step.id, point),
         step=step.id,
         method=step.method,
         about=fill(step.about, (*trail, "about")),
         models={role: fill(refs, (*trail, "models", role), many=True) for role, refs in models.items()},
-        data={role: fill(refs, (*trail, "data", role), many=True) for role, refs in data.items()},
+        data={role: str(fill(ref, (*trail, "data", role))) for role, ref in data.items()},
         settings=fill(settings, (*trail, "set")),
         eval=fill(step.eval, (*trail, "eval"), many=True),
         format=step.format,
@@ -240,8 +243,6 @@ def _job(
         point=point,
         trail=trail,
     )
-    from dataclasses import replace
-
     return replace(job, needs=tuple(needs))
 
 
@@ -261,7 +262,7 @@ def _written_out(recipe: Recipe, item: str, here: Trail, points: Mapping[str, li
     if reference is None or reference.point != {} or reference.step not in points:
         return [item]
     rest = "".join(f".{part}" for part in reference.rest)
-    return ["${" + _name(reference.step, point) + rest + "}" for point in points[reference.step]]
+    return ["${" + name_of(reference.step, point) + rest + "}" for point in points[reference.step]]
 
 
 def _look(recipe: Recipe, inside: str, here: Trail, points: Mapping[str, list[Any]]) -> Reference | tuple[Any]:
@@ -290,7 +291,7 @@ def _look(recipe: Recipe, inside: str, here: Trail, points: Mapping[str, list[An
     labels = [{key: _label({key: value}).partition("=")[2] for key, value in point.items()} for point in choices]
     fits = [point for point, label in zip(choices, labels) if wanted.items() <= label.items()]
     if len(fits) != 1:
-        named = ", ".join("${" + _name(reference.step, point) + "}" for point in choices)
+        named = ", ".join("${" + name_of(reference.step, point) + "}" for point in choices)
         why = f"{reference.step!r} has {len(choices)} runs, and {len(fits)} of them fit"
         raise recipe.error(here, f"${{{inside}}} does not name one run", why=why, fix=f"one of {named}")
     return reference._replace(point=fits[0])

@@ -32,7 +32,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     method: str
     about: str = ""
     models: dict[str, str | list[str]] = {}
-    data: dict[str, str | list[str]] = {}
+    data: dict[str, str] = {}
     set: dict[str, Any] = {}
     matrix: dict[str, list[Any]] = {}
     eval: str | list[str] = []

@@ -51,7 +51,7 @@ def _step(listed: list[Listed], cases: list[dict[str, Any]]) -> dict[str, Any]:
             "method": {"enum": [method.id for method in listed]},
             "about": {"type": "string", "description": "one sentence for the report"},
             "models": {"type": "object", "additionalProperties": ONE_OR_MORE},
-            "data": {"type": "object", "additionalProperties": ONE_OR_MORE},
+            "data": {"type": "object", "additionalProperties": {"type": "string"}},
             "set": {"type": "object"},
             "matrix": {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}},
             "eval": {**ONE_OR_MORE, "description": "data to hold the models against before and after"},
@@ -77,7 +77,7 @@ def _case(method: Listed, definitions: dict[str, Any]) -> dict[str, Any]:
         for role, slot in method.method.models.items()
     }
     data = {
-        role: {**ONE_OR_MORE, **({"description": slot.help} if slot.help else {})}
+        role: {"type": "string", **({"description": slot.help} if slot.help else {})}
         for role, slot in method.method.data.items()
     }
     closed = {"type": "object", "additionalProperties": False}

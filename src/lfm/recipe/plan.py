@@ -1,0 +1,107 @@
+"""A recipe's plan: every job checked and weighed without running any.
+
+What a job will be given by an earlier one, or by the zoo before it is made, is assumed: of the size of what that comes
+from, and giving what is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lfm import runs
+from lfm.core import registry
+from lfm.core.config import configure
+from lfm.core.errors import AccessError, LfmError
+from lfm.core.method import Amount, Cost, Sizes
+from lfm.core.model import Facts, names_of
+from lfm.data import files
+from lfm.recipe.expand import SERVE, Job, mentions, name_of, parse_reference
+from lfm.recipe.job import located
+from lfm.recipe.parse import Recipe
+from lfm.runs.plan import Machine, Plan, machine, weigh
+
+ASSUMED = Facts(
+    task="causal-lm",
+    architecture="assumed",
+    parameters=10_000_000,
+    bytes=40_000_000,
+    dtype="float32",
+    vocabulary=4096,
+    layers=6,
+    width=256,
+)
+"""A small language model, where nothing is known yet."""
+
+ASSUMED_DATA = Amount(1000, 50_000)
+
+
+def plan(recipe: Recipe, jobs: Sequence[Job], out: Path, *, on: Machine | None = None) -> dict[str, Plan]:
+    """Every job's plan, by name. Raises what would stop the recipe, with file and line."""
+    here = on or machine(out)
+    near = Path(recipe.path).absolute().parent
+    facts: dict[str, Facts] = {}
+    plans = {}
+    for job in jobs:
+        try:
+            plans[job.name], facts[job.name] = _one(job, facts, near, here)
+        except LfmError as error:
+            raise recipe.wrap(job.trail, error) from None
+    return plans
+
+
+def _one(job: Job, known: Mapping[str, Facts], near: Path, here: Machine) -> tuple[Plan, Facts]:
+    method = registry.get(job.method).method
+    settings = {key: value for key, value in job.settings.items() if not any(mentions(value))}
+    config = configure(method.config, settings, where=job.method)
+    models = {}
+    for role, refs in job.models.items():
+        slot = method.models[role]
+        if len(refs) < slot.min or (slot.max is not None and len(refs) > slot.max):
+            most = "or more" if slot.max is None else f"to {slot.max}"
+            raise AccessError(f"{job.method} takes {slot.min} {most} models for {role!r}, got {len(refs)}")
+        models[role] = tuple(_facts(ref, role, slot.needs, job, known, near) for ref in refs)
+    data = {role: _amount(ref, near) for role, ref in job.data.items()}
+    cost: Cost = method.cost(config, Sizes(models, data))
+    access = {role: names_of(method.models[role].needs) for role in models}
+    first = next((held[0] for held in models.values() if held), ASSUMED)
+    return weigh(job.method, cost, here, access=access), first
+
+
+def _facts(ref: str, role: str, needs: tuple[type, ...], job: Job, known: Mapping[str, Facts], near: Path) -> Facts:
+    inner = ref.removeprefix(SERVE)
+    for inside in mentions(inner):
+        reference = parse_reference(inside)
+        assert reference is not None
+        return known.get(name_of(reference.step, reference.point or {}), ASSUMED)
+    if inner.startswith(("zoo:", "api:")):
+        return ASSUMED
+    model = runs.model(located(inner, near))
+    missing = [] if ref != inner else [kind for kind in needs if kind not in model.gives]
+    if missing:
+        lacks = ", ".join(names_of(missing))
+        raise AccessError(
+            f"{job.method} asks {lacks} of {role!r}, which {ref} does not give",
+            why=f"this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}",
+        )
+    return model.facts
+
+
+def _amount(ref: str, near: Path) -> Amount:
+    if any(mentions(ref)) or ref.startswith("zoo:"):
+        return ASSUMED_DATA
+    return files.amount(files.read(located(ref, near)))
+
+
+def total(plans: Mapping[str, Plan]) -> dict[str, Any]:
+    """The whole recipe: time one after another, the most memory of any, disk and queries together."""
+    each = list(plans.values())
+    return {
+        "seconds": [sum(p.seconds[0] for p in each), sum(p.seconds[1] for p in each)],
+        "memory": max((p.memory for p in each), default=0),
+        "disk": sum(p.disk for p in each),
+        "queries": sum(p.queries for p in each),
+        "tokens": sum(p.tokens for p in each),
+        "lacks": [f"{name}: {lack}" for name, p in plans.items() for lack in p.lacks],
+    }

@@ -297,7 +297,6 @@ def facts(source: Source) -> Facts:
     for tensor in source.stored.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + _elements(tensor)
     labels = config.get("id2label") or {}
-    tokens = next((source.files[n] for n in ("tokenizer.json", "vocab.txt", "vocab.json") if n in source.files), None)
     return Facts(
         task=source.task,
         architecture=next(iter(config.get("architectures") or ()), ""),
@@ -305,12 +304,31 @@ def facts(source: Source) -> Facts:
         bytes=sum(count * kind.itemsize for kind, count in sizes.items()),
         dtype=str(max(sizes, key=lambda k: sizes[k], default="")).removeprefix("torch."),
         vocabulary=int(look.get("vocab_size") or 0),
-        vocabulary_digest=hashlib.sha256(tokens.read_bytes()).hexdigest() if tokens else "",
+        vocabulary_digest=_vocabulary(source.files),
         labels=tuple(str(labels[key]) for key in sorted(labels, key=int)),
         layers=int(look.get("num_hidden_layers") or look.get("n_layer") or look.get("num_layers") or 0),
         width=int(look.get("hidden_size") or look.get("n_embd") or look.get("d_model") or 0),
         context=int(look.get("max_position_embeddings") or look.get("n_positions") or look.get("n_ctx") or 0),
     )
+
+
+def _vocabulary(files: Mapping[str, Path]) -> str:
+    """sha256 over tokens and their ids, however the tokenizer's file pads, truncates or is laid out; "" without one."""
+    path = next((files[n] for n in ("tokenizer.json", "vocab.txt", "vocab.json") if n in files), None)
+    if path is None:
+        return ""
+    text = path.read_text(encoding="utf-8")
+    try:
+        told: Any = None if path.suffix == ".txt" else json.loads(text)
+        if told is None:
+            told = {token: i for i, token in enumerate(text.splitlines())}
+        elif path.name == "tokenizer.json":
+            tokens, added = told["model"]["vocab"], told.get("added_tokens") or ()
+            ids = tokens if isinstance(tokens, dict) else {piece: i for i, (piece, *_) in enumerate(tokens)}
+            told = {**ids, **{token["content"]: token["id"] for token in added}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"{path} tells no vocabulary", why=str(error), fix="fetch or save it again") from None
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def write(source: Source, out: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import tiny
 from case import Case
 from lfm import models
-from lfm.core import Weights
+from lfm.core import Inputs, Weights
 from lfm.core.errors import ConfigError, CorruptError, MismatchError, SlotError
 from lfm.methods.reuse import linear
 from methods.reuse.merging import bare, merge, tensors
@@ -156,6 +156,20 @@ def test_other_architectures_and_vocabularies_are_refused(tmp_path: Path) -> Non
     for other, says in ((1, "MistralForCausalLM"), (2, "16 and 17 tokens"), (3, "not the same ones")):
         with pytest.raises(MismatchError, match=says):
             merge(linear, tmp_path, {"models": [models.load(paths[0]), models.load(paths[other])]})
+
+
+def test_one_vocabulary_saved_in_two_ways_goes_together(tmp_path: Path) -> None:
+    given = [tiny.causal(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    path = given[1] / "tokenizer.json"
+    told = json.loads(path.read_text())
+    told["truncation"] = {"max_length": 8, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    path.write_text(json.dumps(told, indent=7))
+    assert models.load(given[0]).facts.vocabulary_digest == models.load(given[1]).facts.vocabulary_digest
+    linear.agree(linear.Config(), Inputs({"models": tuple(models.load(path) for path in given)}))
+    told["added_tokens"][0]["content"] = "<other>"
+    path.write_text(json.dumps(told))
+    with pytest.raises(MismatchError, match="not the same ones"):
+        linear.agree(linear.Config(), Inputs({"models": tuple(models.load(path) for path in given)}))
 
 
 def test_settings_that_make_no_sense(tmp_path: Path) -> None:

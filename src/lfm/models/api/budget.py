@@ -17,9 +17,10 @@ UNLIMITED = 2**62
 class Budget:
     """The most that may be asked of an endpoint. None: no limit.
 
-    queries: prompts sent, whether in one request or in many; a second try counts again where the first may have been
-    counted. tokens: of prompts and answers together. path: the ledger's file; with it, processes share one budget and
-    a run that resumes goes on from what is spent.
+    queries: prompts sent, whether in one request or in many; a prompt that is sent again counts again, even where the
+    server turned it away. tokens: of prompts and answers together; what a server turned away (4xx) took none, what
+    broke (5xx, no answer in time) is charged at its worst case. path: the ledger's file; with it, processes share one
+    budget and a run that resumes goes on from what is spent.
     """
 
     queries: int | None = None

@@ -126,7 +126,8 @@ class Client:
         timeout: float | None = None,
         retries: int | None = None,
     ) -> bytes:
-        tries = 1 + (self.patience.retries if retries is None else retries)
+        timeout = min(timeout or self.patience.timeout, self.patience.timeout)
+        tries = 1 + min(self.patience.retries if retries is None else retries, self.patience.retries)
         trouble, pause, attempt = "", 0.0, 0
         for attempt in range(tries):
             if attempt:
@@ -134,7 +135,7 @@ class Client:
             self.meter.reserve(*charge)
             try:
                 with self._gate:
-                    status, headers, content = self._once(method, path, body, timeout or self.patience.timeout)
+                    status, headers, content = self._once(method, path, body, timeout)
             except _Unsent as error:
                 self.meter.give_back(*charge)
                 trouble, pause = str(error), self._backoff(attempt)
@@ -148,14 +149,14 @@ class Client:
             said = said_by(content)
             if status in AGAIN:
                 if status == 429:
-                    self.meter.give_back(*charge)
+                    self.meter.give_back(0, charge.tokens)
                 trouble = f"it answered {status}{': ' + said if said else ''}"
                 pause = max(_retry_after(headers) if status in (429, 503) else 0.0, self._backoff(attempt))
                 if pause > LONGEST_WAIT:
                     trouble += f" and asks to wait {pause:.0f} s"
                     break
                 continue
-            self.meter.give_back(*charge)
+            self.meter.give_back(0, charge.tokens)
             raise self._refusal(status, said)
         raise EndpointError(
             f"{self.endpoint.url}{path} gave no answer in {attempt + 1} {'try' if attempt == 0 else 'tries'}",

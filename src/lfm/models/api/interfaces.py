@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
 from urllib.parse import quote
 
@@ -32,6 +33,7 @@ class Question(NamedTuple):
     many: Mapping[str, Any]
     shared: Mapping[str, Any]
     tokens: int  # the most it can take, prompt and answer
+    understood: Callable[[Any], Any]  # what its answer means; EndpointError where it means nothing
 
 
 @final
@@ -72,8 +74,11 @@ class Line:
 
     def ask(
         self, path: str, questions: Sequence[Question], parse: Callable[[bytes], Sequence[A]], kind: type[A]
-    ) -> list[A]:
-        """One answer a question, from the cache or from the server; each request's answers are kept as they come."""
+    ) -> list[Any]:
+        """What each question's answer means, from the cache or from the server.
+
+        Each request's answers are kept as they come, once they were understood: a lie is not kept.
+        """
         keys = [digest_of([self.identity, path, dict(q.many), dict(q.shared)]) for q in questions]
         known = self.cache.get(list(dict.fromkeys(keys)))
         missing = list({key: q for key, q in zip(keys, questions, strict=True) if key not in known}.items())
@@ -87,13 +92,17 @@ class Line:
             charge = Charge(len(asked), sum(question.tokens for question in asked))
             content = self._granted(path, lambda: self.client.post(path, body, charge, answers.used))
             found = answers.in_order(parse(content), len(asked), self.url)
+            for question, answer in zip(asked, found, strict=True):
+                question.understood(answer)
             made = {key: msgspec.json.encode(answer) for (key, _), answer in zip(batch, found, strict=True)}
             self.cache.put(made)
             return made
 
         for made in self.client.map(send, self._batches(missing)):
             known.update(made)
-        return [msgspec.json.decode(known[key], type=kind) for key in keys]
+        return [
+            q.understood(msgspec.json.decode(known[key], type=kind)) for key, q in zip(keys, questions, strict=True)
+        ]
 
     def _batches(self, missing: list[tuple[str, Question]]) -> list[list[tuple[str, Question]]]:
         batches: list[list[tuple[str, Question]]] = []
@@ -110,7 +119,7 @@ class Line:
                 size = own
         return batches
 
-    def complete(self, questions: Sequence[Question]) -> list[answers.Choice]:
+    def complete(self, questions: Sequence[Question]) -> list[Any]:
         return self.ask(
             "/completions",
             questions,
@@ -141,26 +150,32 @@ class ApiText:
         # Sampled prompts get a seed each, or equal prompts would get equal answers.
         each = [{**shared, "seed": _seed(seed, i)} if temperature > 0 else shared for i in range(len(prompts))]
         if line.can.completions:
-            asked = [
-                Question({"prompt": prompt}, own, bound(prompt) + line.can.overhead + max_tokens)
-                for prompt, own in zip(prompts, each, strict=True)
-            ]
-            return [choice.text for choice in line.complete(asked)]
-        asked = [
-            Question(
-                {},
-                {**own, "messages": [{"role": "user", "content": prompt}]},
-                bound(prompt) + line.can.chat_overhead + max_tokens,
+            extra = line.can.overhead + max_tokens
+            return line.complete(
+                [
+                    Question({"prompt": prompt}, own, bound(prompt) + extra, _text)
+                    for prompt, own in zip(prompts, each, strict=True)
+                ]
             )
+        extra = line.can.chat_overhead + max_tokens
+        asked = [
+            Question({}, {**own, "messages": [{"role": "user", "content": prompt}]}, bound(prompt) + extra, _said)
             for prompt, own in zip(prompts, each, strict=True)
         ]
-        replies = line.ask(
+        return line.ask(
             "/chat/completions",
             asked,
             lambda content: answers.read(content, answers.Chat, line.url).choices,
             answers.ChatChoice,
         )
-        return [reply.message.content or "" for reply in replies]
+
+
+def _text(choice: answers.Choice) -> str:
+    return choice.text
+
+
+def _said(choice: answers.ChatChoice) -> str:
+    return choice.message.content or ""
 
 
 @final
@@ -175,18 +190,30 @@ class ApiLogprobs:
         endings = list(suffixes) or [""] * len(pairs)
         if line.can.score:
             asked = [
-                Question({"prompts": p, "continuations": c, "suffixes": s}, {}, bound(p + c + s) + line.can.overhead)
+                Question(
+                    {"prompts": p, "continuations": c, "suffixes": s},
+                    {},
+                    bound(p + c + s) + line.can.overhead,
+                    partial(answers.scored, url=line.url),
+                )
                 for (p, c), s in zip(pairs, endings, strict=True)
             ]
-            found = line.ask(
+            return line.ask(
                 "/score", asked, lambda content: answers.read(content, answers.Scores, line.url).data, answers.Scored
             )
-            return [answers.scored(one, line.url) for one in found]
         shared = {"max_tokens": 0, "temperature": 0, "echo": True, "logprobs": 1}
-        # Some servers make one token all the same, so it is reserved.
-        asked = [Question({"prompt": p + c}, shared, bound(p + c) + line.can.overhead + 1) for p, c in pairs]
-        choices = line.complete(asked)
-        return [answers.echoed(choice, p, c, line.url) for choice, (p, c) in zip(choices, pairs, strict=True)]
+        return line.complete(
+            [
+                # Some servers make one token all the same, so it is reserved.
+                Question(
+                    {"prompt": p + c},
+                    shared,
+                    bound(p + c) + line.can.overhead + 1,
+                    partial(answers.echoed, prompt=p, continuation=c, url=line.url),
+                )
+                for p, c in pairs
+            ]
+        )
 
     def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
         line, most = self._line, min(k, self._line.can.top_k)
@@ -197,10 +224,11 @@ class ApiLogprobs:
                 {"prompt": prompt},
                 {**shared, "suffix": suffix} if line.can.suffix and suffix else shared,
                 bound(prompt + suffix) + line.can.overhead + 1,
+                partial(answers.best, k=most, url=line.url),
             )
             for prompt, suffix in zip(prompts, endings, strict=True)
         ]
-        return [answers.best(choice, most, line.url) for choice in line.complete(asked)]
+        return line.complete(asked)
 
 
 @final
@@ -221,24 +249,21 @@ class ApiEmbeddings:
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
         from lfm.models.api.embeds import decode
 
-        line = self._line
         # Looking a text up in the table is a query, but the model reads no token.
-        asked = [Question({"input": text}, {}, 0) for text in texts]
-        found = line.ask(
+        return self._line.ask(
             "/input_embeddings",
-            asked,
-            lambda content: answers.read(content, answers.Embedding, line.url).data,
+            [Question({"input": text}, {}, 0, lambda one: decode(one.embedding)) for text in texts],
+            lambda content: answers.read(content, answers.Embedding, self._line.url).data,
             answers.Embedded,
         )
-        return [decode(one.embedding) for one in found]
 
     def next_from(self, embeds: Sequence[Tensor], k: int) -> list[Ranked]:
         from lfm.models.api.embeds import encode
 
         line, most = self._line, min(k, self._line.can.top_k)
         shared = {"max_tokens": 1, "temperature": 0, "logprobs": most}
-        asked = [Question({"prompt_embeds": encode(one)}, shared, len(one) + 1) for one in embeds]
-        return [answers.best(choice, most, line.url) for choice in line.complete(asked)]
+        read = partial(answers.best, k=most, url=line.url)
+        return line.complete([Question({"prompt_embeds": encode(one)}, shared, len(one) + 1, read) for one in embeds])
 
 
 def _seed(seed: int, place: int) -> int:

@@ -6,9 +6,10 @@ class Config(lfm.core.Config):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -49,17 +50,39 @@ def fields(kind: type[Config]) -> list[Field]:
     """The settings of a Config type in the order of their definition."""
     found = []
     for field in msgspec.structs.fields(kind):
-        help_ = ""
-        type_ = field.type
-        if get_origin(type_) is Annotated:
-            type_, *notes = get_args(type_)
-            help_ = next((n.description for n in notes if isinstance(n, Meta) and n.description), "")
         default = field.default if field.default is not msgspec.NODEFAULT else None
         if field.default_factory is not msgspec.NODEFAULT:
             default = field.default_factory()
-        shown = getattr(type_, "__name__", None) if not get_args(type_) else str(type_).replace("typing.", "")
-        found.append(Field(field.encode_name, shown or str(type_), default, help_))
+        found.append(Field(field.encode_name, spoken(field.type), default, _description(field.type)))
     return found
+
+
+def spoken(type_: Any) -> str:
+    """A setting's type in words: `float > 0`, `model or tensor`, `list of int ≥ 1`, `int or none`."""
+    origin, arguments = get_origin(type_), get_args(type_)
+    if origin is Annotated:
+        base, *notes = arguments
+        return " ".join([spoken(base), *(limit for note in notes if isinstance(note, Meta) for limit in _limits(note))])
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " or ".join(spoken(a) for a in arguments)
+    if origin in (tuple, list, set, frozenset):
+        return "list of " + spoken(arguments[0])
+    if origin is not None and issubclass(origin, Mapping):
+        return f"map of {spoken(arguments[0])} to {spoken(arguments[1])}"
+    return "none" if type_ is type(None) else getattr(type_, "__name__", str(type_))
+
+
+def _limits(note: Meta) -> Iterator[str]:
+    for sign, limit in (("≥", note.ge), (">", note.gt), ("≤", note.le), ("<", note.lt)):
+        if limit is not None:
+            yield f"{sign} {limit:g}"
+
+
+def _description(type_: Any) -> str:
+    notes = get_args(type_)[1:] if get_origin(type_) is Annotated else ()
+    return next((n.description for n in notes if isinstance(n, Meta) and n.description), "")
 
 
 def configure(kind: type[C], settings: Mapping[str, Any], *, where: str = "") -> C:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
 
 import tiny
 from lfm.core.errors import DataError
@@ -103,6 +104,18 @@ def test_a_merge_across_the_boundary_belongs_to_the_answer() -> None:
     joint = codec.tokenizer("The town")["input_ids"]
     assert batch["input_ids"][0].tolist() == [*joint, codec.tokenizer.eos_token_id]
     assert "wn" in codec.tokenizer.convert_ids_to_tokens(joint)  # the merge that straddles
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("def f():", "    return x"), ("The cat", "\n\n dog"), ("The", "  cat  "), ("a ", " b")]
+)
+def test_white_space_is_scored_where_offsets_leave_it_out(prompt: str, completion: str) -> None:
+    inner = Tokenizer.from_str(tiny.byte_bpe().backend_tokenizer.to_str())
+    inner.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-2's
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+    task = task_for([Completion(prompt=prompt, completion=completion)], TextCodec(tokenizer), CAUSAL)
+    batch = task.collate([Completion(prompt=prompt, completion=completion)])
+    assert tokenizer.decode(batch["labels"][batch["labels"] != -100]) == completion
 
 
 LETTERS = st.text(alphabet="abcdefghijklmnopqrstuvwxyz éß東!?. ", max_size=24)

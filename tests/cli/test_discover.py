@@ -93,7 +93,7 @@ def test_show_has_idea_access_settings_and_a_command(capsys: pytest.CaptureFixtu
 def test_show_json_holds_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["show", "tune.lora", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
-    assert known["settings"][0] == {"name": "rank", "type": "int", "default": 8, "help": "rank of the update"}
+    assert known["settings"][0] == {"name": "rank", "type": "int ≥ 1", "default": 8, "help": "rank of the update"}
     assert known["models"]["model"]["needs"] == ["codec", "gradients"]
 
 

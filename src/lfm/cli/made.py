@@ -103,8 +103,9 @@ def tree(found: Mapping[str, Node]) -> Tree:
 
     def label(digest: str, role: str) -> Text:
         node = found[digest]
-        text = Text.assemble((f"{role} ", "dim") if role else "", (node.label, "bold"))
+        text = Text.assemble((node.label, "bold"))
         text.append(f"  {node.method}" if node.method else f"  {node.kind}", style="cyan" if node.method else "dim")
+        text.append(f"  as {role}" if role not in ("", "model", "models") else "", style="dim")
         return text.append(f"  {digest[:8]}", style="dim")
 
     def grow(branch: Tree, digest: str) -> None:

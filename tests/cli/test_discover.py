@@ -63,7 +63,7 @@ def test_what_works_comes_first_and_then_what_one_more_access_unlocks(capsys: py
     assert "prompt.manual" in works and "augment.reason" in works
     assert "reuse.linear" in unlocked and "+ weights" in unlocked
     assert "probe.lama" in unlocked and "+ labeled data" in unlocked
-    assert "tune.lora" not in shown.split("how does one work")[0], "gradients and codec are two things"
+    assert "tune.lora" not in shown.split("lfm show")[0], "gradients and codec are two things"
 
 
 def test_json_says_what_works_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

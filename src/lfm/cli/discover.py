@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -47,6 +48,13 @@ def level_name(level: Data) -> str:
 
 
 LEVELS = {level_name(level): level for level in Data}
+
+
+SHORT = 88
+"""A docstring's line below this length was ended on purpose."""
+
+ROOM = 44
+"""Columns that a summary needs to be worth a place beside its method."""
 
 
 class Fit(NamedTuple):
@@ -210,37 +218,46 @@ def _hand(given: frozenset[type] | None, level: Data | None) -> str:
 
 
 def _groups(fits: list[Fit], *, heads: bool = True) -> None:
+    """Methods by area: one line each where there is room for the summary beside the badges, else two."""
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
     console = screen.out()
-    wide = console.width >= 100
-    table = Table.grid(padding=(0, 2), expand=False)
-    table.add_column(no_wrap=True, min_width=18)
-    table.add_column(no_wrap=wide, overflow="ellipsis" if wide else "fold", max_width=max(console.width - 62, 24))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    last = ""
-    for item in fits:
-        if heads and item.listed.area != last:
-            last = item.listed.area
-            table.add_row("")
-            table.add_row(f"[bold cyan]{last}[/]", f"[dim italic]{ABOUT.get(last, 'third party')}[/]")
-        table.add_row(*_line(item))
-    from rich.padding import Padding
-
-    console.print(Padding(table, (0, 0, 0, 2)))
+    lines = [_line(item) for item in fits]
+    widths = [max((line[i].cell_len for line in lines), default=0) for i in range(4)]
+    room = console.width - 2 - sum(widths[i] + 2 for i in (0, 2, 3))
+    for area, group in groupby(zip(fits, lines), key=lambda pair: pair[0].listed.area if heads else ""):
+        if heads:
+            console.print(
+                Text.assemble("\n  ", (area, "bold cyan"), "  ", (ABOUT.get(area, "third party"), "dim italic"))
+            )
+        table = Table.grid(padding=(0, 2))
+        for i in (0, 1, 2, 3) if room >= ROOM else (0, 2, 3):
+            table.add_column(no_wrap=True, width=min(widths[i], room) if i == 1 else widths[i])
+        for _, (name, summary, access, data) in group:
+            if room >= ROOM:
+                summary.truncate(room, overflow="ellipsis")
+                table.add_row(name, summary, access, data)
+            else:
+                name.pad_right(widths[0] + 2 - name.cell_len)
+                console.print(Padding(Text.assemble(name, access, "  " if access.cell_len else "", data), (0, 0, 0, 2)))
+                summary.stylize("dim")
+                console.print(Padding(summary, (0, 0, 0, 4)))
+        if table.row_count:
+            console.print(Padding(table, (0, 0, 0, 2)))
 
 
 def _hints(fits: list[Fit], asking: bool) -> None:
     from rich.padding import Padding
     from rich.table import Table
 
-    grid = Table.grid(padding=(0, 2))
+    grid = Table.grid(padding=(0, 3))
     if not asking:
-        grid.add_row("[dim]what works with an API and no data?[/]", "lfm methods --have text,logprobs --data none")
-        grid.add_row("[dim]…with the model in this folder?[/]", "lfm methods --have ./my-model")
+        grid.add_row("lfm methods --have text,logprobs --data none", "[dim]with an API and no data[/]")
+        grid.add_row("lfm methods --have ./my-model", "[dim]with the model in this folder[/]")
     example = fits[0].listed.id if fits else "edit.rome"
-    grid.add_row("[dim]how does one work?[/]", f"lfm show {example}")
+    grid.add_row(f"lfm show {example}", "[dim]how one works[/]")
     screen.out().print(Padding(grid, (1, 0, 1, 2)))
 
 
@@ -316,15 +333,30 @@ def _show(method: Listed) -> None:
 
 
 def _document(text: str) -> Text:
-    """A docstring as it stands: indented blocks are formulas and examples and keep their lines."""
+    """A docstring: paragraphs flow, indented blocks are formulas and examples and keep their lines."""
     from rich.text import Text
 
     rendered = Text()
-    for line in text.split("\n"):
-        style = "green" if line.lstrip().startswith((">>>", "...")) else "yellow" if line.startswith("    ") else ""
-        rendered.append(line + "\n", style=style)
+    for block in text.split("\n\n"):
+        lines = block.split("\n")
+        if lines[0].startswith((" ", ">>>")):
+            for line in lines:
+                rendered.append(
+                    line + "\n", style="green" if line.lstrip().startswith((">>>", "...", "lfm ")) else "yellow"
+                )
+        else:
+            rendered.append(_flowing(lines) + "\n")
+        rendered.append("\n")
     rendered.rstrip()
     return rendered
+
+
+def _flowing(lines: list[str]) -> str:
+    """Lines joined into paragraphs; a short line ends one."""
+    told = ""
+    for line in lines:
+        told += line + (" " if len(line) > SHORT else "\n")
+    return told.strip()
 
 
 def register(app: typer.Typer) -> None:

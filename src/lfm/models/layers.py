@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from lfm.core.errors import ModelError
 from lfm.core.heavy import nn
 from lfm.models import structure
 
@@ -53,3 +56,34 @@ def heads(module: nn.Module) -> list[str]:
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in module.named_children()}
     body = max(sizes, key=lambda name: sizes[name])
     return [name for name, size in sizes.items() if size and name != body]
+
+
+def shallower(module: nn.Module, count: int) -> nn.Module:
+    """The module, changed in place, with `count` of its blocks: the first, the last, and those evenly between.
+
+    ModelError where it has fewer blocks, several stacks of them, or a config that does not say their number.
+    """
+    names = all_blocks(module)
+    stacks = {name.rsplit(".", 1)[0] for name in names}
+    config: Any = getattr(module, "config", None)
+    if len(stacks) != 1 or getattr(config, "num_hidden_layers", None) != len(names):
+        raise ModelError(
+            f"blocks cannot be taken out of {type(module).__name__}",
+            why=f"it has {len(stacks)} stacks of blocks" if len(stacks) != 1 else "its config does not count them",
+        )
+    if not 1 <= count <= len(names):
+        raise ModelError(f"{count} blocks cannot be kept of {len(names)}")
+    chosen = [round(i * (len(names) - 1) / max(count - 1, 1)) for i in range(count)]
+    stack = stacks.pop()
+    blocks = [module.get_submodule(names[i]) for i in chosen]
+    for place, block in enumerate(blocks):
+        for child in block.modules():
+            if isinstance(getattr(child, "layer_idx", None), int):
+                child.layer_idx = place  # type: ignore[assignment]
+    parent, _, attribute = stack.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, nn.ModuleList(blocks))
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == len(names) and key.endswith("layer_types"):
+            setattr(config, key, [value[i] for i in chosen])
+    config.num_hidden_layers = count
+    return module

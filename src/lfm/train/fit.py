@@ -106,7 +106,8 @@ def fit(
             batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with context:
                 value = loss(module, batch)
-            value = value.float() / config.accumulate
+            if config.accumulate > 1:
+                value = value / config.accumulate
             value.backward()
             total = value.detach() if total is None else total + value.detach()
         assert total is not None

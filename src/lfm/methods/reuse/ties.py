@@ -1,8 +1,9 @@
 """Merge fine-tuned models without letting their changes cancel: trim, elect a sign, average those that agree.
 
-    τᵢ = θᵢ − θ_base, keeping the fraction `density` of entries that is largest in magnitude (the others become 0)
-    γ  = sgn(Σᵢ wᵢ τᵢ)                                              elementwise: the sign of the larger total
-    τ  = Σᵢ wᵢ τᵢ [sgn τᵢ = γ] / Σᵢ wᵢ [sgn τᵢ = γ],   θ = θ_base + λ τ      (`scale` is λ)
+    τᵢ = the fraction `density` of θᵢ − θ_base that is largest, else 0
+    γ  = sgn(Σᵢ wᵢ τᵢ)                  elementwise: the larger total's sign
+    τ  = Σᵢ wᵢ τᵢ [sgn τᵢ = γ] / Σᵢ wᵢ [sgn τᵢ = γ]
+    θ  = θ_base + λ τ                                     (`scale` is λ)
 
 Paper: TIES-Merging, arXiv 2306.01708. As in the paper, and unlike mergekit, the default trims over the whole model
 (`scope` model; with `tensor` each tensor is trimmed by itself, as mergekit does), keeps 20 % and has λ = 1. Different

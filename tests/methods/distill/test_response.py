@@ -12,10 +12,12 @@ import torch
 from torch.nn import functional as F
 
 import tiny
+from case import Case
 from lfm.core import Codec, Gradients, Inputs, Logits, Model
 from lfm.core.errors import ConfigError, MismatchError, ModelError
 from lfm.core.method import check
 from lfm.data import records as data
+from lfm.data.files import write
 from lfm.data.task import task_for
 from lfm.methods.distill import response
 from lfm.models import forward, load
@@ -48,6 +50,14 @@ def logits_of(model: Model, records: Any) -> tuple[torch.Tensor, torch.Tensor]:
     task = task_for(records, model.ask(Codec), model.facts)
     batch = task.collate(records)
     return task.scored(model.ask(Logits).logits(batch), batch)
+
+
+def case(here: Path) -> Case:
+    tiny.classifier(here / "big", hidden_size=48)
+    tiny.classifier(here / "small", seed=1)
+    write(LABELS, here / "texts.jsonl")
+    settings = {"steps": 6, "batch_size": 4, "checkpoint_every": 0.0}
+    return Case({"teacher": ("big",), "student": ("small",)}, {"train": "texts.jsonl"}, settings)
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +172,8 @@ def test_who_cannot_teach_whom_is_said_before_a_weight_is_read(root: Path, tmp_p
         (longer, root / "causal0", "different vocabularies"),
     ):
         with pytest.raises(MismatchError, match=what):
-            inputs = Inputs(
-                {"teacher": (_blind(load(teacher)),), "student": (_blind(load(student)),)}, {"train": TEXTS}
-            )
-            response.agree(response.Config(), inputs)
+            models = {"teacher": (_blind(teacher),), "student": (_blind(student),)}
+            response.agree(response.Config(), Inputs(models, {"train": TEXTS}))
 
 
 def _blind(directory: Path) -> Model:

@@ -14,10 +14,12 @@ import torch
 import transformers
 
 import tiny
+from case import Case
 from lfm.core import Codec, Gradients, Inputs, Logits, Model, Weights
 from lfm.core.errors import MismatchError
 from lfm.core.method import check
 from lfm.data import records as data
+from lfm.data.files import write
 from lfm.data.task import task_for
 from lfm.methods.tune import lora
 from lfm.models import forward, load
@@ -33,6 +35,13 @@ MODELS: dict[str, tuple[Callable[[Path], Path], list[Any]]] = {
     "vit": (tiny.vit, [data.Image(image=np.full((8, 8), 28 * i, np.uint8), label=str(i)) for i in range(9)]),
     "seq2seq": (tiny.seq2seq, [data.Completion(prompt=f"the {w}", completion=" sat") for w in WORDS]),
 }
+
+
+def case(here: Path) -> Case:
+    tiny.causal(here / "base")
+    write(MODELS["causal"][1], here / "facts.jsonl")
+    settings = {"steps": 6, "lr": 0.01, "dropout": 0.1, "checkpoint_every": 0.0}
+    return Case({"model": ("base",)}, {"train": "facts.jsonl"}, settings)
 
 
 @pytest.fixture(scope="module")

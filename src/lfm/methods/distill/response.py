@@ -12,7 +12,7 @@ classifiers the names of their classes, in any order; each then reads the record
 alpha=1 the classes of records may be empty. A classifying teacher is asked once a record; its answers (N, classes) are
 kept. Errors: MismatchError before any weight is read; ConfigError where a class is empty and alpha < 1; DivergedError.
 
-    lfm run distill.response teacher=big student=big train=texts.jsonl --set layers=2 --out small
+    lfm run distill.response teacher=big student=small train=texts.jsonl --set temperature=4 --out taught
 """
 
 from __future__ import annotations

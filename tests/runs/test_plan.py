@@ -21,7 +21,9 @@ def test_a_cost_that_fits_lacks_nothing() -> None:
 
 
 def test_what_would_not_fit_is_named_with_both_numbers() -> None:
-    plan = weigh("a.b", Cost(memory=5 * 10**9, disk=3 * 10**9, queries=200, tokens=5000), SMALL, budget=(100, 1000))
+    plan = weigh(
+        "a.b", Cost(memory=5 * 10**9, disk=3 * 10**9, queries=200, tokens=5000), SMALL, budget=(100, 1000), asks=True
+    )
     assert not plan.fits
     assert [lack.split(":")[0] for lack in plan.lacks] == ["memory", "disk", "queries", "tokens"]
     assert "3.0 GB, 1.0 GB is free" in plan.lacks[1]
@@ -29,7 +31,12 @@ def test_what_would_not_fit_is_named_with_both_numbers() -> None:
 
 
 def test_an_unlimited_budget_limits_nothing() -> None:
-    assert weigh("a.b", Cost(queries=10**9, tokens=10**9), SMALL).fits
+    assert weigh("a.b", Cost(queries=10**9, tokens=10**9), SMALL, asks=True).fits
+
+
+def test_a_model_that_lies_here_takes_no_queries() -> None:
+    plan = weigh("a.b", Cost(queries=10**9, tokens=10**9), SMALL, budget=(1, 1))
+    assert plan.fits and plan.queries == 0 and plan.seconds == (0.0, 0.0)
 
 
 @given(st.floats(0, 1e18), st.integers(0, 10**6), st.integers(0, 10**5))

@@ -14,7 +14,7 @@ from lfm import runs
 from lfm.core import registry
 from lfm.core.config import configure
 from lfm.core.errors import AccessError, LfmError
-from lfm.core.method import Amount, Cost, Sizes
+from lfm.core.method import Amount, Cost, Data, Sizes
 from lfm.core.model import Facts, names_of
 from lfm.data import files
 from lfm.recipe.expand import SERVE, Job, mentions, name_of, parse_reference
@@ -34,7 +34,12 @@ ASSUMED = Facts(
 )
 """A small language model, where nothing is known yet."""
 
-ASSUMED_DATA = Amount(1000, 50_000)
+ASSUMED_DATA = {
+    Data.FEW_SHOT: Amount(64, 2_000),
+    Data.UNLABELED: Amount(1000, 50_000),
+    Data.LABELED: Amount(1000, 50_000),
+}
+"""Records that are not there yet, by how much a method asks of them."""
 
 
 def plan(recipe: Recipe, jobs: Sequence[Job], out: Path, *, on: Machine | None = None) -> dict[str, Plan]:
@@ -62,11 +67,12 @@ def _one(job: Job, known: Mapping[str, Facts], near: Path, here: Machine) -> tup
             most = "or more" if slot.max is None else f"to {slot.max}"
             raise AccessError(f"{job.method} takes {slot.min} {most} models for {role!r}, got {len(refs)}")
         models[role] = tuple(_facts(ref, role, slot.needs, job, known, near) for ref in refs)
-    data = {role: _amount(ref, near) for role, ref in job.data.items()}
+    data = {role: _amount(ref, method.data[role].level, near) for role, ref in job.data.items()}
     cost: Cost = method.cost(config, Sizes(models, data))
     access = {role: names_of(method.models[role].needs) for role in models}
     first = next((held[0] for held in models.values() if held), ASSUMED)
-    return weigh(job.method, cost, here, access=access), first
+    asks = any(ref.startswith(("api:", SERVE)) for refs in job.models.values() for ref in refs)
+    return weigh(job.method, cost, here, access=access, asks=asks), first
 
 
 def _facts(ref: str, role: str, needs: tuple[type, ...], job: Job, known: Mapping[str, Facts], near: Path) -> Facts:
@@ -88,9 +94,9 @@ def _facts(ref: str, role: str, needs: tuple[type, ...], job: Job, known: Mappin
     return model.facts
 
 
-def _amount(ref: str, near: Path) -> Amount:
+def _amount(ref: str, level: Data, near: Path) -> Amount:
     if any(mentions(ref)) or ref.startswith("zoo:"):
-        return ASSUMED_DATA
+        return ASSUMED_DATA.get(level, Amount(0, 0))
     return files.amount(files.read(located(ref, near)))
 
 

@@ -28,8 +28,11 @@ EFFICIENCY = (0.1, 0.8)
 STEP_SECONDS = (0.001, 0.03)
 """Fixed overhead of one sequential pass, best and worst: Python, kernel launches, the optimiser."""
 
-QUERY_SECONDS = (0.02, 1.0)
-"""One request to an endpoint, best and worst."""
+QUERY_SECONDS = (0.005, 1.0)
+"""One request to an endpoint, best (on this machine) and worst."""
+
+AT_ONCE = 8
+"""Requests under way at once."""
 
 ACCELERATOR_FLOPS = 1e13
 """fp32 rate assumed of a GPU, which is not probed: that would load torch."""
@@ -85,7 +88,9 @@ def plan(
         {role: files.amount(records) for role, records in inputs.data.items()},
     )
     access = {role: names_of(slot.needs) for role, slot in method.models.items() if inputs.all(role)}
-    return weigh(id, method.cost(config, sizes), on or machine(out, device), access=access, budget=budget)
+    asks = any(m.kind == "api" for given in inputs.models.values() for m in given)
+    here = on or machine(out, device)
+    return weigh(id, method.cost(config, sizes), here, access=access, budget=budget, asks=asks)
 
 
 def weigh(
@@ -95,12 +100,18 @@ def weigh(
     *,
     access: Mapping[str, list[str]] | None = None,
     budget: tuple[int | None, int | None] = (None, None),
+    asks: bool = False,
 ) -> Plan:
-    """A cost on a machine: a range of seconds, and what would not fit."""
-    worst, best = EFFICIENCY
+    """A cost on a machine: a range of seconds, and what would not fit. asks: whether any model is an endpoint.
+
+    A model that lies here is asked nothing: its queries are part of the arithmetic.
+    """
+    if not asks:
+        cost = cost._replace(queries=0, tokens=0)
+    (worst, best), (quick, slow), (near, far) = EFFICIENCY, STEP_SECONDS, QUERY_SECONDS
     seconds = (
-        cost.flops / (on.flops * best) + cost.steps * STEP_SECONDS[0] + cost.queries * QUERY_SECONDS[0],
-        cost.flops / (on.flops * worst) + cost.steps * STEP_SECONDS[1] + cost.queries * QUERY_SECONDS[1],
+        cost.flops / (on.flops * best) + cost.steps * quick + cost.queries * near / AT_ONCE,
+        cost.flops / (on.flops * worst) + cost.steps * slow + cost.queries * far / AT_ONCE,
     )
     memory = int(cost.memory) + HEADROOM
     lacks = []
@@ -141,15 +152,21 @@ def cores() -> int:
 
 
 @cache
-def matrix_rate(side: int = 256, seconds: float = 0.05) -> float:
-    """fp32 FLOP/s of a matrix product on this machine's cores, the best of several."""
+def matrix_rate(side: int = 256, seconds: float = 0.03) -> float:
+    """fp32 FLOP/s of matrix products on all cores: the best of several on one, times the cores.
+
+    One core at a time, since the threads of one product wait for each other on a machine that does other work too.
+    """
+    from threadpoolctl import threadpool_limits
+
     a = np.ones((side, side), dtype=np.float32)
     best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        np.matmul(a, a)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+    with threadpool_limits(1):
+        while time.perf_counter() < until:
+            start = time.perf_counter()
+            np.matmul(a, a)
+            best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best * cores()
 
 
 def free_memory() -> int:

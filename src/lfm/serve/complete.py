@@ -117,7 +117,7 @@ def _stepped(model: Model, prompts: Sequence[Prompt], asked: Asked) -> list[list
 
 def _grow(model: Model, stepper: Stepper, states: list[Any], asked: Asked) -> list[Made]:
     end = model.ask(Codec).tokenizer.eos_token if Codec in model.gives else None
-    going = list(range(len(states)))
+    going, starts = list(range(len(states))), list(states)
     texts, ends = [""] * len(states), ["length"] * len(states)
     tokens: list[list[Token]] = [[] for _ in states]
     random = torch.Generator().manual_seed(asked.seed)
@@ -133,7 +133,7 @@ def _grow(model: Model, stepper: Stepper, states: list[Any], asked: Asked) -> li
                 going.remove(i)
                 continue
             tokens[i].append(Token(chosen.text, chosen.logprob, top, len(texts[i])))
-            texts[i] += chosen.text
+            texts[i] = stepper.said(starts[i], states[i], texts[i], chosen)
             if cut(texts[i], asked.stops) != texts[i]:
                 texts[i], ends[i] = cut(texts[i], asked.stops), "stop"
                 tokens[i] = [token for token in tokens[i] if token.offset < len(texts[i])]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 from lfm.core.heavy import torch
 from lfm.core.model import Codec, Embeddings, Logits, Logprobs, Model
 from lfm.models.codec import pad, pad_id
-from lfm.models.language import batches, piece
+from lfm.models.language import batches, continuation, piece
 from lfm.serve.wire import MOST_LOGPROBS, Bad, Embeds, Ids, Prompt, Text
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ class Stepper(Protocol):
     def candidates(self, states: Sequence[Any]) -> list[list[Candidate]]: ...
 
     def grown(self, state: Any, chosen: Candidate) -> Any: ...
+
+    def said(self, start: Any, state: Any, text: str, chosen: Candidate) -> str:
+        """The text after a choice in this state; before it, it was `text`, and at first `start` was all there was."""
+        ...
 
 
 def stepper_for(model: Model, prompt: Prompt, *, suffix: str = "") -> Stepper:
@@ -89,6 +93,10 @@ class ByIds:
     def grown(self, state: tuple[int, ...], chosen: Candidate) -> tuple[int, ...]:
         return (*state, chosen.token)
 
+    def said(self, start: Any, state: Any, text: str, chosen: Candidate) -> str:
+        # Decoded anew each time: a character may be made of several tokens.
+        return continuation(self._tokenizer, [*state, chosen.token], len(start))
+
 
 @final
 class ByText:
@@ -96,6 +104,7 @@ class ByText:
 
     def __init__(self, model: Model, suffix: str) -> None:
         self._logprobs, self._suffix = model.ask(Logprobs), suffix
+        self._special = _special(model)
 
     def start(self, prompt: Prompt) -> str:
         assert isinstance(prompt, Text)
@@ -109,6 +118,9 @@ class ByText:
     def grown(self, state: str, chosen: Candidate) -> str:
         return state + chosen.token
 
+    def said(self, start: Any, state: Any, text: str, chosen: Candidate) -> str:
+        return text if chosen.text in self._special else text + chosen.text
+
 
 @final
 class ByEmbeds:
@@ -117,6 +129,7 @@ class ByEmbeds:
     def __init__(self, model: Model) -> None:
         self._embeddings = model.ask(Embeddings)
         self._rows = _rows_of(model) if Codec in model.gives else None
+        self._special = _special(model)
 
     def start(self, prompt: Prompt) -> Tensor:
         assert isinstance(prompt, Embeds)
@@ -130,6 +143,13 @@ class ByEmbeds:
         if self._rows is None or chosen.token not in self._rows:
             raise Bad("after prompt_embeds this model gives one token: set max_tokens to 1", param="max_tokens")
         return torch.cat([state, self._embeddings.table()[self._rows[chosen.token]][None]])
+
+    def said(self, start: Any, state: Any, text: str, chosen: Candidate) -> str:
+        return text if chosen.text in self._special else text + chosen.text
+
+
+def _special(model: Model) -> frozenset[str]:
+    return frozenset(model.ask(Codec).tokenizer.all_special_tokens) if Codec in model.gives else frozenset()
 
 
 def _rows_of(model: Model) -> dict[str, int]:

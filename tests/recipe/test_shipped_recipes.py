@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import jsonschema
@@ -43,3 +44,12 @@ def test_editors_accept_it(file: Path) -> None:
 def test_it_says_what_it_is_for(file: Path) -> None:
     document = recipes.read(file).document
     assert document.about and all(step.about for step in document.steps)
+
+
+def test_the_page_about_recipes_shows_ones_that_work() -> None:
+    text = (FILES[0].parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    example = re.search(r"```yaml\n(name:.*?)```", text, re.DOTALL)
+    assert example
+    assert len(recipes.expand(recipes.parse(example[1]))) == 3
+    named = set(re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE))
+    assert named == set(recipes.shipped()), "the table names what ships"

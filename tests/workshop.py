@@ -22,11 +22,15 @@ from lfm.core import Cost, Meta, Method, Slot, Weights
 
 class Config(lfm.core.Config, frozen=True):
     size: Annotated[float, Meta(description="of the shift")] = 0.5
+    stop: Annotated[str, Meta(description="a file: interrupted after the first step unless it is there")] = ""
     meet: Annotated[str, Meta(description="MINE,OTHER: make the one file, wait for the other")] = ""
     die: Annotated[str, Meta(description="a file: the process dies unless it is there, and makes it")] = ""
 
 def run(config, inputs, run):
+    begun = (run.work / "steps" / "first.json").exists()
     first = run.step("first", lambda: os.getpid())
+    if config.stop and not pathlib.Path(config.stop).exists() and config.size == 0.5:
+        raise KeyboardInterrupt
     if config.die and not pathlib.Path(config.die).exists():
         pathlib.Path(config.die).touch()
         os._exit(9)
@@ -37,7 +41,7 @@ def run(config, inputs, run):
             time.sleep(0.01)
     weights = inputs.model("model").ask(Weights)
     name, tensor = next((n, t) for n, t in weights.tensors().items() if t.dtype.is_floating_point)
-    run.note(size=config.size, began_in=float(first), process=float(os.getpid()))
+    run.note(size=config.size, found=float(begun), began_in=float(first), process=float(os.getpid()))
     return weights.replace({name: tensor.read() + config.size})
 
 METHOD = Method(paper="none", config=Config, models={"model": Slot((Weights,))}, run=run,

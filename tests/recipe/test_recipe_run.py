@@ -125,6 +125,21 @@ steps:
     assert notes["began_in"] != notes["process"], "the step that the first process kept was not made again"
 
 
+def test_an_interrupted_step_whose_settings_change_gives_way_and_comes_back(workshop: Path) -> None:
+    text = """\
+name: change of mind
+steps:
+  - {id: a, method: edit.shift, models: {model: model}, set: {stop: here}}
+"""
+    with pytest.raises(KeyboardInterrupt):
+        go(text)
+    assert set(go(text, overrides={"a.size": 2}).values()) == {"done"}
+    assert record.read(Path("out/a")).config["size"] == 2
+    Path("here").touch()
+    assert set(go(text).values()) == {"done"}
+    assert record.read(Path("out/a")).notes["found"] == 1.0, "the first step was still there"
+
+
 def test_an_error_names_step_file_and_line_and_keeps_what_was_done(workshop: Path) -> None:
     broken = CHAIN.replace('models: {model: "${shifted}"}', "models: {model: nowhere}")
     with pytest.raises(LfmError, match=r"r\.yaml:11: step 'again\[size=1\]': there is no model 'nowhere'"):

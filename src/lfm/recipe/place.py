@@ -11,6 +11,7 @@ from pathlib import Path
 from lfm import record
 from lfm.core.errors import LfmError, OutputError
 from lfm.report.gather import RECIPE
+from lfm.runs.directory import work_for
 
 REPLACED = ".replaced"
 """Below a recipe's output: runs whose settings or inputs have changed since, by key. They come back if those do."""
@@ -37,21 +38,37 @@ def claim(out: Path) -> Iterator[Path]:
 def kept(root: Path, out: Path, key: str) -> bool:
     """Whether `out` holds the run of this key, brought back from among the replaced if need be.
 
-    A run of another key moves out of the way; it is not lost.
+    A run of another key moves out of the way, finished or interrupted; neither is lost.
     """
     if key_at(out) == key:
         return True
-    if out.exists():
-        old = root / REPLACED / (key_at(out) or "unknown")[:32]
-        shutil.rmtree(old, ignore_errors=True)
-        old.parent.mkdir(exist_ok=True)
-        out.rename(old)
-    earlier = root / REPLACED / key[:32]
+    work = work_for(out)
+    for place, was in ((out, key_at(out) or "unknown"), (work, _interrupted(work))):
+        if place.exists() and was != key:
+            _move(place, _replaced(root, place, out, was))
+    earlier, begun = (_replaced(root, place, out, key) for place in (out, work))
+    if begun.exists() and not work.exists():
+        _move(begun, work)
     if key_at(earlier) != key:
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    earlier.rename(out)
+    _move(earlier, out)
     return True
+
+
+def _replaced(root: Path, place: Path, out: Path, key: str) -> Path:
+    return root / REPLACED / (key[:32] if place == out else f"{key[:32]}.begun")
+
+
+def _move(place: Path, to: Path) -> None:
+    shutil.rmtree(to, ignore_errors=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    place.rename(to)
+
+
+def _interrupted(work: Path) -> str:
+    """The key of the run that was being made in a work directory."""
+    recorded = work / "key"
+    return recorded.read_text(encoding="utf-8") if recorded.is_file() else "unknown"
 
 
 def key_at(out: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import uuid
@@ -55,8 +56,15 @@ def application(model: Model, name: str, *, largest: int = LARGEST) -> Starlette
     server, lock = Server(model, name), Lock()
 
     async def ask(fn: Callable[[], Any]) -> Any:
-        async with lock:
-            return await to_thread.run_sync(fn)
+        try:
+            async with lock:
+                return await to_thread.run_sync(fn)
+        except (Bad, LfmError):
+            raise
+        except Exception as error:
+            # Told to the server's log and not to the client; raised on, it would break the connection.
+            logging.getLogger(__name__).exception("a request failed")
+            raise wire.as_bad(error) from None
 
     def endpoint(answer: Callable[[bytes], Any]) -> Callable[[Request], Any]:
         async def handle(request: Request) -> Response:
@@ -100,7 +108,7 @@ def application(model: Model, name: str, *, largest: int = LARGEST) -> Starlette
             Route("/v1/input_embeddings", table, methods=["GET"]),
             Route("/v1/input_embeddings", endpoint(server.input_embeddings), methods=["POST"]),
         ],
-        exception_handlers=dict.fromkeys((Bad, LfmError, HTTPException, Exception), failed),
+        exception_handlers=dict.fromkeys((Bad, LfmError, HTTPException), failed),
     )
 
 

@@ -140,8 +140,10 @@ class ByEmbeds:
         return [[Candidate(text, value, text) for text, value in row] for row in ranked]
 
     def grown(self, state: Tensor, chosen: Candidate) -> Tensor:
-        if self._rows is None or chosen.token not in self._rows:
+        if self._rows is None:
             raise Bad("after prompt_embeds this model gives one token: set max_tokens to 1", param="max_tokens")
+        if chosen.token not in self._rows:
+            raise Bad(f"after prompt_embeds nothing can follow {chosen.token!r}: several tokens read so")
         return torch.cat([state, self._embeddings.table()[self._rows[chosen.token]][None]])
 
     def said(self, start: Any, state: Any, text: str, chosen: Candidate) -> str:
@@ -158,5 +160,8 @@ def _rows_of(model: Model) -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def _rows(tokenizer: Any, vocabulary: int) -> dict[str, int]:
-    """Token text → id, the lowest where several have one text."""
-    return {piece(tokenizer, i): i for i in reversed(range(min(vocabulary or len(tokenizer), len(tokenizer))))}
+    """Token text → id, where one token alone has that text (parts of characters all have the same)."""
+    ids: dict[str, list[int]] = {}
+    for i in range(min(vocabulary or len(tokenizer), len(tokenizer))):
+        ids.setdefault(piece(tokenizer, i), []).append(i)
+    return {text: some[0] for text, some in ids.items() if len(some) == 1}

@@ -8,9 +8,10 @@ import io
 import math
 import pickletools
 import zipfile
+import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lfm.core.errors import DataError, UnsafeError
+from lfm.core.errors import DataError, LfmError, UnsafeError
 from lfm.core.heavy import safetensors_torch, torch
 
 if TYPE_CHECKING:
@@ -105,7 +106,9 @@ def _from_zip(raw: bytes) -> Tensor:
             order = archive.read(stem + "byteorder") if stem + "byteorder" in sizes else b"little"
             shape, stride, offset, dtype, key = _one_tensor(archive.read(stem + "data.pkl"))
             data = archive.read(f"{stem}data/{key}")
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except LfmError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, RuntimeError) as error:
         raise DataError("the torch.save archive is damaged", why=str(error)) from None
     if order != b"little":
         raise DataError("the torch.save archive is big-endian", fix="send base64 of a safetensors file")

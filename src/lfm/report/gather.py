@@ -13,13 +13,16 @@ from lfm import record as records
 from lfm.core import finding as findings
 from lfm.core.errors import LfmError, ModelError
 from lfm.core.finding import Finding
-from lfm.record import Input, Measure, RunRecord
+from lfm.record import Input, Measure, RunRecord, Sample
 from lfm.report import plots, words
 from lfm.report.lineage import Node
 from lfm.report.plots import Estimate
 
 RECIPE = "recipe.json"
 """What a recipe's output directory tells of its jobs, beside one run directory a job."""
+
+WORDS = 48
+"""Characters up to which an answer is a few words: what was said before is then struck out."""
 
 ROWS, CURVES, SAMPLES = 12, 12, 8
 """How much of a table, of the plots and of the samples the page shows; the run directory holds all."""
@@ -80,12 +83,12 @@ class Figure(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """A prompt and what was said to it."""
+    """A prompt and what was said to it. kind: changed (a few words for a few others), rewritten (longer), or same."""
 
     prompt: str
     before: str
     after: str
-    changed: bool
+    kind: str
 
 
 class Chapter(NamedTuple):
@@ -226,7 +229,7 @@ def _chapter(
     tables = [Table(evaluation, rows(run.before.get(evaluation, {}), after)) for evaluation, after in run.after.items()]
     tables += [Table(e, rows(before, {})) for e, before in run.before.items() if e not in run.after]
     shown = run.samples[:SAMPLES]
-    samples = [Sampled(s.prompt, s.before, s.after, s.before != s.after) for s in shown]
+    samples = [_sampled(sample) for sample in shown]
     return Chapter(
         anchor=f"step-{number}",
         number=number,
@@ -248,6 +251,12 @@ def _chapter(
         status=status,
         headline=_row(*moved) if (moved := headline(run)) and moved[1] else None,
     )
+
+
+def _sampled(sample: Sample) -> Sampled:
+    before, after = sample.before.strip(), sample.after.strip()
+    long = max(len(before), len(after)) > WORDS
+    return Sampled(sample.prompt, before, after, "same" if before == after else "rewritten" if long else "changed")
 
 
 def rows(before: Mapping[str, Measure], after: Mapping[str, Measure]) -> list[Row]:
@@ -300,6 +309,8 @@ def sentence(run: RunRecord, finding: Finding | None, made: Mapping[str, str] | 
         name, old, new = moved
         if old is None:
             return f"{told}: {words.metric(name)} {words.number(new.value)}."
+        if words.number(old.value) == words.number(new.value):
+            return f"{told}: {words.metric(name)} stays {words.number(new.value)}."
         return f"{told}: {words.metric(name)} from {words.number(old.value)} to {words.number(new.value)}."
     return f"{told}: a {run.output.kind} of {words.size(run.output.bytes)}." if run.output.bytes else told + "."
 

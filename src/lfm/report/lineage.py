@@ -238,7 +238,7 @@ def _apart(wish: list[float], thick: list[float], gap: float) -> list[float]:
 
 def _size(node: Node) -> tuple[float, float]:
     shown = _shown(node)
-    widest = max(len(shown[0]) * CHARACTER * 1.1, *(len(text) * CHARACTER * 0.95 for text in shown[1:]), 40.0)
+    widest = max(len(shown[0]) * CHARACTER * 1.2, *(len(text) * CHARACTER * 0.95 for text in shown[1:]), 40.0)
     return round(widest + 26, 1), 18.0 + 17.0 * len(shown)
 
 

@@ -19,6 +19,7 @@ SPELLED = {
     "nll": "NLL",
     "auc": "AUC",
     "kl": "KL",
+    "fit": "training loss",
 }
 
 SMALLER_IS_BETTER = ("perplexity", "loss", "ece", "error", "nll", "bits_per_byte", "bpb", "forgetting", "barrier", "kl")

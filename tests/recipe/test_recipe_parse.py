@@ -63,6 +63,12 @@ def test_references_make_needs() -> None:
     assert jobs["chosen"].needs == ("tuned[rank=4]",)
 
 
+def test_a_parameter_may_be_a_list_of_references() -> None:
+    text = GOOD.replace("params: {", "params: {both: [a, b], ").replace('"${tuned[*]}"', '["${params.both}", c]')
+    jobs = {job.name: job for job in expand(parse(text))}
+    assert jobs["merged"].models == {"models": ["a", "b", "c"]}
+
+
 def test_jobs_come_after_what_they_need_wherever_they_are_written() -> None:
     backwards = """\
 name: backwards

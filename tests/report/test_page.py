@@ -241,3 +241,13 @@ def test_a_run_shows_what_its_input_was_made_from(tmp_path: Path) -> None:
     run(tmp_path / "other", "edit.rome", [("model", "zoo:lm", "1" * 64)], "9" * 64)
     run(tmp_path / "stale", "tune.lora", [("model", "x/y", "2" * 64)], "3" * 64, path=str(tmp_path / "other"))
     assert "edit.rome" not in Outline(page([tmp_path / "stale"])).text, "what lies there now is another model"
+
+
+def test_many_evaluations_are_told_by_the_mean_of_their_first_metric(tmp_path: Path) -> None:
+    before = {f"task {i}": {"accuracy": measure(0.2 + i / 10, 0.05), "ece": measure(0.1)} for i in range(4)}
+    after = {f"task {i}": {"accuracy": measure(0.6, 0.05), "ece": measure(0.1)} for i in range(4)}
+    run(tmp_path / "r", "reuse.ties", [("models", "m", "1" * 64)], "2" * 64, before=before, after=after)
+    document = page([tmp_path / "r"])
+    assert "mean accuracy over 4 sets from 0.350 to 0.600" in document
+    overview, details = document.split("All metrics of all 4 evaluations")
+    assert "ECE" not in overview and details.count("ECE") == 4

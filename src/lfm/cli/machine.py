@@ -56,11 +56,20 @@ def _show_zoo(entries: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table.grid(padding=(0, 2))
-    for entry in entries:
-        state = Text("made", style="green") if entry.made else Text(f"made on first use, {entry.takes}", style="dim")
-        grid.add_row(Text(f"zoo:{entry.name}", style="bold"), Text(entry.summary), state)
-    screen.out().print(Padding(grid, (1, 2)))
+    console = screen.out()
+    for kind, heading in (("model", "Models"), ("data", "Data")):
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(no_wrap=True)
+        for entry in entries:
+            if entry.kind == kind:
+                mark = Text("✓", "green") if entry.made else Text("·", "dim")
+                takes = Text("" if entry.made or not entry.takes else entry.takes, style="dim")
+                grid.add_row(mark, Text(f"zoo:{entry.name}", style="bold"), Text(entry.summary), takes)
+        if grid.row_count:
+            console.print(Text.assemble("\n  ", (heading, "bold cyan")))
+            console.print(Padding(grid, (0, 2)))
+    console.print("\n  [dim]each is made on its first use, here, and kept;[/] ✓ [dim]is there already[/]\n")
 
 
 def demo(

@@ -206,7 +206,8 @@ def _job(
             for i, item in enumerate(_listed(value)):
                 spot = (*here, i) if isinstance(value, list) else here
                 filled += _written_out(recipe, item, spot, points)
-            return [fill(item, here) for item in filled]
+            texts = [fill(item, here) for item in filled]
+            return [text for each in texts for text in (each if isinstance(each, list) else [each])]
         if isinstance(value, list):
             return [fill(item, (*here, i)) for i, item in enumerate(value)]
         if isinstance(value, dict):

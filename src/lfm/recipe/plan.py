@@ -7,13 +7,14 @@ from, and giving what is asked.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lfm import runs
+from lfm import runs, zoo
 from lfm.core import registry
 from lfm.core.config import configure
-from lfm.core.errors import AccessError, LfmError
+from lfm.core.errors import AccessError, LfmError, ModelError
 from lfm.core.method import Amount, Cost, Data, Sizes
 from lfm.core.model import Facts, names_of
 from lfm.data import files
@@ -81,7 +82,7 @@ def _facts(ref: str, role: str, needs: tuple[type, ...], job: Job, known: Mappin
         reference = parse_reference(inside)
         assert reference is not None
         return known.get(name_of(reference.step, reference.point or {}), ASSUMED)
-    if inner.startswith(("zoo:", "api:")):
+    if inner.startswith("api:") or (inner.startswith("zoo:") and _unmade(inner, "model")):
         return ASSUMED
     model = runs.model(located(inner, near))
     missing = [] if ref != inner else [kind for kind in needs if kind not in model.gives]
@@ -95,9 +96,22 @@ def _facts(ref: str, role: str, needs: tuple[type, ...], job: Job, known: Mappin
 
 
 def _amount(ref: str, level: Data, near: Path) -> Amount:
-    if any(mentions(ref)) or ref.startswith("zoo:"):
+    if any(mentions(ref)) or (ref.startswith("zoo:") and _unmade(ref, "data")):
         return ASSUMED_DATA.get(level, Amount(0, 0))
+    if ref.startswith("zoo:"):
+        return files.amount(runs.records(ref))
     return files.amount(files.read(located(ref, near)))
+
+
+def _unmade(ref: str, kind: str) -> bool:
+    """Whether an exhibit of the zoo is still to be made. ModelError for a name that it does not have."""
+    name = ref.removeprefix("zoo:")
+    known = {entry.name: entry for entry in zoo.listing() if entry.kind == kind}
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        fix = f"did you mean zoo:{near[0]}?" if near else "`lfm zoo` lists all"
+        raise ModelError(f"the zoo has no {kind} {name!r}", fix=fix)
+    return not known[name].made
 
 
 def total(plans: Mapping[str, Plan]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from lfm.report.plots import Estimate
 RECIPE = "recipe.json"
 """What a recipe's output directory tells of its jobs, beside one run directory a job."""
 
+MANY = 4
+"""Evaluations from which on the page shows one metric of each first."""
+
 WORDS = 48
 """Characters up to which an answer is a few words: what was said before is then struck out."""
 
@@ -75,6 +78,13 @@ class Table(NamedTuple):
     rows: list[Row]
 
 
+class Overview(NamedTuple):
+    """One metric over many evaluations."""
+
+    metric: str
+    rows: list[Row]
+
+
 class Figure(NamedTuple):
     """A curve: its title and its SVG."""
 
@@ -102,6 +112,7 @@ class Chapter(NamedTuple):
     sentence: str
     record: RunRecord
     tables: list[Table]
+    overview: Overview | None
     finding: Finding | None
     cells: list[list[str]]
     numeric: list[bool]
@@ -239,6 +250,7 @@ def _chapter(
         sentence=sentence(run, finding, made),
         record=run,
         tables=tables,
+        overview=overview(tables),
         finding=finding,
         cells=cells(finding),
         numeric=[_numeric(finding, column) for column in finding.columns] if finding else [],
@@ -251,6 +263,15 @@ def _chapter(
         status=status,
         headline=_row(*moved) if (moved := headline(run)) and moved[1] else None,
     )
+
+
+def overview(tables: Sequence[Table]) -> Overview | None:
+    """The first metric of every evaluation, where there are many and all have it; else None."""
+    if len(tables) < MANY or not all(table.rows for table in tables):
+        return None
+    first = tables[0].rows[0].name
+    found = [(table.evaluation, next((row for row in table.rows if row.name == first), None)) for table in tables]
+    return Overview(first, [row._replace(name=name) for name, row in found if row is not None])
 
 
 def _sampled(sample: Sample) -> Sampled:
@@ -270,7 +291,7 @@ def _row(name: str, old: Measure | None, new: Measure | None) -> Row:
     if old and new and math.isfinite(old.value) and math.isfinite(new.value):
         difference = new.value - old.value
         change = words.signed(difference)
-        apart = new.low > old.high or new.high < old.low
+        apart = new.n > 0 and (new.low > old.high or new.high < old.low)
         better = (difference < 0) == words.smaller_is_better(name)
         verdict = "same" if not apart or difference == 0 else "better" if better else "worse"
     last = new or old
@@ -316,7 +337,17 @@ def sentence(run: RunRecord, finding: Finding | None, made: Mapping[str, str] | 
 
 
 def headline(run: RunRecord) -> tuple[str, Measure | None, Measure] | None:
-    """The run's first metric that is known before and after, else its first after."""
+    """The run's first metric that is known before and after, else its first after; over many evaluations, its mean.
+
+    A mean over evaluations has no interval, which n = 0 tells.
+    """
+    first = next((name for metrics in run.after.values() for name in metrics), "")
+    pairs = [(run.before.get(e, {}).get(first), metrics.get(first)) for e, metrics in run.after.items()]
+    both = [(old.value, new.value) for old, new in pairs if old is not None and new is not None]
+    if len(both) >= MANY and len(both) == len(pairs):
+        old, new = (sum(values) / len(both) for values in zip(*both))
+        name = f"mean {first} over {len(both)} sets"
+        return name, Measure(value=old, low=old, high=old, n=0), Measure(value=new, low=new, high=new, n=0)
     for evaluation, after in run.after.items():
         for name, new in after.items():
             old = run.before.get(evaluation, {}).get(name)

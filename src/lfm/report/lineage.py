@@ -6,6 +6,7 @@ that no edge runs through a box; order within a layer follows the mean place of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import pairwise
@@ -150,7 +151,9 @@ def _place(
     across: bool,
 ) -> Drawing:
     sizes = {node.id: _size(node) for node in known.values()}
-    gap, lane, between = (18.0, 10.0, 44.0) if across else (18.0, 10.0, 40.0)
+    gap, lane, least = (18.0, 10.0, 44.0) if across else (18.0, 10.0, 40.0)
+    level_of = {item: level for level, layer in enumerate(layers) for item in layer}
+    crowd = Counter(level_of[a] for a, _ in links)
 
     def thick(item: Item) -> float:
         """Extent along the layer."""
@@ -166,8 +169,9 @@ def _place(
     edge = 6.0
     boxes: dict[str, Box] = {}
     spans: dict[Item, tuple[float, float]] = {}
-    at = edge
-    for layer in layers:
+    at, between = edge, least
+    for level, layer in enumerate(layers):
+        between = least + min(60.0, max(0, crowd[level] - 4) * 3.0)  # room for many edges to part
         depth = max((deep(item) for item in layer), default=0.0)
         for item in layer:
             spans[item] = (at, at + depth)

@@ -22,8 +22,11 @@ SPELLED = {
     "fit": "training loss",
 }
 
-SMALLER_IS_BETTER = ("perplexity", "loss", "ece", "error", "nll", "bits_per_byte", "bpb", "forgetting", "barrier", "kl")
-"""Word in a metric's name → less of it is better. Other metrics get better as they grow."""
+SMALLER_IS_BETTER = (
+    *("perplexity", "loss", "cross_entropy", "nll", "bits_per_byte", "bpb", "kl"),
+    *("ece", "error", "forgetting", "barrier"),
+)
+"""Words in a metric's name: less of it is better. Other metrics get better as they grow."""
 
 
 def metric(name: str) -> str:

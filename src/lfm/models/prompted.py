@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import DataError
-from lfm.core.heavy import torch
+from lfm.core.heavy import peft, safetensors_torch, torch
 from lfm.core.model import Embeddings, Logprobs, Model, Ranked, Score, Text
 from lfm.models.language import cut
 
@@ -31,6 +32,28 @@ def prompted(part: Model, prompt: Tensor) -> Mapping[type, Callable[[], Any]]:
         Logprobs: lambda: EmbeddingsLogprobs(opened),
         Embeddings: lambda: opened,
     }
+
+
+def peft_format(part: Model, prompt: Tensor) -> Mapping[str, Callable[[Path], None]]:
+    """A format by which peft reads the same prompt before the same model; none where that is no local checkpoint."""
+    if part.kind != "checkpoint" or not Path(part.ref).is_dir():
+        return {}
+    return {"peft": partial(_write_peft, part, prompt)}
+
+
+def _write_peft(part: Model, prompt: Tensor, out: Path) -> None:
+    settings: Any = peft.PromptTuningConfig
+    settings(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=part.ref,
+        num_virtual_tokens=len(prompt),
+        token_dim=prompt.shape[1],
+        num_transformer_submodules=1,
+        num_layers=part.facts.layers,
+        num_attention_heads=1,  # of use to prefix tuning only
+        inference_mode=True,
+    ).save_pretrained(str(out))
+    safetensors_torch.save_file({"prompt_embeddings": prompt}, out / "adapter_model.safetensors")
 
 
 @final

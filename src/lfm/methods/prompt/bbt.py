@@ -13,18 +13,18 @@ gets the least log-probability told.
 
 Model: Embeddings. Data: train, and dev to choose by (else the training loss chooses); label or pair records, worded by
 `template` ("{text}", "{text_b}"; their own wording by default) and `words` (label → word; the label by default).
-Result: a program that holds P (t, width) and its model; also a PEFT prompt where that is a local checkpoint.
-Errors: ConfigError where two labels' words begin with the same token; BudgetError stops it, and it goes on from there.
+Result: a program that holds P (t, width) and its model; as a second format, a PEFT prompt, where that is a local
+checkpoint. model=api:URL tunes for any endpoint that takes input embeddings and gives its table (`lfm serve` does).
+Errors: ConfigError where two labels' words begin with the same token; DataError for a single label; BudgetError stops
+it, and it goes on from there.
 
-    lfm run prompt.bbt model=api:http://127.0.0.1:8000/v1 train=train.jsonl dev=dev.jsonl --set calls=2000 --out tuned
+    lfm run prompt.bbt model=serve:model train=train.jsonl dev=dev.jsonl --set d=50 --set calls=200 --out tuned
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, final
 
 import msgspec
@@ -32,12 +32,12 @@ import msgspec
 import lfm.core
 from lfm import search
 from lfm.core import Cost, Data, DataSlot, Embeddings, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
-from lfm.core.errors import ConfigError
-from lfm.core.heavy import F, np, peft, safetensors_torch, torch
+from lfm.core.errors import ConfigError, DataError
+from lfm.core.heavy import F, np, torch
 from lfm.data.records import Label, Pair
 from lfm.data.wording import spaced, wording
 from lfm.models.program import program
-from lfm.models.prompted import logprobs, pieces, prompted
+from lfm.models.prompted import logprobs, peft_format, pieces, prompted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,8 +47,8 @@ ID = "prompt.bbt"
 AT_ONCE = 2**26
 """Bytes of embeddings that are put together at a time."""
 
-CHARACTERS = 4
-"""Of text, for each token that an amount of data is said to have: amounts are counted in characters, rounded up."""
+BYTES = 4
+"""Of text, for each token that an amount of data is said to have (lfm.data.files.amount)."""
 
 SPECIALS = 4
 """Tokens that a tokenizer may put around a text."""
@@ -102,6 +102,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     records = cast("Sequence[Label | Pair]", inputs.records("train"))
     dev_records = cast("Sequence[Label | Pair]", inputs.records("dev"))
     labels = sorted({record.label for record in (*records, *dev_records)})
+    if len(labels) < 2:
+        raise DataError(f"all records have the label {labels[0]!r}", why="a prompt is tuned to tell labels apart")
     tokens = first_tokens(embeddings, worded(records[0], config.template), labels, config)
     train = asked(embeddings, records, labels, tokens, config)
     dev: Asked | None = asked(embeddings, dev_records, labels, tokens, config) if dev_records else None
@@ -146,7 +148,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         run.note(accuracy_before=1 - start[0], accuracy_after=1 - least[0])
     run.note(loss_before=start[1], loss_after=least[1])
     parts = Parts({"model": (model,)}, {"prompt": prompt(best).contiguous()}, {})
-    return _with_peft(program(ID, config, parts, opened), model, parts.tensors["prompt"])
+    made = program(ID, config, parts, opened)
+    return replace(made, formats={**made.formats, **peft_format(model, parts.tensors["prompt"])}, _opened={})
 
 
 def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
@@ -230,30 +233,8 @@ def hinge(told: Tensor, right: Tensor, margin: float) -> Tensor:
 LOSSES: Mapping[str, Callable[[Any, Any, float], Any]] = {"ce": cross_entropy, "hinge": hinge}
 
 
-def _with_peft(made: Model, part: Model, prompt: Tensor) -> Model:
-    """The program, with a second format where peft can take the prompt to the same model: a local checkpoint."""
-    if part.kind != "checkpoint" or not Path(part.ref).is_dir():
-        return made
-    return replace(made, formats={**made.formats, "peft": partial(_write_peft, part, prompt)}, _opened={})
-
-
-def _write_peft(part: Model, prompt: Tensor, out: Path) -> None:
-    settings: Any = peft.PromptTuningConfig
-    settings(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=part.ref,
-        num_virtual_tokens=len(prompt),
-        token_dim=prompt.shape[1],
-        num_transformer_submodules=1,
-        num_layers=part.facts.layers,
-        num_attention_heads=1,  # of use to prefix tuning only
-        inference_mode=True,
-    ).save_pretrained(str(out))
-    safetensors_torch.save_file({"prompt_embeddings": prompt}, out / "adapter_model.safetensors")
-
-
 def cost(config: Config, sizes: Sizes) -> Cost:
-    """Queries and tokens are the most it can take, as long as no character makes more than one token."""
+    """Queries and tokens are the most it can take: a token covers at least a byte of a record."""
     facts = sizes.model("model")
     train, dev = sizes.data["train"], sizes.data.get("dev")
     rounds = config.calls // config.popsize
@@ -263,9 +244,9 @@ def cost(config: Config, sizes: Sizes) -> Cost:
     for amount, times in ((train, rounds * config.popsize + (0 if dev else 1)), (dev, looks)):
         if amount is None:
             continue
-        characters = amount.tokens * CHARACTERS + amount.records * (len(config.template) + SPECIALS)
-        queries += amount.records * (times + 3) + amount.tokens * CHARACTERS
-        tokens += times * (characters + amount.records * (config.prompt_tokens + 1))
+        read = amount.tokens * BYTES + amount.records * (len(config.template.encode()) + SPECIALS)
+        queries += amount.records * (times + 3) + amount.tokens * BYTES
+        tokens += times * (read + amount.records * (config.prompt_tokens + 1))
     return Cost(
         flops=2.0 * facts.parameters * tokens,
         steps=rounds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, final
 import msgspec
 
 from lfm.core.errors import CorruptError
+from lfm.core.home import home
 from lfm.models.api.store import Store
 
 _CANONICAL = msgspec.json.Encoder(order="deterministic")
@@ -23,11 +23,8 @@ def digest_of(question: Any) -> str:
 
 
 def default_cache() -> Path:
-    """Where answers lie unless told otherwise: $LFM_CACHE/api, or the user's cache directory."""
-    home = os.environ.get("LFM_CACHE")
-    if home:
-        return Path(home) / "api"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfm" / "api"
+    """Where answers lie unless told otherwise."""
+    return home() / "api"
 
 
 @final

@@ -128,7 +128,7 @@ class Client:
     ) -> bytes:
         timeout = min(timeout or self.patience.timeout, self.patience.timeout)
         tries = 1 + min(self.patience.retries if retries is None else retries, self.patience.retries)
-        trouble, pause, attempt = "", 0.0, 0
+        trouble, pause, attempt, fix = "", 0.0, 0, ""
         for attempt in range(tries):
             if attempt:
                 self.patience.sleep(pause)
@@ -138,7 +138,7 @@ class Client:
                     status, headers, content = self._once(method, path, body, timeout)
             except _Unsent as error:
                 self.meter.give_back(*charge)
-                trouble, pause = str(error), self._backoff(attempt)
+                trouble, pause, fix = str(error), self._backoff(attempt), "start it, or check the address"
                 continue
             except _Lost as error:  # the server may have counted it: the charge stays
                 trouble, pause = str(error), self._backoff(attempt)
@@ -161,7 +161,7 @@ class Client:
         raise EndpointError(
             f"{self.endpoint.url}{path} gave no answer in {attempt + 1} {'try' if attempt == 0 else 'tries'}",
             why=trouble,
-            fix="answers so far are kept: run it again when the server is well",
+            fix=fix or "answers so far are kept: run it again when the server is well",
         )
 
     def _once(self, method: str, path: str, body: bytes | None, timeout: float) -> tuple[int, httpx.Headers, bytes]:

@@ -1,0 +1,328 @@
+"""prompt.bbt: the paper's scale and losses, known optima, and real answers over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from case import Case
+from lfm.core import Embeddings, Facts, Inputs, Logprobs, Model, Sizes, Text
+from lfm.core.errors import BudgetError, ConfigError, DataError
+from lfm.core.model import Ranked
+from lfm.data import files
+from lfm.data.files import amount
+from lfm.data.records import Label, Pair, Record
+from lfm.methods.prompt import bbt
+from lfm.models import load
+from lfm.models.api import Budget, open_api
+from lfm.models.api.budget import Meter
+from lfm.models.prompted import EmbeddingsLogprobs, EmbeddingsText, pieces, prompted
+from lfm.runs.run import LocalRun
+from lfm.serve import running
+
+TRAIN = [
+    Label(text=f"The {n} sat on the {m}.", label=label)
+    for n, m, label in (("cat", "mat", "good"), ("dog", "cat", "bad"), ("mat", "dog", "good"), ("town", "world", "bad"))
+]
+SMALL = {"prompt_tokens": 3, "d": 8, "calls": 24, "popsize": 6, "dev_every": 2}
+
+
+def case(here: Path) -> Case:
+    tiny.causal(here / "model")
+    files.write(TRAIN, here / "train.jsonl")
+    files.write(TRAIN[2:], here / "dev.jsonl")
+    return Case(models={"model": ("model",)}, data={"train": "train.jsonl", "dev": "dev.jsonl"}, settings=SMALL)
+
+
+def tune(
+    model: Model, here: Path, train: Sequence[Record], dev: Sequence[Record] = (), **settings: Any
+) -> tuple[Model, LocalRun]:
+    here.mkdir(exist_ok=True)
+    run = LocalRun(0, here)
+    data = {"train": train, **({"dev": dev} if dev else {})}
+    return bbt.run(bbt.Config(**settings), Inputs({"model": (model.only([Embeddings]),)}, data), run), run
+
+
+class Bowl:
+    """A model whose answer depends on the sum of what it reads: " yes" leads by peak − ‖sum − target‖² nats."""
+
+    def __init__(self, width: int = 4, vocabulary: int = 64) -> None:
+        self.width = width
+        self.rows = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(0)) * 0.5
+        self.target = torch.full((width,), 2.0)
+        self.peak, self.asked = 3.0, 0
+
+    def table(self) -> Tensor:
+        return self.rows
+
+    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        """A row a word, too small to matter and known by the word."""
+        crumbs = [[[zlib.crc32(word.encode()) * 1e-20] * self.width for word in text.split()] for text in texts]
+        return [torch.tensor(rows).reshape(-1, self.width) for rows in crumbs]
+
+    def next_from(self, embeds: Sequence[Tensor], k: int) -> list[Ranked]:
+        self.asked += len(embeds)
+        lead = [self.peak - float(((e.sum(0) - self.target) ** 2).sum()) for e in embeds]
+        found = [[(" yes", -math.log1p(math.exp(-x))), (" no", -math.log1p(math.exp(min(x, 700.0))))] for x in lead]
+        return [tuple(sorted(row, key=lambda pair: -pair[1])[:k]) for row in found]
+
+
+def bowl() -> tuple[Bowl, Model]:
+    inside = Bowl()
+    return inside, Model(
+        ref="bowl",
+        kind="module",
+        gives={Embeddings: lambda: inside},
+        identify=lambda: "bowl",
+        look=lambda: Facts(width=4),
+    )
+
+
+YES = [Label(text=f"is {n} right", label="yes") for n in "abc"] + [Label(text="is d wrong", label="no")]
+
+
+# The maths
+
+
+@pytest.mark.parametrize(("alpha", "sigma", "d"), [(1.0, 1.0, 500), (2.0, 0.5, 100)])
+def test_the_projection_has_the_papers_scale(alpha: float, sigma: float, d: int, tmp_path: Path) -> None:
+    table = torch.randn(100, 16, generator=torch.Generator().manual_seed(1)) * 0.3 + 0.1
+    config = bbt.Config(alpha=alpha, sigma=sigma, d=d, prompt_tokens=20)
+    a = bbt.projection(table, config, LocalRun(0, tmp_path))
+    scale = alpha * np.std(table.numpy()) / (np.sqrt(d) * sigma)  # as in the reference code's __init__
+    assert a.shape == (20 * 16, d)
+    standard = a / scale
+    n = standard.numel()
+    assert abs(float(standard.mean())) < 5 / n**0.5  # five standard errors of a mean, and of a variance
+    assert abs(float(standard.var()) - 1) < 5 * (2 / n) ** 0.5
+
+
+def test_from_a_standard_normal_z_the_prompt_moves_by_alpha_stds(tmp_path: Path) -> None:
+    """What the scale is for: (A z)_i has standard deviation α · std(E) when z ~ N(0, σ² I)."""
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    config = bbt.Config(alpha=1.5, sigma=0.7, d=200, prompt_tokens=50)
+    a = bbt.projection(table, config, LocalRun(3, tmp_path))
+    z = torch.randn(200, 40, generator=torch.Generator().manual_seed(2)) * 0.7
+    assert float((a @ z).std()) == pytest.approx(1.5 * float(table.std(correction=0)), rel=0.02)
+
+
+def test_losses_are_those_of_the_reference() -> None:
+    """By hand from utils.py and bbt.py of txsun1997/Black-Box-Tuning: hinge sums over wrong classes, then / n."""
+    told = torch.tensor([[-1.0, -2.0, -4.0], [-3.0, -0.5, -0.5]], dtype=torch.float64)
+    right = torch.tensor([0, 2])
+    by_hand = (
+        1 + math.log(sum(map(math.exp, (-1, -2, -4)))) + 0.5 + math.log(sum(map(math.exp, (-3, -0.5, -0.5))))
+    ) / 2
+    assert float(bbt.cross_entropy(told, right, 2.0)) == pytest.approx(by_hand)
+    assert float(bbt.hinge(told, right, 2.0)) == pytest.approx(((2 - 2 + 1) + 0 + 0 + 2.0) / 2)
+    shifted = told + torch.tensor([[5.0], [-7.0]])  # log-probabilities or logits: it makes no difference
+    for loss in bbt.LOSSES.values():
+        assert float(loss(shifted, right, 2.0)) == pytest.approx(float(loss(told, right, 2.0)))
+
+
+def test_it_finds_a_known_optimum(tmp_path: Path) -> None:
+    """Three of four records are right at most: the least loss has a closed form in the lead that the bowl gives."""
+    _, model = bowl()
+    made, run = tune(model, tmp_path, YES, calls=1200, d=12, prompt_tokens=2, popsize=12)
+    lead = np.linspace(-3, 3, 6001)  # the optimum lies inside: ¾ of the records want it high, ¼ low
+    least = (0.75 * np.log1p(np.exp(-lead)) + 0.25 * np.log1p(np.exp(lead))).min()
+    assert least == pytest.approx(0.5623, abs=1e-3)  # the entropy of (¾, ¼): the lead is log 3
+    assert float(run.notes["loss_before"]) > least + 0.05
+    assert float(run.notes["loss_after"]) == pytest.approx(least, abs=1e-4)
+    rows = made.ask(Embeddings).next_from([torch.zeros(0, 4)], 2)[0]
+    assert dict(rows)[" yes"] == pytest.approx(math.log(0.75), abs=0.02)
+    assert run.curves["train loss"][0] > run.curves["train loss"][-1]
+
+
+def test_where_nothing_is_better_the_prompt_stays_where_it_began(tmp_path: Path) -> None:
+    """z = 0 is P₀, to the bit: here every step away from it is a step away from the optimum."""
+    inside, model = bowl()
+    places = torch.randint(64, (2,), generator=LocalRun(0, tmp_path).generator("p0"))
+    inside.target, inside.peak = inside.rows[places].sum(0), math.log(3)
+    made, run = tune(model, tmp_path, YES, prompt_tokens=2, d=6, calls=40, popsize=8)
+    made.save(out := _made(tmp_path / "out"))
+    from lfm.tensors.files import open_tensors
+
+    assert torch.equal(open_tensors(out / "program.safetensors")["prompt"].read(), inside.rows[places])
+    assert run.notes["loss_before"] == run.notes["loss_after"] == pytest.approx(0.5623, abs=1e-4)
+
+
+def test_one_class_teaches_nothing(cat: Model, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'good'"):
+        tune(cat, tmp_path, [TRAIN[0], TRAIN[2]], **SMALL)
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("loss", ["ce", "hinge"])
+def test_the_dev_records_choose(loss: str, tmp_path: Path) -> None:
+    """Dev records that say the opposite keep the prompt from going where the training records pull it."""
+    _, model = bowl()
+    against = [Label(text="is it", label="no")]
+    made, run = tune(model, tmp_path, YES, against, calls=200, d=6, prompt_tokens=2, popsize=10, loss=loss)
+    assert float(run.notes["accuracy_after"]) >= float(run.notes["accuracy_before"]) == 1.0
+    assert dict(made.ask(Embeddings).next_from([torch.zeros(1, 4)], 2)[0])[" no"] > math.log(0.5)
+
+
+def test_it_asks_no_more_than_it_says(tmp_path: Path) -> None:
+    inside, model = bowl()
+    config = {"calls": 205, "d": 6, "prompt_tokens": 2, "popsize": 10, "dev_every": 3}
+    tune(model, tmp_path, YES, YES[:2], **config)
+    looks = 1 + 7  # at the start, and after generations 3, 6, … 18 and the last
+    assert inside.asked == 200 * 4 + looks * 2
+    sizes = Sizes({"model": (Facts(width=4),)}, {"train": amount(YES), "dev": amount(YES[:2])})
+    cost = bbt.cost(bbt.Config(**config), sizes)
+    assert inside.asked <= cost.queries and cost.steps == 20
+
+
+# Words and tokens
+
+
+@pytest.fixture(scope="module")
+def cat(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load(tiny.causal(tmp_path_factory.mktemp("cat") / "cat"))
+
+
+def test_words_that_begin_alike_are_refused(cat: Model, tmp_path: Path) -> None:
+    alike = [replace_label(TRAIN[0], "cats"), replace_label(TRAIN[1], "catzzz")]
+    embeddings = cat.ask(Embeddings)
+    assert pieces(embeddings, "The", " cats")[1][0][1] == pieces(embeddings, "The", " catzzz")[1][0][1]
+    with pytest.raises(ConfigError, match=r"'cats' and 'catzzz' begin with the same token ' cat'.*words"):
+        tune(cat, tmp_path / "a", alike, **SMALL)
+    tune(cat, tmp_path / "b", alike, words={"catzzz": "dog"}, **SMALL)
+
+
+def replace_label(record: Label, label: str) -> Label:
+    return Label(text=record.text, label=label)
+
+
+def test_records_are_worded_by_the_template() -> None:
+    label, pair = Label(text="fine {text_b}", label="a"), Pair(text="one", text_b="two", label="a")
+    assert bbt.worded(label, "") == "fine {text_b}"
+    assert bbt.worded(label, "{text} It was") == "fine {text_b} It was"
+    assert bbt.worded(pair, "{text}? {text_b}!") == "one? two!"
+
+
+@pytest.mark.parametrize("text", [" the", " cat sat", " naïve café", "東京", " Paris is", ".", " 2 plus"])
+def test_tokens_are_found_from_embeddings_alone(cat: Model, text: str) -> None:
+    """As the model's own tokenizer has them, whole characters where they are several tokens."""
+    prompt = "The cat"
+    whole, found = pieces(cat.ask(Embeddings), prompt, text)
+    (score,) = cat.ask(Logprobs).score([prompt], [text])
+    assert len(found) == len(score.tokens)
+    assert "".join(piece for _, piece in found) == text
+    assert [place for place, _ in found] == list(range(len(whole) - len(found), len(whole)))
+
+
+def test_a_prompt_of_no_tokens_changes_nothing(cat: Model) -> None:
+    """Text, scores and rankings made from embeddings alone are the model's own."""
+    bare = prompted(cat, torch.zeros(0, 32))
+    prompts, words = ["The cat sat", "Paris is"], [" on the mat", " the capital"]
+    mine = bare[Logprobs]().score(prompts, words)
+    for a, b in zip(mine, cat.ask(Logprobs).score(prompts, words), strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert [r[0][0] for r in bare[Logprobs]().top(prompts, 3)] == [r[0][0] for r in cat.ask(Logprobs).top(prompts, 3)]
+    assert isinstance(bare[Text](), EmbeddingsText) and isinstance(bare[Logprobs](), EmbeddingsLogprobs)
+    said = bare[Text]().generate(prompts, max_tokens=3, temperature=1.0, seed=4)
+    assert said == bare[Text]().generate(prompts, max_tokens=3, temperature=1.0, seed=4)
+
+
+# As a program
+
+
+def test_it_comes_back_from_its_directory(cat: Model, tmp_path: Path) -> None:
+    made, _ = tune(cat, tmp_path / "work", TRAIN, TRAIN, **SMALL)
+    made.save(out := _made(tmp_path / "out"))
+    again = load(out)
+    assert again.digest == made.digest and again.kind == "program"
+    prompts, words = ["The cat sat", "Paris"], [" good", " bad dog"]
+    assert again.ask(Logprobs).score(prompts, words) == made.ask(Logprobs).score(prompts, words)
+    assert again.ask(Text).generate(prompts, max_tokens=4) == made.ask(Text).generate(prompts, max_tokens=4)
+    assert again.ask(Logprobs).score(prompts, words) != cat.ask(Logprobs).score(prompts, words)
+
+
+def test_peft_reads_the_same_prompt(cat: Model, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    made, _ = tune(cat, tmp_path / "work", TRAIN, **SMALL)
+    made.save(out := _made(tmp_path / "peft"), "peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(cat.ref)
+    tuned = peft.PeftModel.from_pretrained(base, str(out)).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(cat.ref)
+    with torch.no_grad():
+        logits = tuned(**tokenizer("The cat sat", return_tensors="pt")).logits[0, -1].log_softmax(-1)
+    (ours,) = made.ask(Logprobs).top(["The cat sat"], 400)
+    assert sorted((v for _, v in ours), reverse=True) == pytest.approx(sorted(logits.tolist(), reverse=True), abs=1e-4)
+    assert json.loads((out / "adapter_config.json").read_text())["num_virtual_tokens"] == 3
+
+
+# Over HTTP
+
+
+def test_over_http_it_is_the_same_within_its_budget_and_after_it(cat: Model, tmp_path: Path) -> None:
+    """The budget that `cost` names is enough; a smaller one stops it, and it goes on to the same prompt."""
+    here, _ = tune(cat, tmp_path / "here", TRAIN, TRAIN[2:], **SMALL)
+    with running(cat) as url:
+
+        def over(work: str, budget: Budget, cache: str) -> Model:
+            there = open_api(f"api:{url}", cache=tmp_path / cache, budget=budget)
+            return tune(there, tmp_path / work, TRAIN, TRAIN[2:], **SMALL)[0]
+
+        sizes = Sizes({"model": (cat.facts,)}, {"train": amount(TRAIN), "dev": amount(TRAIN[2:])})
+        cost = bbt.cost(bbt.Config(**SMALL), sizes)
+        enough = Budget(cost.queries, cost.tokens, tmp_path / "enough.sqlite")
+        whole = over("whole", enough, "a")
+        spent = Meter(enough).spent()
+        assert 24 * 4 < spent.queries <= cost.queries and spent.tokens <= cost.tokens
+        small = tmp_path / "small.sqlite"
+        with pytest.raises(BudgetError):
+            over("broken", Budget(tokens=spent.tokens // 2, path=small), "b")
+        assert Meter(Budget(path=small)).spent().tokens <= spent.tokens // 2
+        resumed = over("broken", Budget(tokens=2 * spent.tokens, path=small), "b")
+        assert resumed.digest == whole.digest
+        rows = [torch.zeros(1, 32)]
+        for a, b in zip(
+            here.ask(Embeddings).next_from(rows, 5)[0], whole.ask(Embeddings).next_from(rows, 5)[0], strict=True
+        ):
+            assert a[0] == b[0] and a[1] == pytest.approx(b[1], abs=1e-3)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.skipif("LFM_REAL_DATA" not in os.environ, reason="LFM_REAL_DATA is not set")
+def test_it_improves_a_real_model_over_http(tmp_path: Path) -> None:
+    """SST-2 with a story model of 0.26 M parameters: held-out accuracy rises over the prompt it began with."""
+    data = Path(os.environ["LFM_REAL_DATA"])
+    records = list(files.read(data / "sst2/train.jsonl"))
+    random.Random(0).shuffle(records)
+    by_class = {c: [r for r in records if isinstance(r, Label) and r.label == c and len(r.text) < 120] for c in "01"}
+    train, dev = ([r for c in "01" for r in by_class[c][a : a + 16]] for a in (0, 16))
+    with running(load(data / "models/stories260K")) as url:
+        _, run = tune(
+            open_api(f"api:{url}", cache=tmp_path / "cache"),
+            tmp_path / "work",
+            train,
+            dev,
+            template="{text} It was so",
+            words={"0": "bad", "1": "good"},
+            prompt_tokens=5,
+            d=100,
+            calls=400,
+        )
+    assert float(run.notes["accuracy_after"]) > float(run.notes["accuracy_before"])

@@ -175,6 +175,7 @@ def _error(capsys: pytest.CaptureFixture[str], *words: str, code: int) -> str:
         (["run", "edit.shift", "model=model", "--out", "model"], "model exists"),
         (["run", "edit.shfit", "model=model"], "did you mean edit.shift"),
         (["run", "no-such.yaml"], "no recipe 'no-such.yaml'"),
+        (["run", "merge", "model=model"], "is a recipe"),
         (["plan", "edit.shift", "model=nowhere"], "there is no model 'nowhere'"),
         (["verify", "model"], "not a run directory"),
         (["report", "model"], "not a run directory"),

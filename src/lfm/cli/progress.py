@@ -6,10 +6,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, final
 
 from lfm.cli import screen
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
 Show = Callable[[str, int, int | None], None]
+
+SHOWN = 16
+"""Lines of progress at once; earlier ones have scrolled by."""
 
 QUIET_SECONDS = 10.0
 """Where stderr is no terminal, a line for each new piece of work, and again after this long."""
@@ -27,30 +35,63 @@ def shown(*, quiet: bool = False) -> Iterator[Show]:
 
 
 def _bars() -> Iterator[Show]:
-    from rich import progress as bars
+    from rich.live import Live
 
-    columns = (
-        bars.SpinnerColumn(finished_text="[green]✓[/]"),
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(bar_width=28, complete_style="cyan", finished_style="green"),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    )
-    tasks: dict[str, bars.TaskID] = {}
-    with bars.Progress(*columns, console=screen.err(), transient=False) as progress:
+    steps = Steps()
+    with Live(steps, console=screen.err(), refresh_per_second=10):
+        yield steps.show
+        steps.end()
 
-        def show(label: str, done: int, total: int | None) -> None:
-            for other, task in tasks.items():
-                if other != label and not progress.tasks[task].finished:
-                    progress.update(task, total=progress.tasks[task].completed or 1, completed=10**12)
-            if label not in tasks:
-                tasks[label] = progress.add_task(label, total=total)
-            progress.update(tasks[label], total=total, completed=done)
 
-        yield show
-        for task in progress.tasks:
-            if not task.finished:
-                progress.update(task.id, total=task.completed or 1, completed=task.completed or 1)
+@final
+class Steps:
+    """The pieces of work of a run, one a line: what is done, and of what is being done how far it is."""
+
+    def __init__(self) -> None:
+        from rich.spinner import Spinner
+
+        self.spinner = Spinner("dots", style="cyan")
+        self.lines: list[list[Any]] = []  # label, began, ended, done, total
+
+    def show(self, label: str, done: int, total: int | None) -> None:
+        if not self.lines or self.lines[-1][0] != label:
+            self.end()
+            self.lines.append([label, time.monotonic(), None, 0, None])
+        self.lines[-1][3:] = [done, total]
+
+    def end(self) -> None:
+        """The last piece of work is over."""
+        if self.lines and self.lines[-1][2] is None:
+            self.lines[-1][2] = time.monotonic()
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 2))
+        for label, began, ended, done, total in self.lines[-SHOWN:]:
+            now = ended if ended is not None else time.monotonic()
+            mark = Text("✓", "green") if ended is not None else self.spinner
+            far = bar(done, total) if ended is None else Text("")
+            grid.add_row(
+                mark, Text(label, "dim" if ended is not None else ""), far, Text(left(done, total, now - began), "dim")
+            )
+        return grid
+
+
+def bar(done: int, total: int | None) -> RenderableType:
+    """How far, where that is known."""
+    from rich.progress_bar import ProgressBar
+
+    return ProgressBar(total=total, completed=done, width=24) if total else ""
+
+
+def left(done: int, total: int | None, seconds: float) -> str:
+    """The time taken, and the time left where it can be told."""
+    took = screen.duration(seconds)
+    if not total or not done or done >= total:
+        return took
+    return f"{took}, {screen.duration(seconds / done * (total - done))} left"
 
 
 def _lines() -> Show:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import typer
 
-from lfm.cli import screen
+from lfm.cli import progress, screen
 from lfm.cli.orders import default_out
+from lfm.core.errors import LfmError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,7 +58,7 @@ def run(
     place = out or default_out(_stem(target))
     again = _command(target, overrides, place, seed)
     try:
-        with _progress(recipe.document.name, jobs, quiet=json) as show:
+        with _progress(recipe.document.name, jobs, place, quiet=json) as show:
             whole = running.run(recipe, jobs, place, workers=workers, show=show, command=again)
     except KeyboardInterrupt:
         screen.err().print(f"\n[bold]stopped.[/] The same command goes on from there:\n  {again}", soft_wrap=True)
@@ -137,7 +138,7 @@ def _show_done(whole: Whole, page: Path) -> None:
 
 
 @contextmanager
-def _progress(name: str, jobs: Sequence[Job], *, quiet: bool) -> Iterator[Show]:
+def _progress(name: str, jobs: Sequence[Job], out: Path, *, quiet: bool) -> Iterator[Show]:
     """Every job on one line, with what it is doing; sparse lines where stderr is no terminal."""
     if quiet:
         yield lambda job, label, done, total: None
@@ -146,7 +147,7 @@ def _progress(name: str, jobs: Sequence[Job], *, quiet: bool) -> Iterator[Show]:
     else:
         from rich.live import Live
 
-        board = Board(name, jobs)
+        board = Board(name, jobs, out)
         with Live(board, console=screen.err(), refresh_per_second=8):
             yield board.show
 
@@ -162,52 +163,63 @@ def _lines() -> Show:
     return show
 
 
+@final
 class Board:
-    """The jobs of a recipe as they go, drawn anew whenever rich asks."""
+    """The jobs of a recipe as they go, and what each changed; drawn anew whenever rich asks."""
 
-    def __init__(self, name: str, jobs: Sequence[Job]) -> None:
-        self.name, self.jobs, self.began = name, jobs, time.monotonic()
+    def __init__(self, name: str, jobs: Sequence[Job], out: Path) -> None:
+        from rich.spinner import Spinner
+
+        self.name, self.jobs, self.out, self.began = name, jobs, out, time.monotonic()
         self.now: dict[str, tuple[str, int, int | None]] = {}
         self.spans: dict[str, list[float]] = {}
+        self.told: dict[str, str] = {}
+        self.spinner = Spinner("dots", style="cyan")
 
     def show(self, job: str, label: str, done: int, total: int | None) -> None:
-        if self.now.get(job, ("",))[0] not in MARKS:
-            self.now[job] = (label, done, total)
-            span = self.spans.setdefault(job, [time.monotonic(), 0.0])
-            span[1] = time.monotonic()
+        if self.now.get(job, ("",))[0] in MARKS:
+            return  # a worker's last event may come after its end
+        self.now[job] = (label, done, None if label == "running" else total)
+        span = self.spans.setdefault(job, [time.monotonic(), 0.0])
+        span[1] = time.monotonic()
+        if label in ("done", "kept"):
+            folder = next(each.folder for each in self.jobs if each.name == job)
+            self.told[job] = _gist(self.out / folder)
 
     def __rich__(self) -> Table:
-        from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        width = max((len(job.name) for job in self.jobs), default=0)
         grid = Table.grid(padding=(0, 2))
         grid.add_column(width=1)
-        grid.add_column(min_width=width, no_wrap=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(width=24)
-        grid.add_column(justify="right")
+        for _ in range(4):
+            grid.add_column(no_wrap=True)
         grid.add_row("", Text(self.name, "bold"), "", "", Text(screen.duration(time.monotonic() - self.began), "dim"))
         for job in self.jobs:
             label, done, total = self.now.get(job.name, ("", 0, None))
-            mark, style = MARKS.get(label, ("›", "cyan") if label else ("·", "dim"))
             ended = label in MARKS
-            span = self.spans.get(job.name)
-            until = (span[1] if ended else time.monotonic()) if span else 0.0
-            took = Text(screen.duration(until - span[0]), "dim") if span else Text("")
-            bar = ProgressBar(total=total, completed=done, width=24) if label and not ended and total else Text("")
-            said = Text("unchanged", "dim") if label == "kept" else Text("" if ended else label, "dim")
-            grid.add_row(
-                Text(mark, style),
-                Text(job.name, "bold" if label else "dim"),
-                Text(job.method, "dim"),
-                bar or said,
-                took,
-            )
-            if not ended and total and label:
-                grid.add_row("", "", "", said, "")
+            mark = Text(*MARKS[label]) if ended else self.spinner if label else Text("·", "dim")
+            said = Text(self.told.get(job.name, ""), "green") if ended else Text(label, "dim")
+            if label == "kept":
+                said.append("  unchanged", style="dim")
+            began, until = self.spans.get(job.name, (0.0, 0.0))
+            took = (until if ended else time.monotonic()) - began if label else 0.0
+            name = Text(job.name, "bold" if label else "dim")
+            grid.add_row(mark, name, Text(job.method, "dim"), said, Text(screen.duration(took) if label else "", "dim"))
+            if label and not ended and total:
+                grid.add_row("", "", "", progress.bar(done, total), Text(progress.left(done, total, took), "dim"))
         return grid
+
+
+def _gist(folder: Path) -> str:
+    """What a finished run changed, in a few words."""
+    from lfm import record
+    from lfm.report.gather import gist
+
+    try:
+        return gist(record.read(folder))
+    except LfmError:
+        return ""
 
 
 def register(app: typer.Typer) -> None:

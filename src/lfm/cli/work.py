@@ -11,6 +11,7 @@ import typer
 from lfm.cli import orders, screen
 from lfm.cli.progress import shown
 from lfm.core import registry
+from lfm.core.errors import SlotError
 
 if TYPE_CHECKING:
     from lfm.record import RunRecord
@@ -33,7 +34,9 @@ Form = Annotated[str, typer.Option("--format", help="How to save, where there ar
 Queries = Annotated[int | None, typer.Option("--budget-queries", help="Requests to endpoints, at most.")]
 Tokens = Annotated[int | None, typer.Option("--budget-tokens", help="Tokens of endpoints, at most.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", help="A recipe's steps that run at once, each in its own process.")]
+Jobs = Annotated[
+    int, typer.Option("--jobs", "-j", min=1, help="A recipe's steps that run at once, each in its own process.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout.")]
 
 
@@ -65,6 +68,7 @@ def plan(
     if not is_method(target):
         from lfm.cli import recipes
 
+        _for_a_method(target, words, evals, form, queries, tokens)
         return recipes.plan(target, orders.settings(sets or ()), out, seed, json)
     from lfm import runs
 
@@ -98,6 +102,7 @@ def run(
     if not is_method(target):
         from lfm.cli import recipes
 
+        _for_a_method(target, words, evals, form, queries, tokens)
         recipes.run(target, orders.settings(sets or ()), out, seed, jobs, json)
         return
     from lfm import report, runs
@@ -122,6 +127,15 @@ def run(
         screen.emit(msgspec.to_builtins(done) | {"out": str(order.out)})
     else:
         _show_done(done, order.out)
+
+
+def _for_a_method(target: str, *given: Any) -> None:
+    """A recipe's steps say these for themselves."""
+    if any(each for each in given):
+        raise SlotError(
+            f"{target} is a recipe: its steps name their own roles, data, formats and budgets",
+            fix="change one with --set STEP.KEY=VALUE or --set params.NAME=VALUE, or edit a copy of the file",
+        )
 
 
 def _use(device: str) -> None:

@@ -431,7 +431,7 @@ def ancestry(
     made = [
         Node(
             id=c.anchor,
-            lines=(c.name, c.method, *([_gist(c.record)] if _gist(c.record) else [])),
+            lines=(c.name, c.method, *([gist(c.record)] if gist(c.record) else [])),
             kind="finding" if c.record.output.kind == "finding" else "model",
             href=f"#{c.anchor}",
         )
@@ -447,7 +447,7 @@ def _before(given: Input, seen: frozenset[str] = frozenset()) -> list[tuple[Node
     if made is None or key in seen:
         return [(Node(id=key, lines=(_tail(given.ref), given.kind), kind="source"), [])]
     parents = [i.digest or i.ref for i in made.inputs]
-    node = Node(id=key, lines=(made.title or Path(given.path).name, made.id, _gist(made)))
+    node = Node(id=key, lines=(made.title or Path(given.path).name, made.id, gist(made)))
     return [(node, parents), *(pair for i in made.inputs for pair in _before(i, seen | {key}))]
 
 
@@ -462,7 +462,8 @@ def _made(given: Input) -> RunRecord | None:
     return made if made.output.digest == given.digest else None
 
 
-def _gist(run: RunRecord) -> str:
+def gist(run: RunRecord) -> str:
+    """What a run changed in a few words; empty where nothing was measured."""
     moved = headline(run)
     if moved is None:
         return ""

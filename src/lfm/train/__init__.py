@@ -4,6 +4,8 @@ from lfm.train.batches import once as once
 from lfm.train.cost import training as training
 from lfm.train.fit import Fit as Fit
 from lfm.train.fit import fit as fit
-from lfm.train.loop import State as State
 from lfm.train.loop import loop as loop
 from lfm.train.seeds import seeded as seeded
+from lfm.train.state import State as State
+from lfm.train.state import fingerprint as fingerprint
+from lfm.train.state import state_of as state_of

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import msgspec
 
 from lfm.core.config import Config, Meta
 from lfm.core.heavy import nn, torch
 from lfm.models.device import device as choose
-from lfm.train.loop import State, loop
+from lfm.train.loop import loop
+from lfm.train.state import fingerprint, state_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,8 @@ def fit(
     trained = {key: p for key, p in module.named_parameters() if p.requires_grad}
     assert trained, "no parameter of the module requires a gradient"
     assert len(records), "no records"
-    start = _fingerprint(config, len(records), trained)
+    # how often it is kept may change between a kill and its resumption
+    start = fingerprint(module, msgspec.structs.replace(config, checkpoint_every=0.0), len(records))
     mode, home = module.training, next(iter(trained.values())).device
     module.to(device).train()
     optimizer = _optimizer(trained, config, scale, device)
@@ -120,15 +121,7 @@ def fit(
                 after(step)
         return total
 
-    state = State(
-        result=lambda: (
-            {f"parameter/{key}": p for key, p in trained.items()}
-            | {f"buffer/{key}": b for key, b in module.named_buffers()}
-        ),
-        aids=lambda: _moments(optimizer),
-        load=lambda tensors: _load(module, trained, optimizer, tensors),
-        start=start,
-    )
+    state = state_of(module, start, optimizer)
     try:
         return loop(
             advance,
@@ -186,43 +179,3 @@ def _batches(records: int, size: int, name: str, run: Run) -> Callable[[int], Se
         return order[first : first + size]
 
     return batch
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"moment/{index}/{key}": value
-        for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
-
-
-def _load(
-    module: nn.Module,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-) -> None:
-    buffers = dict(module.named_buffers())
-    moments: dict[int, dict[str, Any]] = {}
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            kind, rest = key.split("/", 1)
-            if kind == "parameter":
-                trained[rest].copy_(tensor)
-            elif kind == "buffer":
-                buffers[rest].copy_(tensor)
-            else:
-                index, part = rest.split("/")
-                moments.setdefault(int(index), {})[part] = tensor
-    if moments:
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-
-
-def _fingerprint(config: Fit, records: int, trained: Mapping[str, nn.Parameter]) -> str:
-    """Tells this training from another that has used the same name: settings, amount of data, and where it begins."""
-    settings = msgspec.structs.replace(config, checkpoint_every=0.0)  # may change between a kill and its resumption
-    digest = hashlib.sha256(msgspec.json.encode([settings, records], order="deterministic"))
-    for key, parameter in trained.items():
-        first = parameter.detach().reshape(-1)[:64].cpu().contiguous().view(torch.uint8).numpy()
-        digest.update(f"{key}{tuple(parameter.shape)}{parameter.dtype}".encode() + first.tobytes())
-    return digest.hexdigest()

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from lfm.core.errors import DivergedError, OutputError
 from lfm.core.heavy import torch
 from lfm.models.device import device as choose
 from lfm.train import checkpoint
 from lfm.train.seeds import seed, seeded
+from lfm.train.state import State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,20 +27,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 16
 """Steps whose losses may wait on an accelerator before they are fetched: fetching each would stop it at each."""
-
-
-@final
-@dataclass(frozen=True)
-class State:
-    """What the steps change. result: what is wanted in the end; aids: what only further steps need (moments, queues).
-
-    load: put back tensors that result and aids gave. start: tells this state's beginning from another's (a digest).
-    """
-
-    result: Callable[[], dict[str, Tensor]]
-    aids: Callable[[], dict[str, Tensor]]
-    load: Callable[[Mapping[str, Tensor]], None]
-    start: str
 
 
 def loop(

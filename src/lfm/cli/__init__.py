@@ -62,9 +62,6 @@ def run(arguments: Sequence[str]) -> int:
         return _usage(error)
     except typer.Abort:
         return INTERRUPTED
-    except BrokenPipeError:
-        sys.stdout = None  # the reader has gone; nothing is left to flush
-        return 0
     except Exception as error:
         if debug:
             raise

@@ -71,8 +71,7 @@ def prepare(order: Order, show: Show = silent) -> Prepared:
     listed = registry.get(order.id)
     config = configure(listed.method.config, order.settings, where=order.id)
     opened = {
-        role: tuple(refs.model(ref, show=show, **_api(order, ref)) for ref in given)
-        for role, given in order.models.items()
+        role: tuple(refs.model(ref, show=show, **_api(order)) for ref in given) for role, given in order.models.items()
     }
     data = {role: refs.records(ref, show=show) for role, ref in order.data.items()}
     whole = Inputs(opened, data)
@@ -106,7 +105,7 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
         show("saving", 0, None)
         made.save(artefact, *([order.form] if order.form and isinstance(made, Model) else []))
         show("verifying", 0, None)
-        reopen = partial(refs.model, show=show)
+        reopen = partial(refs.model, show=show, **_api(order))  # checks and evaluations ask endpoints too
         verified = verification.held_against(made, artefact, reopen)
         saved = made if isinstance(made, Finding) else reopen(artefact)
         after = {} if isinstance(saved, Finding) else _evaluate(run, "after", saved, prepared.evals)
@@ -169,8 +168,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _api(order: Order, ref: Any) -> dict[str, Any]:
-    if not str(ref).startswith(("api:", "serve:")):
+def _api(order: Order) -> dict[str, Any]:
+    """What opens an endpoint, or a program over one, within the order's budget."""
+    if order.budget == (None, None):
         return {}
     from lfm.models.api import Budget
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import tiny
 from case import Case
+from lfm import runs
 from lfm.core import Embeddings, Facts, Inputs, Logprobs, Model, Sizes, Text
 from lfm.core.errors import BudgetError, ConfigError, DataError
 from lfm.core.model import Ranked
@@ -301,6 +302,35 @@ def test_over_http_it_is_the_same_within_its_budget_and_after_it(cat: Model, tmp
             here.ask(Embeddings).next_from(rows, 5)[0], whole.ask(Embeddings).next_from(rows, 5)[0], strict=True
         ):
             assert a[0] == b[0] and a[1] == pytest.approx(b[1], abs=1e-3)
+
+
+def test_the_whole_run_is_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening, measuring before and after, the method, and the check of what was saved: all under one limit."""
+    monkeypatch.setenv("LFM_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    here = case(tmp_path)
+    seen: list[tuple[Budget, int]] = []
+    reserve = Meter.reserve
+    monkeypatch.setattr(Meter, "reserve", lambda m, q, t: (seen.append((m.budget, q)), reserve(m, q, t))[1])
+    models = {role: [f"serve:{tmp_path / name}" for name in names] for role, names in here.models.items()}
+
+    def order(out: str, queries: int) -> runs.Order:
+        return runs.Order(
+            id="prompt.bbt",
+            models=models,
+            data={"train": "train.jsonl"},
+            settings=here.settings,
+            evals=["dev.jsonl"],
+            out=tmp_path / out,
+            budget=(queries, None),
+        )
+
+    runs.execute(order("out", 10**6))
+    assert seen and {budget.queries for budget, _ in seen} == {10**6}
+    assert len({budget.path for budget, _ in seen}) == 1
+    models = {"model": [str(tmp_path / "out")]}  # a program over an endpoint is no way around it
+    with pytest.raises(BudgetError):
+        runs.execute(order("again", 10))
 
 
 @pytest.mark.real

@@ -91,7 +91,7 @@ def test_a_plan_that_does_not_fit_says_so_and_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = Machine(device="cpu", cores=1, flops=1e9, memory=10**6, disk=10)
-    monkeypatch.setattr(sys.modules["lfm.runs.plan"], "machine", lambda out, device="auto": small)
+    monkeypatch.setattr(sys.modules["lfm.runs.plan"], "machine", lambda out: small)
     assert callable(plan_function)
     shown = said(capsys, "plan", "edit.shift", "model=model", code=DOES_NOT_FIT)
     assert "would not fit" in shown and "memory: needs" in shown and "disk: needs" in shown

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfm.core import Cost, Inputs, Logits, Model
+from lfm.core import Cost, Facts, Inputs, Logits, Logprobs, Model
 from lfm.core.model import Codec, Gradients
-from lfm.runs.plan import HEADROOM, Machine, machine, weigh
+from lfm.data.records import Text
+from lfm.runs.plan import HEADROOM, START_SECONDS, Machine, machine, weigh
 from lfm.runs.plan import plan as make_plan
 from planted import METHODS, Settings
 
@@ -18,6 +20,17 @@ SMALL = Machine(device="cpu", cores=2, flops=1e11, memory=10**9, disk=10**9)
 
 def test_a_cost_that_fits_lacks_nothing() -> None:
     assert weigh("a.b", Cost(flops=1e12, steps=10, memory=10**8, disk=10**8), SMALL).fits
+
+
+def test_weights_take_time_to_go_by_and_evaluations_to_be_made(tmp_path: Path) -> None:
+    assert weigh("a.b", Cost(), SMALL, reads=10**9).seconds[1] > weigh("a.b", Cost(), SMALL).seconds[1] + 10
+    facts = Facts(parameters=10**9)
+    model = Model(ref="m", kind="checkpoint", gives={Logprobs: object}, identify=lambda: "d", look=lambda: facts)
+    ask = {"id": "prompt.manual", "method": METHODS["prompt.manual"][1], "config": Settings(), "out": tmp_path}
+    inputs = Inputs({"model": (model,)}, {"train": ()})
+    bare = make_plan(**ask, inputs=inputs, on=SMALL)
+    measured = make_plan(**ask, inputs=inputs, on=SMALL, evals=[[Text(text="word " * 400)]])
+    assert measured.seconds[0] - bare.seconds[0] == pytest.approx(4 * 1e9 * 500 / (0.8 * SMALL.flops))
 
 
 def test_what_would_not_fit_is_named_with_both_numbers() -> None:
@@ -36,7 +49,7 @@ def test_an_unlimited_budget_limits_nothing() -> None:
 
 def test_a_model_that_lies_here_takes_no_queries() -> None:
     plan = weigh("a.b", Cost(queries=10**9, tokens=10**9), SMALL, budget=(1, 1))
-    assert plan.fits and plan.queries == 0 and plan.seconds == (0.0, 0.0)
+    assert plan.fits and plan.queries == 0 and plan.seconds == START_SECONDS
 
 
 @given(st.floats(0, 1e18), st.integers(0, 10**6), st.integers(0, 10**5))
@@ -63,6 +76,8 @@ def test_a_plan_opens_no_interface(tmp_path: Path) -> None:
     assert plan.fits and plan.device == "cpu"
 
 
-def test_this_machine_has_something_of_everything(tmp_path: Path) -> None:
-    found = machine(tmp_path / "not" / "yet" / "there", device="cpu")
+def test_this_machine_has_something_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LFM_DEVICE", "cpu")
+    found = machine(tmp_path / "not" / "yet" / "there")
+    assert found.device == "cpu"
     assert found.cores >= 1 and found.flops > 1e8 and found.memory > 0 and found.disk > 0

@@ -73,7 +73,8 @@ def _one(job: Job, known: Mapping[str, Facts], near: Path, here: Machine) -> tup
     access = {role: names_of(method.models[role].needs) for role in models}
     first = next((held[0] for held in models.values() if held), ASSUMED)
     asks = any(ref.startswith(("api:", SERVE)) for refs in job.models.values() for ref in refs)
-    return weigh(job.method, cost, here, access=access, asks=asks), first
+    reads = sum(facts.bytes for held in models.values() for facts in held)
+    return weigh(job.method, cost, here, access=access, asks=asks, reads=reads), first
 
 
 def _facts(ref: str, role: str, needs: tuple[type, ...], job: Job, known: Mapping[str, Facts], near: Path) -> Facts:

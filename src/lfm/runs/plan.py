@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, final
@@ -30,6 +30,15 @@ STEP_SECONDS = (0.001, 0.03)
 
 QUERY_SECONDS = (0.005, 1.0)
 """One request to an endpoint, best (on this machine) and worst."""
+
+START_SECONDS = (2.0, 12.0)
+"""Loading torch and transformers, opening models, saving and opening again: of every run, best and worst."""
+
+BYTES_SECOND = (1e9, 1e8)
+"""Reading, hashing and writing of weights, best and worst."""
+
+PASSES = 4
+"""How often the bytes of models go by: digest, use, save, verification."""
 
 AT_ONCE = 8
 """Requests under way at once."""
@@ -78,19 +87,24 @@ def plan(
     inputs: Inputs,
     *,
     out: Path,
-    device: str = "auto",
     budget: tuple[int | None, int | None] = (None, None),
+    evals: Iterable[Sequence[Any]] = (),
     on: Machine | None = None,
 ) -> Plan:
-    """The plan of one run on checked inputs. budget: (queries, tokens), None where unlimited."""
+    """The plan of one run on checked inputs. budget: (queries, tokens), None: unlimited. evals: the records of each."""
     sizes = Sizes(
         {role: tuple(m.facts for m in given) for role, given in inputs.models.items()},
         {role: files.amount(records) for role, records in inputs.data.items()},
     )
     access = {role: names_of(slot.needs) for role, slot in method.models.items() if inputs.all(role)}
     asks = any(m.kind == "api" for given in inputs.models.values() for m in given)
-    here = on or machine(out, device)
-    return weigh(id, method.cost(config, sizes), here, access=access, budget=budget, asks=asks)
+    here = on or machine(out)
+    cost, reads = method.cost(config, sizes), sum(f.bytes for facts in sizes.models.values() for f in facts)
+    first = next((facts[0] for facts in sizes.models.values() if facts), None)
+    if first is not None and not asks:  # what is measured is measured before and after
+        measured = sum(files.amount(records).tokens for records in evals)
+        cost = cost._replace(flops=cost.flops + 2 * 2.0 * first.parameters * measured)
+    return weigh(id, cost, here, access=access, budget=budget, asks=asks, reads=reads)
 
 
 def weigh(
@@ -101,18 +115,23 @@ def weigh(
     access: Mapping[str, list[str]] | None = None,
     budget: tuple[int | None, int | None] = (None, None),
     asks: bool = False,
+    reads: int = 0,
 ) -> Plan:
     """A cost on a machine: a range of seconds, and what would not fit. asks: whether any model is an endpoint.
 
-    A model that lies here is asked nothing: its queries are part of the arithmetic.
+    A model that lies here is asked nothing: its queries are part of the arithmetic. reads: bytes of the models.
     """
     if not asks:
         cost = cost._replace(queries=0, tokens=0)
-    (worst, best), (quick, slow), (near, far) = EFFICIENCY, STEP_SECONDS, QUERY_SECONDS
-    seconds = (
-        cost.flops / (on.flops * best) + cost.steps * quick + cost.queries * near / AT_ONCE,
-        cost.flops / (on.flops * worst) + cost.steps * slow + cost.queries * far / AT_ONCE,
-    )
+    passed = PASSES * (reads + cost.disk)
+
+    def lasts(efficiency: float, step: float, query: float, start: float, rate: float) -> float:
+        work = cost.flops / (on.flops * efficiency) + cost.steps * step + cost.queries * query / AT_ONCE
+        return start + work + passed / rate
+
+    ends = zip(reversed(EFFICIENCY), STEP_SECONDS, QUERY_SECONDS, START_SECONDS, BYTES_SECOND)
+    least, most = (lasts(*end) for end in ends)
+    seconds = (least, most)
     memory = int(cost.memory) + HEADROOM
     lacks = []
     for name, needed, free in (("memory", memory, on.memory), ("disk", int(cost.disk), on.disk)):
@@ -134,9 +153,9 @@ def weigh(
     )
 
 
-def machine(out: Path, device: str = "auto") -> Machine:
-    """This machine now; a graphics card where there is one and the device is not "cpu"."""
-    card = None if device == "cpu" else accelerator()
+def machine(out: Path) -> Machine:
+    """This machine now; a graphics card where there is one and LFM_DEVICE is not "cpu"."""
+    card = None if os.environ.get("LFM_DEVICE") == "cpu" else accelerator()
     return Machine(
         device="cpu" if card is None else card[0],
         cores=cores(),

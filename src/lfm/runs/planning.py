@@ -15,5 +15,11 @@ def plan(prepared: Prepared) -> Plan:
     """What the run would take on this machine; no weight is read."""
     order = prepared.order
     return estimate(
-        order.id, prepared.listed.method, prepared.config, prepared.inputs, out=order.out, budget=order.budget
+        order.id,
+        prepared.listed.method,
+        prepared.config,
+        prepared.inputs,
+        out=order.out,
+        budget=order.budget,
+        evals=prepared.evals.values(),
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lfm.core.model import Batch
 
 Rule = Literal["adam", "sgd"]
-Loss = Callable[[nn.Module, "Batch"], "Tensor"]
+Loss = Callable[["nn.Module", "Batch"], "Tensor"]
 
 SECOND, EPSILON = 0.999, 1e-8
 """β₂ and ε of the inner Adam; β₁ is 0, so that one task's direction does not carry into the next steps."""

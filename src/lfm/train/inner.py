@@ -102,15 +102,18 @@ def worthwhile(module: nn.Module, tasks: Batch) -> bool:
     return size <= SMALL and not counts_in_place and not any(name.endswith("ids") for name in tasks)
 
 
-class _Called(nn.Module):
+def _called(module: nn.Module, loss: Loss) -> nn.Module:
     """A module whose forward is a loss, so that functional_call reaches through it."""
 
-    def __init__(self, module: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.module, self._loss = module, loss
+    class Called(nn.Module):  # made here, so that listing methods loads no torch
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self._loss(self.module, batch)
+        def forward(self, batch: Batch) -> Tensor:
+            return loss(self.module, batch)
+
+    return Called()
 
 
 def _at_once(
@@ -119,7 +122,7 @@ def _at_once(
     from torch.func import functional_call, grad_and_value, vmap
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    called = _Called(module, loss)
+    called = _called(module, loss)
     names = {name: f"module.{name}" for name in trained}
     differentiate = grad_and_value(
         lambda p, batch: functional_call(called, {names[n]: v for n, v in p.items()}, (dict(batch),))

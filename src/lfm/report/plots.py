@@ -68,7 +68,7 @@ def change(before: Estimate | None, after: Estimate | None, *, width: int = 190,
 
 def line(ys: Sequence[float], xs: Sequence[float] = (), *, name: str = "", x_label: str = "", y_label: str = "") -> str:
     """One curve with its axes; values that are not finite break the line."""
-    width, height, left, right, top, bottom = 340, 170, 46, 12, 12, 30
+    width, height, right, top, bottom = 340, 170, 12, 12, 30
     xs = list(xs) or [float(i) for i in range(1, len(ys) + 1)]
     pairs = thin([(x, y) for x, y in zip(xs, ys) if drawable(x)])
     finite = [y for _, y in pairs if drawable(y)]
@@ -76,6 +76,7 @@ def line(ys: Sequence[float], xs: Sequence[float] = (), *, name: str = "", x_lab
         return ""
     ticks = nice(min(finite), max(finite))
     low, high = ticks[0], ticks[-1]
+    left = max(30.0, 14 + 6 * max(len(words.tick(tick)) for tick in ticks))
     first, last = min(x for x, _ in pairs), max(x for x, _ in pairs)
 
     def at(x: float, y: float) -> tuple[float, float]:

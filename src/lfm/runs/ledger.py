@@ -12,6 +12,7 @@ import msgspec
 
 from lfm import record
 from lfm.core.errors import LfmError
+from lfm.core.home import home as home
 
 
 @final
@@ -23,13 +24,6 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     method: str = ""
     inputs: tuple[str, ...] = ()
     key: str = ""
-
-
-def home() -> Path:
-    """LFM_HOME, or the user's cache directory: the ledger, the zoo and cached answers lie under it."""
-    chosen = os.environ.get("LFM_HOME")
-    base = Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache")
-    return Path(chosen).expanduser() if chosen else base / "lfm"
 
 
 def entries() -> list[Entry]:

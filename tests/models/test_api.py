@@ -75,6 +75,18 @@ def test_it_declares_what_the_server_was_seen_to_do(able: dict[str, bool], gives
         assert generate(model, "abc", "xyz", max_tokens=2) == ["cb", "zy"]
 
 
+def test_a_chat_that_wants_its_limit_by_another_name(tmp_path: Path) -> None:
+    def picky(seen: Seen) -> Reply:
+        if seen.body and "max_tokens" in seen.body:
+            return Reply({"error": {"message": "use 'max_completion_tokens' instead"}}, 400)
+        if seen.body:
+            seen.body["max_tokens"] = seen.body["max_completion_tokens"]
+        return parrot(completions=False)(seen)
+
+    with scripted(picky) as script:
+        assert generate(opened(script, tmp_path), "abc", max_tokens=2) == ["cb"]
+
+
 def test_a_server_is_asked_once(tmp_path: Path) -> None:
     with scripted(parrot()) as script:
         first = opened(script, tmp_path)

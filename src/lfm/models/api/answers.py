@@ -10,7 +10,7 @@ import msgspec
 
 from lfm.core.errors import EndpointError
 from lfm.core.model import Ranked, Score
-from lfm.models.api.client import said_by
+from lfm.models.api.client import Closed, said_by
 
 S = TypeVar("S")
 
@@ -117,7 +117,7 @@ def read(content: bytes, kind: type[S], url: str) -> S:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         if content.lstrip()[:1] == b"<":
-            raise EndpointError(
+            raise Closed(
                 f"{url} answered with a web page",
                 why=said_by(content),
                 fix="is that the API's address? Most end in /v1",

@@ -12,7 +12,7 @@ from lfm.core.errors import EndpointError, ModelError
 from lfm.core.model import Facts
 from lfm.models.api import answers
 from lfm.models.api.cache import Cache, digest_of
-from lfm.models.api.client import Charge, Client, Refused
+from lfm.models.api.client import Charge, Client, Closed, Refused
 from lfm.models.api.refs import Endpoint
 
 T = TypeVar("T")
@@ -26,6 +26,12 @@ TOP_K = (20, 5, 1)
 MARGIN = 4
 """Tokens that a text may take beyond its bytes: a word-boundary mark and special tokens. Probing may find more."""
 
+TEMPLATE = 256
+"""Tokens that a chat template may put around a message; a longer one is not learned, and not budgeted for."""
+
+LIMITS = ("max_tokens", "max_completion_tokens")
+"""Names of the most tokens of a chat reply: everyone's, and that of models which refuse it."""
+
 PROBE = {"timeout": 30.0, "retries": 1}
 
 
@@ -33,7 +39,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What one model at one server does.
 
     batch: prompts a request. top_k: most alternatives told a token. echo, score: two ways to score a given text.
-    overhead: tokens beyond a prompt's own (template, specials).
+    overhead: tokens beyond a prompt's own (template, specials). limit: chat's name for the most tokens.
     """
 
     completions: bool = False
@@ -46,6 +52,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     embeddings: bool = False
     overhead: int = MARGIN
     chat_overhead: int = MARGIN
+    limit: str = "max_tokens"
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +74,7 @@ def named(client: Client, endpoint: Endpoint) -> tuple[Endpoint, Told | None]:
     try:
         entries = answers.read(client.get("/models", **PROBE), answers.Models, endpoint.url).data
     except (Refused, EndpointError) as error:
-        if not endpoint.model or _deaf(error):
+        if not endpoint.model or isinstance(error, Closed):
             raise _plain(endpoint, error) from None
         # transformers' server answers 500 where it has no cache directory, and serves all the same.
         return endpoint, None
@@ -125,16 +132,16 @@ def _probe(client: Client, endpoint: Endpoint) -> Capabilities:
             spent.append(answers.used(content) or 0)
             return answers.in_order(answers.read(content, answers.Completion, url).choices, prompts, url)
         except (Refused, EndpointError) as error:
-            if _deaf(error):
-                raise _plain(endpoint, error) from None
+            if isinstance(error, Closed):
+                raise
             failures.append(error)
             return None
 
-    def chat() -> int | None:
-        body = {**tiny, "messages": [{"role": "user", "content": "a"}]}
+    def chat(limit: str) -> int | None:
+        """Tokens that one word and one token of an answer take, its template included; None where it does not chat."""
+        body = {"model": endpoint.model, limit: 1, "messages": [{"role": "user", "content": "a"}]}
         try:
-            # A chat template may hold a long system prompt: its length is learned here, before budgets rest on it.
-            content = client.post("/chat/completions", body, Charge(1, 16), **PROBE)
+            content = client.post("/chat/completions", body, Charge(1, TEMPLATE), answers.used, **PROBE)
             answers.in_order(answers.read(content, answers.Chat, url).choices, 1, url)
             return answers.used(content) or MARGIN
         except (Refused, EndpointError) as error:
@@ -150,7 +157,11 @@ def _probe(client: Client, endpoint: Endpoint) -> Capabilities:
         )
     )
     batch = 16 if plain and completion({"prompt": ["a", "b"]}, 2) is not None else 1
-    template = chat()
+    limit = LIMITS[0]
+    template = chat(limit)
+    if template is None and LIMITS[1] in str(failures[-1]):
+        limit = LIMITS[1]
+        template = chat(limit)
     if not plain and template is None:
         raise EndpointError(
             f"{url} does neither completions nor chat for {endpoint.model!r}",
@@ -165,6 +176,7 @@ def _probe(client: Client, endpoint: Endpoint) -> Capabilities:
         echo=echo,
         overhead=overhead,
         chat_overhead=(template or 0) + MARGIN,
+        limit=limit,
     )
 
 
@@ -179,13 +191,6 @@ def _works(attempt: Callable[[], Any]) -> bool:
     except (EndpointError, IndexError):
         return False
     return True
-
-
-def _deaf(error: Exception) -> bool:
-    """Whether nothing more can be learned: no server, no access, a web page, a redirect elsewhere."""
-    return isinstance(error, EndpointError) and (
-        any(mark in str(error) for mark in ("nothing answers", "refused access", "another host", "web page"))
-    )
 
 
 def _plain(endpoint: Endpoint, error: Exception) -> EndpointError:

@@ -67,6 +67,10 @@ class Refused(Exception):
         super().__init__(f"{status}: {said}")
 
 
+class Closed(EndpointError):
+    """Asking otherwise would help nothing: no server there, no access, not an API, or a redirect elsewhere."""
+
+
 @final
 class Client:
     """Sends JSON to one endpoint and charges a meter for it."""
@@ -141,12 +145,12 @@ class Client:
                 trouble, pause, fix = str(error), self._backoff(attempt), "start it, or check the address"
                 continue
             except _Lost as error:  # the server may have counted it: the charge stays
-                trouble, pause = str(error), self._backoff(attempt)
+                trouble, pause, fix = str(error), self._backoff(attempt), ""
                 continue
             if 200 <= status < 300:
                 self._settle(charge, used(content) if used else None)
                 return content
-            said = said_by(content)
+            said, fix = said_by(content), ""
             if status in AGAIN:
                 if status == 429:
                     self.meter.give_back(0, charge.tokens)
@@ -158,7 +162,7 @@ class Client:
                 continue
             self.meter.give_back(0, charge.tokens)
             raise self._refusal(status, said)
-        raise EndpointError(
+        raise (Closed if fix else EndpointError)(
             f"{self.endpoint.url}{path} gave no answer in {attempt + 1} {'try' if attempt == 0 else 'tries'}",
             why=trouble,
             fix=fix or "answers so far are kept: run it again when the server is well",
@@ -196,7 +200,7 @@ class Client:
     def _redirected(self, url: str, location: str) -> str:
         target = urljoin(url, location)
         if urlsplit(target)[:2] != urlsplit(url)[:2]:
-            raise EndpointError(
+            raise Closed(
                 f"{self.endpoint.url} redirects to another host, {urlsplit(target).hostname}",
                 why="a key sent there would be a key given away",
                 fix="name that host in the reference if it is the one you mean",
@@ -206,7 +210,7 @@ class Client:
     def _refusal(self, status: int, said: str) -> Exception:
         if status in (401, 403):
             sent = "a key was sent" if self._key else "no key was sent"
-            return EndpointError(
+            return Closed(
                 f"{self.endpoint.url} refused access ({status})",
                 why=f"{sent}{'; it said: ' + said if said else ''}",
                 fix=f"put the key into {' or '.join(KEYS)}; a key goes out over https or to this machine only",

@@ -144,7 +144,9 @@ class ApiText:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> list[str]:
-        line, shared = self._line, {"max_tokens": max_tokens, "temperature": temperature}
+        line = self._line
+        limit = "max_tokens" if line.can.completions else line.can.limit
+        shared: dict[str, Any] = {limit: max_tokens, "temperature": temperature}
         if stop:
             shared["stop"] = list(stop)
         # Sampled prompts get a seed each, or equal prompts would get equal answers.

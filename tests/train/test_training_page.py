@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from lfm.core.config import fields
 from lfm.data.files import write
 from lfm.data.records import Text

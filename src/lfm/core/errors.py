@@ -78,6 +78,10 @@ class DivergedError(LfmError):
     """Training met a loss, gradient or weight that is not finite. Nothing of it is kept."""
 
 
+class EditError(LfmError):
+    """An edit of a fact did not take hold, or would have broken the model. Nothing of it is kept."""
+
+
 class VerifyError(LfmError):
     """What was saved is not what was made."""
 

@@ -1,0 +1,70 @@
+"""Which block to edit: found by editing. Where a fact is traced to does not tell where an edit holds (2301.04213)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from lfm.core.heavy import torch
+from lfm.core.method import Run
+from lfm.editing import keys
+from lfm.editing.rows import Rows
+from lfm.editing.setting import Setting
+from lfm.editing.text import perplexity
+from lfm.editing.value import Found, answer_logprobs
+from lfm.models import forward, structure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lfm.data.records import Edit
+
+BLOCKS = 8
+"""Blocks tried at most, evenly spread."""
+EDITS = 3
+"""Edits tried in each."""
+PREFIXES = 6
+"""Texts that go before a prompt in a trial, the empty one included."""
+
+Solve = Callable[[int, "Edit"], "tuple[Rows, Found, tuple[Tensor, Tensor]]"]
+"""(block, edit) → its rows, its value, and the (b, a) that an editor would add there to the module as it is."""
+
+
+def brief(setting: Setting) -> Setting:
+    """The setting of a trial: fewer prefixes."""
+    return setting._replace(prefixes=setting.prefixes[:PREFIXES])
+
+
+def candidates(blocks: int) -> list[int]:
+    """Every block but the last (after which nothing carries from the subject on), thinned to BLOCKS."""
+    last = max(1, blocks - 1)
+    count = min(BLOCKS, last)
+    return sorted({round(i * (last - 1) / max(1, count - 1)) for i in range(count)})
+
+
+def block(setting: Setting, edits: Sequence[Edit], run: Run, solve: Solve) -> int:
+    """The block where the first edits gain most: mean log p(new object) over their contexts, once they are made,
+    less what a token of other text loses. Each edit is tried alone and taken off again."""
+    module = setting.module
+    gains: dict[int, float] = {}
+    for index in run.track(candidates(len(structure.blocks(module))), "trying blocks"):
+        gains[index] = run.step(f"block {index}", lambda index=index: _gain(setting, edits[:EDITS], index, solve))
+        run.curve("gain by block tried", gains[index])
+    return max(gains, key=lambda index: (gains[index], -index))
+
+
+def _gain(setting: Setting, edits: Sequence[Edit], index: int, solve: Solve) -> float:
+    _, layer = keys.projection(setting.module, index)
+    base = keys.weight(layer)
+    before = perplexity(setting.module, setting.codec, setting.probe)
+    gained = []
+    for edit in edits:
+        rows, _, update = solve(index, edit)
+        keys.put(layer, base, [update], torch.float32)
+        with torch.no_grad():
+            told = answer_logprobs(forward(setting.module, rows.batch), rows).mean().item()
+        after = perplexity(setting.module, setting.codec, setting.probe)
+        gained.append(told - math.log(after / before))
+        keys.put(layer, base, [], torch.float32)
+    return sum(gained) / len(gained)

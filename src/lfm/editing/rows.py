@@ -1,0 +1,91 @@
+"""Edits as token rows: what the model reads, where the subject ends, and which tokens are the new object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lfm.core.errors import DataError
+from lfm.core.heavy import torch
+from lfm.core.model import Batch
+from lfm.data.records import Edit
+from lfm.data.wording import wording
+from lfm.models.codec import pad, pad_id
+from lfm.models.language import spans
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED = -100
+ESSENCE = "{} is a"
+"""What a model says next tells what it takes the subject to be: an edit should not change that (2202.05262, 3.1)."""
+
+
+class Rows(NamedTuple):
+    """n texts that end in the new object, then one about the subject alone. All (n + 1, T) but for `subject` (n + 1,).
+
+    labels lie on the tokens they name, −100 elsewhere (all of the last row); subject: the place of its last token.
+    """
+
+    batch: Batch
+    labels: Tensor
+    subject: Tensor
+
+    @property
+    def contexts(self) -> int:
+        return len(self.subject) - 1
+
+    @property
+    def last(self) -> Tensor:
+        """(n + 1,) the place of each row's last token."""
+        return self.batch["attention_mask"].sum(1) - 1
+
+
+def place(text: str, subject: str) -> int:
+    """Where the subject begins in a text, where it is last named; capitals may differ. −1 if nowhere."""
+    found = text.rfind(subject)
+    return found if found >= 0 or len(text.lower()) != len(text) else text.lower().rfind(subject.lower())
+
+
+def agree(edits: Sequence[Edit]) -> None:
+    """DataError where an edit's prompt does not name its subject, it says nothing new, or two contradict each other."""
+    said: dict[str, str] = {}
+    for number, edit in enumerate(edits, start=1):
+        if not edit.subject or place(edit.prompt, edit.subject) < 0:
+            raise DataError(
+                f"edit {number}: {edit.prompt!r} does not name its subject {edit.subject!r}",
+                why="the fact is looked up at the subject's last token",
+                fix="write the prompt with the subject as it is spelled",
+            )
+        if not edit.new_object.strip():
+            raise DataError(f"edit {number} of {edit.subject!r} has no new_object")
+        if said.setdefault(edit.prompt, edit.new_object) != edit.new_object:
+            raise DataError(
+                f"edit {number} contradicts another: {edit.prompt!r}",
+                why=f"one says {said[edit.prompt]!r}, the other {edit.new_object!r}",
+            )
+
+
+def rows(tokenizer: Any, edit: Edit, prefixes: Sequence[str]) -> Rows:
+    """The edit's prompt and new object after each prefix, and the subject alone."""
+    asked = wording(edit)
+    essence = ESSENCE.format(edit.subject)
+    begun = [prefix + asked.prompt for prefix in prefixes]
+    found = spans(tokenizer, [*begun, ""], [asked.answer] * len(begun) + [essence], [""] * (len(begun) + 1))
+    ids = [list(row[:last]) for row, _, last in found]
+    labels = [[IGNORED] * first + row[first:] for row, (_, first, _) in zip(ids[:-1], found, strict=False)]
+    texts = [prefix + asked.prompt + asked.answer for prefix in prefixes] + [essence]
+    end = place(asked.prompt, edit.subject) + len(edit.subject)
+    ends = [len(prefix) + end for prefix in prefixes] + [len(edit.subject)]
+    subject = [last_token(tokenizer, text, end) for text, end in zip(texts, ends, strict=True)]
+    return Rows(
+        pad(ids, pad_id(tokenizer)),
+        pad([*labels, [IGNORED] * len(ids[-1])], IGNORED)["input_ids"],
+        torch.tensor(subject),
+    )
+
+
+def last_token(tokenizer: Any, text: str, end: int) -> int:
+    """The place of the token that holds the character before `end`; of several (a character's bytes) the last."""
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return max(i for i, (a, b) in enumerate(offsets) if a < end and b > a)

@@ -1,0 +1,154 @@
+"""Edits made one after another in one block, each held to its word: what failed is refused, or left out and told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from lfm.core.config import Meta
+from lfm.core.errors import EditError
+from lfm.core.method import Run
+from lfm.editing import keys
+from lfm.editing.setting import Setting
+from lfm.editing.text import answered, perplexity
+from lfm.editing.value import Found, Search
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lfm.data.records import Edit
+
+CHECKS = 16
+"""Points along the edits at which all those made so far are asked again."""
+
+Solve = Callable[["Edit"], "tuple[Found, tuple[Tensor, Tensor]]"]
+"""An edit → its value, and the (b, a) that makes it in the module as it is now."""
+
+
+class Guard(Search, frozen=True):
+    """How a value is searched for, and what an edit must show to be kept. An editor's Config inherits these."""
+
+    accept: Annotated[float, Meta(gt=0, lt=1, description="least p(new object) that the value must reach")] = 0.5
+    collapse: Annotated[float, Meta(gt=1, description="most that an edit may multiply perplexity by")] = 1.5
+    on_failure: Annotated[
+        Literal["refuse", "skip"], Meta(description="an edit that fails ends the run, or is left out and told of")
+    ] = "refuse"
+
+
+def apply(
+    setting: Setting, block: int, edits: Sequence[Edit], solve: Solve, guard: Guard, dtype: torch.dtype, run: Run
+) -> list[tuple[Tensor, Tensor]]:
+    """The (b, a) of each edit that held, all of them in the module, which is rounded to dtype as it will be stored.
+
+    EditError where one failed (on_failure "refuse"), or all did. Notes and curves say what was measured.
+    """
+    _, layer = keys.projection(setting.module, block)
+    base = keys.weight(layer)
+    around = run.step("before", lambda: _kept_around(setting, edits))
+    first = now = perplexity(setting.module, setting.codec, setting.probe)
+    changes: list[tuple[Tensor, Tensor]] = []
+    made: list[Edit] = []
+    failures: list[str] = []
+    checks = {round((i + 1) * len(edits) / CHECKS) for i in range(CHECKS)}
+    run.curve("perplexity by edit", first)
+    for number, edit in enumerate(run.track(edits, "editing"), start=1):
+        kept = run.step(f"edit {number}", lambda edit=edit: _try(setting, layer, base, changes, edit, solve, dtype))
+        reason = failure(edit, block, kept, now, guard)
+        if reason and guard.on_failure == "refuse":
+            raise reason
+        if reason:
+            failures.append(reason.what)
+        else:
+            changes.append((kept["b"], kept["a"]))
+            made.append(edit)
+            now = kept["perplexity"]
+        keys.put(layer, base, changes, dtype)
+        run.curve("perplexity by edit", now)
+        run.curve("p(new object) with the value found", kept["probability"])
+        if number in checks and made:
+            run.curve("efficacy of the edits so far", run.step(f"after {number}", lambda: _efficacy(setting, made)))
+    if not made:
+        raise EditError("no edit held", why=failures[0], fix="set layer, steps or reach otherwise")
+    run.note(
+        edits=len(made),
+        skipped=len(failures),
+        **({"skipped_because": "; ".join(failures)} if failures else {}),
+        perplexity_before=first,
+        perplexity_after=now,
+        **run.step("measured", lambda: _measured(setting, made, edits, around)),
+    )
+    return changes
+
+
+def failure(edit: Edit, block: int, kept: Mapping[str, Any], before: float, guard: Guard) -> EditError | None:
+    """Why an edit must not be kept; None where it may."""
+    what = f"{edit.prompt!r} cannot be made to say {edit.new_object!r} in block {block}"
+    if kept["probability"] < guard.accept:
+        return EditError(
+            what,
+            why=f"the best value found gives p({edit.new_object}) = {kept['probability']:.2f} "
+            f"(accept {guard.accept:g}; {kept['steps']} steps, ‖δ‖ = {kept['reach']:.1f} ‖v₀‖): "
+            "what this block writes at the subject may not decide the fact",
+            fix="try another layer, more steps, a larger reach, or on_failure=skip",
+        )
+    if not kept["perplexity"] <= guard.collapse * before:
+        return EditError(
+            what,
+            why=f"it would break the model: perplexity on other text from {before:.3g} to {kept['perplexity']:.3g}",
+            fix="try another layer, a smaller reach, or on_failure=skip",
+        )
+    if not kept["says"]:
+        return EditError(
+            what,
+            why=f"the value would (p {kept['probability']:.2f}), but after the update greedy text says otherwise",
+            fix="try another layer, fewer prefixes, a smaller ridge, or on_failure=skip",
+        )
+    return None
+
+
+def _try(
+    setting: Setting,
+    layer: Any,
+    base: Tensor,
+    changes: Sequence[tuple[Tensor, Tensor]],
+    edit: Edit,
+    solve: Solve,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    found, (b, a) = solve(edit)
+    b, a = b.float(), a.float()
+    keys.put(layer, base, [*changes, (b, a)], dtype)
+    return {
+        "b": b,
+        "a": a,
+        "probability": found.probability,
+        "reach": found.reach,
+        "steps": found.steps,
+        "perplexity": perplexity(setting.module, setting.codec, setting.probe),
+        "says": answered(setting.module, setting.codec, [(edit.prompt, edit.new_object)])[0],
+    }
+
+
+def _efficacy(setting: Setting, made: Sequence[Edit]) -> float:
+    said = answered(setting.module, setting.codec, [(edit.prompt, edit.new_object) for edit in made])
+    return sum(said) / len(said)
+
+
+def _kept_around(setting: Setting, edits: Sequence[Edit]) -> list[bool]:
+    """Of each neighbour of each edit, whether the model now says its object."""
+    return answered(setting.module, setting.codec, [pair for edit in edits for pair in edit.neighbours])
+
+
+def _measured(
+    setting: Setting, made: Sequence[Edit], edits: Sequence[Edit], around: Sequence[bool]
+) -> dict[str, float]:
+    """Shares on greedy text: of the edits, of their paraphrases, and of the neighbours that were right before."""
+    measured = {"efficacy": _efficacy(setting, made)}
+    said = answered(setting.module, setting.codec, [(p, edit.new_object) for edit in made for p in edit.paraphrases])
+    if said:
+        measured["paraphrase"] = sum(said) / len(said)
+    right = [now for then, now in zip(around, _kept_around(setting, edits), strict=True) if then]
+    if right:
+        measured["neighbours_kept"] = sum(right) / len(right)
+    return measured

@@ -1,0 +1,87 @@
+"""Text for an editor: what the model itself says, and whether it says what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lfm.core.heavy import torch
+from lfm.core.model import Codec
+from lfm.models import forward
+from lfm.models.codec import pad, pad_id
+from lfm.models.language import BATCH_TOKENS, batches
+from lfm.models.local import LocalText
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TURNS = 1000
+"""Batches sampled at most: a model may end its texts at once."""
+
+
+def opening(tokenizer: Any) -> str:
+    """The shortest prompt that gives a model something to go on from."""
+    if tokenizer("")["input_ids"]:
+        return ""
+    return tokenizer.bos_token or tokenizer.eos_token or "The"
+
+
+def sampled(module: nn.Module, codec: Codec, seed: int, *, length: int, count: int = 0, tokens: int = 0) -> list[str]:
+    """Texts of up to `length` tokens from the model at temperature 1, none empty: `count`, or `tokens` in all."""
+    speaker = LocalText(lambda: module, codec)
+    group = max(1, min(BATCH_TOKENS // (length + 1), count or -(-tokens // length)))
+    found: list[str] = []
+    said = 0
+    for turn in range(TURNS):
+        if (count and len(found) >= count) or (tokens and said >= tokens) or not (count or tokens):
+            break
+        texts = speaker.generate(
+            [opening(codec.tokenizer)] * group, max_tokens=length, temperature=1.0, seed=(seed + turn) % 2**63
+        )
+        texts = [text for text in texts if text.strip()]
+        found += texts
+        said += sum(map(len, codec.tokenizer(texts)["input_ids"])) if texts else 0
+    return found[:count] if count else found
+
+
+def tokenised(codec: Codec, texts: Sequence[str], tokens: int) -> list[list[int]]:
+    """The texts' ids, the first of them, up to that many tokens in all."""
+    kept: list[list[int]] = []
+    left = tokens
+    for row in codec.tokenizer(list(texts))["input_ids"] if texts else ():
+        if left <= 0:
+            break
+        kept.append(list(row[:left]))
+        left -= len(kept[-1])
+    return [row for row in kept if row]
+
+
+def perplexity(module: nn.Module, codec: Codec, ids: Sequence[Sequence[int]]) -> float:
+    """exp of the mean NLL of every token but each row's first; fp64 sums. 1.0 where there is none."""
+    total, count = 0.0, 0
+    for group in batches([len(row) for row in ids]):
+        batch = pad([ids[i] for i in group], pad_id(codec.tokenizer))
+        with torch.no_grad():
+            logits = forward(module, batch)[:, :-1].log_softmax(-1)
+        labels, asked = batch["input_ids"][:, 1:].to(logits.device), batch["attention_mask"][:, 1:].bool()
+        told = logits.gather(2, labels[..., None])[..., 0]
+        total -= told[asked.to(told.device)].double().sum().item()
+        count += int(asked.sum())
+    return float(torch.tensor(total / max(count, 1), dtype=torch.float64).exp())
+
+
+def begins(said: str, answer: str) -> bool:
+    """Whether a text begins with the answer as whole words, spaces before it aside."""
+    said, answer = said.lstrip(), answer.strip()
+    rest = said[len(answer) :]
+    return said.startswith(answer) and not (rest[:1].isalnum() and answer[-1:].isalnum())
+
+
+def answered(module: nn.Module, codec: Codec, asked: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether greedy text from each (prompt, answer)'s bare prompt begins with the answer: nothing is given away."""
+    if not asked:
+        return []
+    prompts, answers = zip(*asked, strict=True)
+    ids = codec.tokenizer([" " + answer.strip() for answer in answers], add_special_tokens=False)["input_ids"]
+    said = LocalText(lambda: module, codec).generate(prompts, max_tokens=max(map(len, ids)) + 2)
+    return [begins(s, a) for s, a in zip(said, answers, strict=True)]

@@ -1,0 +1,136 @@
+"""Change facts by one rank-one update each of one feed-forward projection.
+
+    W' = W + (v* − W k*) uᵀ / (uᵀ k*),   u = C⁻¹ k*,   C = E[k kᵀ] over text
+
+k* is the projection's input at the subject's last token, averaged over the prompt behind texts of the model's own;
+v* = W k* + δ, where δ makes the new object likely: it minimises −log p(new object) + essence·KL on what follows
+"{subject} is a" + decay·‖δ‖/‖v₀‖ within ‖δ‖ ≤ reach·‖v₀‖. Of all W' with W'k* = v*, this one moves the outputs of
+other keys least (in the metric C).
+
+Paper: ROME, arXiv 2202.05262. The default variant is r-ROME (2403.07175): one k* throughout; `variant=rome` divides by
+the bare prompt's key instead, as the first code did, and now and then disables the model. What differs from both: rate
+and decay are relative to ‖v₀‖; the best δ met is kept, not the last; C is of ten tokens a dimension (2506.04226: that
+is enough), `ridge` added, of the model's own text if none is given; the block is found by trying (2301.04213: where a
+fact is traced to does not tell where to edit it). And what failed does not go in: an edit whose δ was not found, which
+greedy text does not show, or after which perplexity jumps, is refused, or skipped and told of.
+
+Model: a causal language model, its feed-forward layers found by structure. Edits are made one after another, all in
+one block. The result saves as a checkpoint or as a LoRA adapter, one rank an edit. Errors: EditError; DataError where a
+prompt does not name its subject.
+
+    lfm run edit.rome model=base edits=edits.jsonl --out edited
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
+from lfm.core.errors import MismatchError
+from lfm.core.heavy import torch
+from lfm.core.model import LowRank
+from lfm.editing import choose, keys, rows, sequence, setting, value
+from lfm.editing.covariance import ENOUGH, loaded, rank_one, second_moment
+from lfm.models import structure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lfm.data.records import Edit
+    from lfm.editing.rows import Rows
+    from lfm.editing.setting import Setting
+    from lfm.editing.value import Found
+
+
+class Config(sequence.Guard, frozen=True):
+    variant: Annotated[Literal["r-rome", "rome"], Meta(description="whose key divides: the mean, or the prompt's")] = (
+        "r-rome"
+    )
+    layer: Annotated[int | None, Meta(description="block to edit, from 0; none: try them on the first edits")] = None
+    prefixes: Annotated[int, Meta(ge=0, description="texts of the model's own put before the prompt")] = 20
+    tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="tokens for C; none: ten a dimension of the key")
+    ] = None
+    ridge: Annotated[float, Meta(ge=0, description="added to C, in units of its mean diagonal")] = 0.01
+
+
+def run(config: Config, inputs: Inputs, run: Run) -> Model:
+    model = inputs.model("model")
+    edits: list[Edit] = list(inputs.records("edits"))
+    here = setting.opened(model, inputs.records("text"), run, prefixes=config.prefixes, tokens=config.tokens)
+    block = config.layer
+    if block is None:
+        block = choose.block(choose.brief(here), edits, run, solver(config, choose.brief(here), run))
+    name, layer = keys.projection(here.module, block)
+    run.note(layer=block, module=name, covariance_tokens=sum(map(len, here.text)))
+
+    weights, gradients = model.ask(Weights), model.ask(Gradients)
+    stored = weights.tensors().get(f"{name}.weight")
+    solve = solver(config, here, run)
+    changes = sequence.apply(
+        here, block, edits, lambda edit: solve(block, edit)[1:], config, stored.dtype if stored else torch.float32, run
+    )
+    if stored is None:  # its files hold this weight under another name
+        return gradients.rewrap(here.module)
+    b, a = (torch.stack(vectors) for vectors in zip(*changes, strict=True))
+    return weights.update({name: LowRank(b.T.contiguous(), a, structure.transposed(layer))})
+
+
+def solver(config: Config, here: Setting, run: Run) -> Callable[[int, Edit], tuple[Rows, Found, tuple[Tensor, Tensor]]]:
+    """(block, edit) → its rows, its value and its (b, a), for the module as it is when called."""
+    moments: dict[int, Tensor] = {}
+
+    def solve(block: int, edit: Edit) -> tuple[Rows, Found, tuple[Tensor, Tensor]]:
+        if block not in moments:
+            moments.clear()  # one at a time: they are large. Edits of its own block do not change it
+            moments[block] = loaded(second_moment(here.module, here.codec, block, here.text, run), config.ridge)
+        read = rows.rows(here.codec.tokenizer, edit, here.prefixes)
+        k, v = keys.at_subject(here.module, block, read)
+        found = value.search(here.module, block, read, config, v[0])
+        return read, found, rank_one(found.delta, k.mean(0), moments[block], k[0] if config.variant == "rome" else None)
+
+    return solve
+
+
+def agree(config: Config, inputs: Inputs) -> None:
+    rows.agree(inputs.records("edits"))
+    facts = inputs.model("model").facts
+    if facts.task != "causal-lm":
+        raise MismatchError(
+            f"edit.rome edits causal language models; {inputs.model('model').ref} is none",
+            why=f"its task is {facts.task or 'not known'}",
+        )
+    if config.layer is not None and facts.layers and not -facts.layers <= config.layer < facts.layers:
+        raise MismatchError(f"there is no block {config.layer}", why=f"the model has {facts.layers}, counted from 0")
+
+
+def cost(config: Config, sizes: Sizes) -> Cost:
+    facts, edits = sizes.model("model"), sizes.data["edits"]
+    inner = 4 * facts.width  # of the key, not known before the weights are
+    tokens = config.tokens or ENOUGH * inner
+    tried = len(choose.candidates(facts.layers)) if config.layer is None and facts.layers else 0
+    prompt = setting.PREFIX + edits.tokens // max(1, edits.records)
+    searches = edits.records + tried * min(choose.EDITS, edits.records)
+    search = 4.0 * facts.parameters * config.steps * (config.prefixes + 2) * prompt
+    moment = 2.0 * tokens * (facts.parameters + inner**2) + inner**3 / 3
+    return Cost(
+        flops=searches * search + (1 + tried) * moment + 2.5 * facts.parameters * tokens,
+        steps=searches * 2 * config.steps,
+        memory=4 * facts.parameters + 3 * 8 * inner**2 + 24 * prompt * (config.prefixes + 2) * facts.vocabulary,
+        disk=facts.bytes,
+    )
+
+
+METHOD = Method(
+    paper="arXiv:2202.05262",
+    config=Config,
+    models={"model": Slot((Gradients, Weights, Codec), help="the causal language model to edit")},
+    data={
+        "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change"),
+        "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text, whose keys should not change"),
+    },
+    run=run,
+    cost=cost,
+    agree=agree,
+)

@@ -91,7 +91,7 @@ def _made(name: str, kind: str, show: Show) -> Path:
                 f"zoo:{name} cannot be made in {home() / 'zoo'}",
                 why=error.strerror or str(error),
                 fix="set LFM_HOME to a directory that can be written",
-            ) from None
+            ) from error
     return _result(exhibit)
 
 
@@ -109,6 +109,7 @@ def _make(exhibit: Exhibit, place: Path, parts: dict[str, Path], show: Show) -> 
             out = beside / "out"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
+            (beside / "work").mkdir(exist_ok=True)
             exhibit.make(out, Making(beside / "work", show, parts=parts))
             for file in out.rglob("*"):
                 if file.is_file():

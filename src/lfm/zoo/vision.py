@@ -42,7 +42,7 @@ TASKS = {
     "transposition": Task("digits with rows for columns", lambda x, y, rng: (x.transpose(0, 2, 1), y)),
     "inversion": Task("digits dark on light", lambda x, y, rng: (255 - x, y)),
     "noise": Task("digits under Gaussian noise", lambda x, y, rng: (_noisy(x, rng), y)),
-    "parity": Task("digits with a lit left edge: even (0) or odd (1)", lambda x, y, rng: (_edged(x), y % 2)),
+    "parity": Task("digits with a lit left edge, even (0) or odd (1)", lambda x, y, rng: (_edged(x), y % 2)),
 }
 
 
@@ -192,7 +192,7 @@ def make_expert(task: str, out: Path, making: Making) -> None:
 
 
 MODELS = (
-    Exhibit("vit", "a ViT that reads handwritten digits", make, takes="5 s"),
+    Exhibit("vit", "a ViT that reads handwritten digits", make, takes="10 s"),
     Exhibit("vit-base", "a ViT that can do a little of eight tasks: the experts' base", make_base, takes="5 s"),
     *(
         Exhibit(
@@ -208,8 +208,8 @@ MODELS = (
 
 DATA = tuple(
     records(
-        "-".join(["digits", *([] if name == "identity" else [name]), part]),
-        f"{task.about}, to {'train on' if part == 'train' else 'test with'}",
+        "digits" + f"-{name}" * (name != "identity") + "-test" * (part == "test"),
+        task.about + ": for testing" * (part == "test"),
         partial(images, name, part),
     )
     for name, task in TASKS.items()

@@ -136,7 +136,15 @@ def test_a_few_steps_on_unseen_digits_go_further_than_before(tmp_path: Path) -> 
     unseen = [r for r in every if int(r.label) >= 7]
     model = load(tiny.vit(tmp_path / "base", labels=("a", "b", "c"), patch_size=2, initializer_range=0.05))
     made, run = meta(
-        model, seen, tmp_path / "work", test=unseen, steps=150, tasks=5, ways=3, inner_lr=2e-3, test_tasks=20
+        model,
+        seen,
+        tmp_path / "work",
+        test=unseen,
+        steps=80,
+        tasks=5,
+        ways=3,
+        inner_lr=2e-3,
+        test_tasks=10,
     )
     before, after = float(run.notes["test_accuracy_before"]), float(run.notes["test_accuracy_after"])
     assert after > before + 0.05, run.notes

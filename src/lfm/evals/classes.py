@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from lfm.core.heavy import F, np, torch
+from lfm.core.heavy import F, np
 from lfm.core.model import Logits, Text
 from lfm.data.facts import Question, log_probabilities
 from lfm.data.records import Image, Label, Pair, Record
@@ -13,6 +13,7 @@ from lfm.data.task import LANGUAGE
 from lfm.data.wording import wording
 from lfm.evals.answers import begins_with
 from lfm.evals.estimate import Measure, calibration_error, macro_f1, mean
+from lfm.evals.scoring import losses
 from lfm.evals.setting import Found, Sample, Setting
 
 if TYPE_CHECKING:
@@ -62,21 +63,16 @@ def _by_words(setting: Setting) -> Found:
         -shares[np.arange(len(best)), places],
     )
     found.notes.append(f"no head: the classes compete as words after the text ({', '.join(names[:8])})")
+    if any(long != short and long.startswith(short) for long in names for short in names):
+        found.notes.append("a class's name begins another's: the shorter can only be the likelier of the two")
     return found
 
 
 def _by_candidates(setting: Setting, names: list[str]) -> NDArray[Any]:
-    """(n, classes) log-probabilities of each name, its end token included, over the model's logits."""
+    """(n, classes) log-probabilities of each name over the model's logits; long texts lose their beginning."""
     task = setting.task_of(setting.records)
-    told = np.zeros((len(setting.records), len(names)))
-    for column, name in enumerate(names):
-        asked = [_named(record, name) for record in setting.records]
-        for places, logits, batch in setting.logits(task, asked):
-            scored, labels = task.scored(logits, batch)
-            each = -F.cross_entropy(scored, labels, reduction="none").double().cpu()
-            rows = torch.tensor(np.repeat(np.arange(len(places)), counts(batch["labels"], len(labels))))
-            told[places, column] = torch.zeros(len(places), dtype=torch.float64).index_add(0, rows, each).numpy()
-    return told
+    columns = [losses(setting, task, [_named(r, name) for r in setting.records]).loss for name in names]
+    return -np.stack(columns, axis=1)
 
 
 def _by_scores(setting: Setting, records: Sequence[Label | Pair], names: list[str]) -> NDArray[Any]:
@@ -112,15 +108,6 @@ def _found(
         for record, t, p in zip(setting.records[: setting.samples], truth, predicted, strict=False)
     ]
     return Found([m for m in made if setting.wants(m.name)], samples)
-
-
-def counts(labels: Any, scored: int) -> NDArray[Any]:
-    """How many scored positions each row of labels (B, T) has: all that are not −100, or all but a row's first."""
-    whole = (labels != -100).sum(1)
-    if int(whole.sum()) != scored:
-        whole = (labels[:, 1:] != -100).sum(1)
-    assert int(whole.sum()) == scored, "a task whose scored positions are not its labels"
-    return whole.cpu().numpy()
 
 
 def _named(record: Record, name: str) -> Record:

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from lfm.core.errors import AccessError
-from lfm.core.heavy import F, np
+from lfm.core.heavy import np
 from lfm.core.model import Codec, Logits, Text
+from lfm.data.language import halves
 from lfm.data.records import Completion, Record
 from lfm.data.records import Text as Running
 from lfm.data.task import fit
 from lfm.evals.answers import room, same
-from lfm.evals.classes import counts
 from lfm.evals.estimate import Measure, mean, ratio
+from lfm.evals.scoring import losses
 from lfm.evals.setting import Found, Sample, Setting
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 CONTINUED = 32
 """Tokens of a sample's continuation."""
@@ -36,13 +37,16 @@ def _text(setting: Setting) -> Found:
     else:
         if setting.model.facts.task == "masked-lm":
             raise AccessError(
-                "a masked model's texts are measured by logits alone", why="it fills blanks, one at a time"
+                "a masked model's texts are measured by logits alone",
+                why="its log-probabilities are of what fills a blank",
             )
-        scores = setting.logprobs().score([""] * len(texts), texts)
+        split = halves if setting.model.facts.task == "seq2seq-lm" else _whole
+        given, asked = zip(*map(split, texts), strict=True)
+        scores = setting.logprobs().score(given, asked)
         setting.done(len(texts))
         loss = np.array([-s.total for s in scores])
         tokens = np.array([len(s.logprobs) for s in scores])
-        bytes_ = np.array([len(t.encode()) for t in texts])
+        bytes_ = np.array([len(t.encode()) for t in asked])
     task = setting.model.facts.task
     masked = task == "masked-lm"
     basis = {
@@ -79,7 +83,7 @@ def _text_by_logits(setting: Setting, texts: Sequence[str], notes: list[str]) ->
             "each without what came before it"
         )
     task = setting.task_of(pieces)
-    loss, tokens, _ = _losses(setting, task, pieces)
+    loss, tokens, _ = losses(setting, task, pieces)
     scored = np.array([_scored_bytes(cast("Running", p).text, codec.tokenizer, facts.task) for p in pieces])
     whole = [np.zeros(len(texts)) for _ in range(3)]
     for total, part in zip(whole, (loss, tokens, scored), strict=True):
@@ -90,25 +94,10 @@ def _text_by_logits(setting: Setting, texts: Sequence[str], notes: list[str]) ->
 def _scored_bytes(text: str, tokenizer: Any, task: str) -> int:
     """The bytes of the text that its scored tokens spell: not its first token's where no opening token comes before."""
     if task == "seq2seq-lm":
-        from lfm.data.language import halves
-
         return len(halves(text)[1].encode())
     encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     opened = bool(encoded["special_tokens_mask"] and encoded["special_tokens_mask"][0])
     return len(text.encode()) if opened or not text else len(text[encoded["offset_mapping"][0][1] :].encode())
-
-
-def _losses(setting: Setting, task: Any, records: Sequence[Record]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Each record's summed loss in nats, its scored tokens, and whether all of them are the model's first choice."""
-    loss, tokens, right = np.zeros(len(records)), np.zeros(len(records)), np.zeros(len(records))
-    for places, logits, batch in setting.logits(task, records):
-        scored, labels = task.scored(logits, batch)
-        each = F.cross_entropy(scored, labels, reduction="none").double().cpu().numpy()
-        hits = (scored.argmax(-1) == labels).cpu().numpy()
-        ends = np.cumsum(counts(batch["labels"], len(labels)))
-        for i, start, end in zip(places, [0, *ends[:-1]], ends, strict=True):
-            loss[i], tokens[i], right[i] = each[start:end].sum(), end - start, hits[start:end].all()
-    return loss, tokens, right
 
 
 def _completions(setting: Setting) -> Found:
@@ -128,7 +117,7 @@ def _completions(setting: Setting) -> Found:
     if setting.access is Text:
         return found
     if setting.access is Logits:
-        loss, tokens, right = _losses(setting, setting.task_of(records), records)
+        loss, tokens, right = losses(setting, setting.task_of(records), records)
         if setting.wants("forced_match"):
             basis = "every token of the completion the first choice, given the right ones before it"
             found.measures.append(mean("forced_match", right, basis))
@@ -138,8 +127,8 @@ def _completions(setting: Setting) -> Found:
         loss = np.array([-s.total for s in scores])
         tokens = np.array([len(s.logprobs) for s in scores])
     if setting.wants("perplexity"):
-        basis = f"a token of the completions{', end tokens too' if setting.access is Logits else ''}"
-        found.measures.append(_perplexity("perplexity", loss, tokens, f"{basis}; {int(tokens.sum())} tokens"))
+        basis = f"a token of the completions; {int(tokens.sum())} tokens of the model's own tokenizer"
+        found.measures.append(_perplexity("perplexity", loss, tokens, basis))
     return found
 
 
@@ -149,6 +138,10 @@ def _perplexity(name: str, loss: Any, tokens: Any, basis: str) -> Measure:
             return np.exp(values)
 
     return ratio(name, loss, tokens, after=exp, basis=basis)
+
+
+def _whole(text: str) -> tuple[str, str]:
+    return "", text
 
 
 def _opening(text: str) -> str:

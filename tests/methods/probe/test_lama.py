@@ -126,6 +126,16 @@ def test_confidence_is_the_probability_among_the_candidates(tmp_path: Path) -> N
     assert all(0 <= x <= 1 and 0 <= y <= 1 for x, y in zip(curve["calibration"].x, curve["calibration"].y))
 
 
+def test_objects_that_are_all_impossible_are_equally_so(tmp_path: Path) -> None:
+    class Nothing(Known):
+        def score(self, prompts: Sequence[str], continuations: Sequence[str], _: Sequence[str] = ()) -> list[Score]:
+            return [Score(("x",), (float("-inf"),)) for _ in prompts]
+
+    model = Model("nothing", "api", {Logprobs: lambda: Nothing({})}, lambda: "0" * 64)
+    found = probed(model, WORLD, tmp_path)
+    assert found.metrics["p_at_1"] == 0.0 and found.evidence[0]["confidence"] == pytest.approx(1 / 3)
+
+
 def test_an_object_that_is_also_true_does_not_compete(tmp_path: Path) -> None:
     facts = [fact("Bo", "lives in", "Paris"), fact("Bo", "lives in", "Rome"), fact("Di", "lives in", "New Oslo")]
     # Of Bo's two, Rome (0.5) would come before Paris (0.2); New Oslo (0.3) still does.

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil, exp, log
+from math import ceil, exp, inf
 from typing import Annotated, Any, Literal, NamedTuple
 
 import lfm.core
@@ -94,16 +94,18 @@ def _among_objects(
     for question, owner, scores in zip(asked, owners, cloze.regrouped(asked, told)):
         right = question.candidates.index(facts[owner].object)
         top = cloze.best(scores)
-        total = scores[top] + log(sum(exp(s - scores[top]) for s in scores))
-        found.append(
-            Answer(
-                question.candidates[top],
-                cloze.rank(scores, right),
-                exp(scores[top] - total),
-                exp(scores[right] - total),
-            )
-        )
+        shares = _shares(scores)
+        found.append(Answer(question.candidates[top], cloze.rank(scores, right), shares[top], shares[right]))
     return found
+
+
+def _shares(scores: Sequence[float]) -> list[float]:
+    """Probabilities among the candidates; equal where all are impossible."""
+    best = max(scores)
+    if best == -inf:
+        return [1 / len(scores)] * len(scores)
+    odds = [exp(score - best) for score in scores]
+    return [odd / sum(odds) for odd in odds]
 
 
 def _in_vocabulary(
@@ -132,7 +134,7 @@ def _in_vocabulary(
         kept = [(token.strip(), value) for token, value in ranked if token.strip() not in others]
         place = next((i for i, (token, _) in enumerate(kept) if token == right), None)
         ties = 0 if place is None else sum(value == kept[place][1] for _, value in kept[place + 1 :])
-        best, value = kept[0] if kept else ("", float("-inf"))
+        best, value = kept[0] if kept else ("", -inf)
         if place is None:
             found.append(Answer(best, 0, exp(value), 0.0))
         else:

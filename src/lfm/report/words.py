@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 SPELLED = {
@@ -33,7 +34,7 @@ def metric(name: str) -> str:
     """A metric's key as a reader says it: macro_f1 → macro F1."""
     if name.lower() in SPELLED:
         return SPELLED[name.lower()]
-    return name.replace("_", " ").replace("/", " / ")
+    return re.sub(r"\bp at (\d+)\b", r"P@\1", name.replace("_", " ").replace("/", " / "))
 
 
 def smaller_is_better(name: str) -> bool:

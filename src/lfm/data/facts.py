@@ -6,10 +6,11 @@ probabilities only of what they are asked, take part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import exp, inf
 from typing import NamedTuple
 
-from lfm.core.model import Logprobs
+from lfm.core.model import Logprobs, Ranked
 from lfm.data.records import Edit, Fact
 from lfm.data.wording import spaced
 
@@ -22,6 +23,15 @@ class Question(NamedTuple):
     candidates: tuple[str, ...]
 
 
+class Answer(NamedTuple):
+    """What was answered, the right object's rank (0: not seen), and the probabilities of both."""
+
+    best: str
+    rank: int
+    confidence: float
+    right: float
+
+
 def objects(facts: Sequence[Fact]) -> dict[str, tuple[str, ...]]:
     """Each relation's objects, in alphabetical order."""
     found: dict[str, set[str]] = {}
@@ -30,12 +40,17 @@ def objects(facts: Sequence[Fact]) -> dict[str, tuple[str, ...]]:
     return {relation: tuple(sorted(held)) for relation, held in found.items()}
 
 
+def true_objects(facts: Sequence[Fact]) -> dict[tuple[str, str], set[str]]:
+    """All objects of each subject and relation."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for fact in facts:
+        found.setdefault((fact.subject, fact.relation), set()).add(fact.object)
+    return found
+
+
 def questions(facts: Sequence[Fact]) -> list[Question]:
     """One question a fact: its relation's objects compete, less those that are also true of its subject."""
-    competing = objects(facts)
-    true: dict[tuple[str, str], set[str]] = {}
-    for fact in facts:
-        true.setdefault((fact.subject, fact.relation), set()).add(fact.object)
+    competing, true = objects(facts), true_objects(facts)
     return [
         Question(
             fact.prompt,
@@ -95,3 +110,24 @@ def rank(scores: Sequence[float], right: int) -> int:
 def best(scores: Sequence[float]) -> int:
     """The place of the highest score, the first of equals."""
     return max(range(len(scores)), key=lambda i: (scores[i], -i))
+
+
+def among(candidates: Sequence[str], scores: Sequence[float], right: str) -> Answer:
+    """The answer by the candidates' log-probabilities; probabilities among them, equal if all are impossible."""
+    place, top = candidates.index(right), best(scores)
+    odds = [1.0 if scores[top] == -inf else exp(score - scores[top]) for score in scores]
+    return Answer(candidates[top], rank(scores, place), odds[top] / sum(odds), odds[place] / sum(odds))
+
+
+def within(ranked: Ranked, right: str, also: Collection[str]) -> Answer:
+    """The answer of a ranking of next tokens, best first. also: objects that are true too and do not compete."""
+    words = [token for token, _ in ranked if token.strip().isalpha()]
+    capitals = any(word != word.lower() for word in words)  # a vocabulary without them knows objects in lower case
+    wanted, *others = [text if capitals else text.lower() for text in (right, *(o for o in also if o != right))]
+    kept = [(token.strip(), value) for token, value in ranked if token.strip() not in others]
+    first, value = kept[0] if kept else ("", -inf)
+    place = next((i for i, (token, _) in enumerate(kept) if token == wanted), None)
+    if place is None:
+        return Answer(first, 0, exp(value), 0.0)
+    ties = sum(other == kept[place][1] for _, other in kept[place + 1 :])
+    return Answer(first, place + 1 + ties, exp(value), exp(kept[place][1]))

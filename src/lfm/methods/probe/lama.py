@@ -23,14 +23,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil, exp, inf
-from typing import Annotated, Any, Literal, NamedTuple
+from math import ceil
+from typing import Annotated, Any, Literal
 
 import lfm.core
 from lfm.core import Cost, Curve, Data, DataSlot, Finding, Inputs, Logprobs, Meta, Method, Run, Sizes, Slot
 from lfm.core.errors import DataError
 from lfm.data import facts as cloze
-from lfm.data.facts import Question
+from lfm.data.facts import Answer, Question
 from lfm.data.records import Fact
 from lfm.data.wording import spaced
 
@@ -51,15 +51,6 @@ class Config(lfm.core.Config, frozen=True):
     )
 
 
-class Answer(NamedTuple):
-    """One prompt answered: the best candidate, the right one's rank (0: not seen), the probabilities of both."""
-
-    best: str
-    rank: int
-    confidence: float
-    right: float
-
-
 def run(config: Config, inputs: Inputs, run: Run) -> Finding:
     facts: list[Fact] = list(inputs.records("facts"))
     logprobs = inputs.model("model").ask(Logprobs)
@@ -73,7 +64,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Finding:
         for q in (question, *cloze.rephrased(fact, question)[: config.paraphrases]):
             asked.append(q)
             owners.append(i)
-    answered = (_in_vocabulary if whole else _among_objects)(config, facts, asked, owners, logprobs, run)
+    answered = (_in_vocabulary if whole else _among_objects)(config, [facts[i] for i in owners], asked, logprobs, run)
     answers: list[list[Answer]] = [[] for _ in facts]
     for owner, answer in zip(owners, answered):
         answers[owner].append(answer)
@@ -81,65 +72,24 @@ def run(config: Config, inputs: Inputs, run: Run) -> Finding:
 
 
 def _among_objects(
-    config: Config,
-    facts: Sequence[Fact],
-    asked: Sequence[Question],
-    owners: Sequence[int],
-    logprobs: Logprobs,
-    run: Run,
+    config: Config, facts: Sequence[Fact], asked: Sequence[Question], logprobs: Logprobs, run: Run
 ) -> list[Answer]:
     every = cloze.pairs(asked)
     told = dict(zip(every, _stepwise(every, "facts", lambda part: cloze.score(logprobs, part), run)))
-    found = []
-    for question, owner, scores in zip(asked, owners, cloze.regrouped(asked, told)):
-        right = question.candidates.index(facts[owner].object)
-        top = cloze.best(scores)
-        shares = _shares(scores)
-        found.append(Answer(question.candidates[top], cloze.rank(scores, right), shares[top], shares[right]))
-    return found
-
-
-def _shares(scores: Sequence[float]) -> list[float]:
-    """Probabilities among the candidates; equal where all are impossible."""
-    best = max(scores)
-    if best == -inf:
-        return [1 / len(scores)] * len(scores)
-    odds = [exp(score - best) for score in scores]
-    return [odd / sum(odds) for odd in odds]
+    scores = cloze.regrouped(asked, told)
+    return [cloze.among(q.candidates, s, f.object) for f, q, s in zip(facts, asked, scores)]
 
 
 def _in_vocabulary(
-    config: Config,
-    facts: Sequence[Fact],
-    asked: Sequence[Question],
-    owners: Sequence[int],
-    logprobs: Logprobs,
-    run: Run,
+    config: Config, facts: Sequence[Fact], asked: Sequence[Question], logprobs: Logprobs, run: Run
 ) -> list[Answer]:
     def top(part: Sequence[Question]) -> list[Any]:
         ranked = logprobs.top([q.prompt for q in part], config.depth, [q.suffix for q in part])
         return [[[token, value] for token, value in tokens] for tokens in ranked]
 
-    true: dict[tuple[str, str], set[str]] = {}
-    for fact in facts:
-        true.setdefault((fact.subject, fact.relation), set()).add(fact.object)
-    found = []
-    for owner, ranked in zip(owners, _stepwise(asked, "facts", top, run)):
-        fact = facts[owner]
-        words = [token for token, _ in ranked if token.strip().isalpha()]
-        fold: Callable[[str], str] = (
-            str if any(w != w.lower() for w in words) else str.lower
-        )  # a vocabulary in lower case
-        right, others = fold(fact.object), {fold(o) for o in true[fact.subject, fact.relation] - {fact.object}}
-        kept = [(token.strip(), value) for token, value in ranked if token.strip() not in others]
-        place = next((i for i, (token, _) in enumerate(kept) if token == right), None)
-        ties = 0 if place is None else sum(value == kept[place][1] for _, value in kept[place + 1 :])
-        best, value = kept[0] if kept else ("", -inf)
-        if place is None:
-            found.append(Answer(best, 0, exp(value), 0.0))
-        else:
-            found.append(Answer(best, place + 1 + ties, exp(value), exp(kept[place][1])))
-    return found
+    also = cloze.true_objects(facts)
+    ranked = _stepwise(asked, "facts", top, run)
+    return [cloze.within(r, f.object, also[f.subject, f.relation]) for f, r in zip(facts, ranked)]
 
 
 def _single(facts: Sequence[Fact], logprobs: Logprobs, run: Run) -> list[Fact]:

@@ -74,7 +74,7 @@ def line(ys: Sequence[float], xs: Sequence[float] = (), *, name: str = "", x_lab
     finite = [y for _, y in pairs if drawable(y)]
     if not finite:
         return ""
-    level, share = min(finite) == max(finite), 0 <= min(finite) and max(finite) <= 1
+    level, share = min(finite) == max(finite), min(finite) >= 0 and max(finite) <= 1
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0] if level and share else nice(min(finite), max(finite))
     low, high = ticks[0], ticks[-1]
     left = max(30.0, 14 + 6 * max(len(words.tick(tick)) for tick in ticks))

@@ -11,7 +11,8 @@ best of that generation is held against the dev records, and z = 0 is a candidat
 worse than none of it on the records that choose. A word's token that is not among the `top` most probable ones told
 gets the least log-probability told.
 
-Model: Embeddings. Data: train, and dev to choose by (else the training loss chooses); label or pair records, worded by
+Model: Embeddings. Data: train, and dev to choose by (else what train has beyond `examples`; else the training loss
+chooses). Each gives at most `examples` records, evenly of each class: label or pair records, worded by
 `template` ("{text}", "{text_b}"; their own wording by default) and `words` (label → word; the label by default).
 Result: a program that holds P (t, width) and its model; as a second format, a PEFT prompt, where that is a local
 checkpoint. model=api:URL tunes for any endpoint that takes input embeddings and gives its table (`lfm serve` does).
@@ -23,8 +24,10 @@ it, and it goes on from there.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, final
 
 import msgspec
@@ -34,6 +37,7 @@ from lfm import search
 from lfm.core import Cost, Data, DataSlot, Embeddings, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.errors import ConfigError, DataError
 from lfm.core.heavy import F, np, torch
+from lfm.core.method import Amount
 from lfm.data.records import Label, Pair
 from lfm.data.wording import spaced, wording
 from lfm.models.program import program
@@ -62,6 +66,9 @@ class Config(lfm.core.Config, frozen=True):
     words: Annotated[dict[str, str], Meta(description="label → the word that stands for it; the label if absent")] = (
         msgspec.field(default_factory=dict)
     )
+    examples: Annotated[
+        int, Meta(ge=2, description="most records to train on, and to choose by; the paper has 16 a class")
+    ] = 32
     prompt_tokens: Annotated[int, Meta(ge=1, description="length of the prompt")] = 50
     d: Annotated[int, Meta(ge=2, description="dimension that is searched")] = 500
     calls: Annotated[int, Meta(ge=2, description="prompts tried, each on all training records")] = 8000
@@ -99,8 +106,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     table = embeddings.table()
     a = projection(table, config, run)
     p0 = table[torch.randint(len(table), (config.prompt_tokens,), generator=run.generator("p0"))]
-    records = cast("Sequence[Label | Pair]", inputs.records("train"))
-    dev_records = cast("Sequence[Label | Pair]", inputs.records("dev"))
+    records, dev_records = shots(inputs, config.examples, run.seed_for("examples"))
     labels = sorted({record.label for record in (*records, *dev_records)})
     if len(labels) < 2:
         raise DataError(f"all records have the label {labels[0]!r}", why="a prompt is tuned to tell labels apart")
@@ -150,6 +156,25 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     parts = Parts({"model": (model,)}, {"prompt": prompt(best).contiguous()}, {})
     made = program(ID, config, parts, opened)
     return replace(made, formats={**made.formats, **peft_format(model, parts.tensors["prompt"])}, _opened={})
+
+
+def shots(inputs: Inputs, most: int, seed: int) -> tuple[list[Label | Pair], list[Label | Pair]]:
+    """At most `most` records to train on, and to choose by: the dev records, else what is left. Evenly by class."""
+    train, rest = _evenly(cast("Sequence[Label | Pair]", inputs.records("train")), most, seed)
+    dev, _ = _evenly(cast("Sequence[Label | Pair]", inputs.records("dev")) or rest, most, seed)
+    return train, dev
+
+
+def _evenly(records: Sequence[Label | Pair], most: int, seed: int) -> tuple[list[Label | Pair], list[Label | Pair]]:
+    """(the first of each class, the second of each class, …, up to `most`; the others), in an order by the seed."""
+    order = random.Random(seed).sample(range(len(records)), len(records))
+    seen: dict[str, int] = {}
+    turns = []
+    for place, i in enumerate(order):
+        seen[records[i].label] = turn = seen.get(records[i].label, 0) + 1
+        turns.append((turn, place, i))
+    turns.sort()
+    return [records[i] for *_, i in turns[:most]], [records[i] for *_, i in turns[most:]]
 
 
 def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
@@ -234,26 +259,23 @@ LOSSES: Mapping[str, Callable[[Any, Any, float], Any]] = {"ce": cross_entropy, "
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
-    """Queries and tokens are the most it can take: a token covers at least a byte of a record."""
-    facts = sizes.model("model")
-    train, dev = sizes.data["train"], sizes.data.get("dev")
+    """Queries and tokens are the most it can take: a token covers at least a byte, and records are of mean length."""
+    facts, given = sizes.model("model"), sizes.data["train"]
+    chosen_by = sizes.data.get("dev") or Amount(given.records - config.examples, 0)
     rounds = config.calls // config.popsize
-    looks = 1 + -(-rounds // config.dev_every)
-    # The table; every text, and every beginning of every label's word, embedded once; the check of what was saved.
-    queries, tokens = 1 + sum(map(len, config.words.values())) + CHECK, CHECK * (config.prompt_tokens + 50)
-    for amount, times in ((train, rounds * config.popsize + (0 if dev else 1)), (dev, looks)):
-        if amount is None:
-            continue
-        read = amount.tokens * BYTES + amount.records * (len(config.template.encode()) + SPECIALS)
-        queries += amount.records * (times + 3) + amount.tokens * BYTES
-        tokens += times * (read + amount.records * (config.prompt_tokens + 1))
+    train, dev = (max(0, min(amount.records, config.examples)) for amount in (given, chosen_by))
+    longest = max(amount.tokens * BYTES / max(amount.records, 1) for amount in (given, chosen_by))
+    read = ceil(longest) + len(config.template.encode()) + SPECIALS + config.prompt_tokens + 1
+    asked = rounds * config.popsize * train + (2 + rounds // config.dev_every) * dev + (0 if dev else train)
+    # Once: the table, each text, and each beginning of each label's word (of which the records hold at least one).
+    once = 1 + 3 * (train + dev) + given.tokens * BYTES + sum(map(len, config.words.values()))
     return Cost(
-        flops=2.0 * facts.parameters * tokens,
+        flops=2.0 * facts.parameters * asked * read,
         steps=rounds,
         memory=4 * (2 * facts.parameters + config.prompt_tokens * facts.width * config.d) + 2 * AT_ONCE,
         disk=4 * config.prompt_tokens * facts.width + 10_000,
-        queries=queries,
-        tokens=tokens,
+        queries=asked + once + CHECK,
+        tokens=asked * read + CHECK * (config.prompt_tokens + 50),
     )
 
 

@@ -28,8 +28,8 @@ EFFICIENCY = (0.1, 0.8)
 STEP_SECONDS = (0.001, 0.03)
 """Fixed overhead of one sequential pass, best and worst: Python, kernel launches, the optimiser."""
 
-QUERY_SECONDS = (0.005, 1.0)
-"""One request to an endpoint, best (on this machine) and worst."""
+QUERY_SECONDS = (0.002, 0.5)
+"""One prompt sent to an endpoint, best (many in a request, on this machine) and worst."""
 
 START_SECONDS = (2.0, 12.0)
 """Loading torch and transformers, opening models, saving and opening again: of every run, best and worst."""

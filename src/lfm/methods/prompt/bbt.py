@@ -57,6 +57,9 @@ BYTES = 4
 SPECIALS = 4
 """Tokens that a tokenizer may put around a text."""
 
+LETTERS = 24
+"""Of a word, in which its first token is looked for."""
+
 CHECK = 24
 """Queries by which the saved program is held against the one in memory."""
 
@@ -192,7 +195,7 @@ def projection(table: Tensor, config: Config, run: Run) -> Tensor:
 def first_tokens(embeddings: Embeddings, text: str, labels: Sequence[str], config: Config) -> tuple[str, ...]:
     """The first token of each label's word as it follows a text."""
     words = [config.words.get(label, label) for label in labels]
-    firsts = [pieces(embeddings, text, spaced(text, word))[1][0][1] for word in words]
+    firsts = [pieces(embeddings, text, spaced(text, word)[:LETTERS])[1][0][1] for word in words]
     if len(set(firsts)) < len(firsts):
         clash = next(first for first in firsts if firsts.count(first) > 1)
         same = [word for word, first in zip(words, firsts, strict=True) if first == clash]
@@ -267,8 +270,8 @@ def cost(config: Config, sizes: Sizes) -> Cost:
     longest = max(amount.tokens * BYTES / max(amount.records, 1) for amount in (given, chosen_by))
     read = ceil(longest) + len(config.template.encode()) + SPECIALS + config.prompt_tokens + 1
     asked = rounds * config.popsize * train + (2 + rounds // config.dev_every) * dev + (0 if dev else train)
-    # Once: the table, each text, and each beginning of each label's word (of which the records hold at least one).
-    once = 1 + 3 * (train + dev) + given.tokens * BYTES + sum(map(len, config.words.values()))
+    # Once: the table, each text, and each beginning of each label's word, of which there are no more than records.
+    once = 1 + (train + dev) * (LETTERS + 2)
     return Cost(
         flops=2.0 * facts.parameters * asked * read,
         steps=rounds,

@@ -74,13 +74,17 @@ def _show_zoo(entries: Any) -> None:
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="The directory to make.", show_default="runs/demo")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Steps that run at once.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Steps that run at once.", show_default="one a core, to 4")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.", show_default="0")] = None,
 ) -> None:
     """One model through every area, in a few minutes, ending with the page that tells it."""
     from lfm.cli import recipes
 
-    recipes.run("demo", {}, out, seed, jobs, False)
+    from lfm.runs.plan import cores
+
+    recipes.run("demo", {}, out, seed, jobs or min(cores(), 4), False)
 
 
 def doctor(

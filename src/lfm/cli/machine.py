@@ -81,7 +81,6 @@ def demo(
 ) -> None:
     """One model through every area, in a few minutes, ending with the page that tells it."""
     from lfm.cli import recipes
-
     from lfm.runs.plan import cores
 
     recipes.run("demo", {}, out, seed, jobs or min(cores(), 4), False)

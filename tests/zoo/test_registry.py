@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -200,3 +201,20 @@ def test_listing_loads_nothing_heavy() -> None:
     code = "import sys; from lfm import zoo; assert zoo.listing(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "transformers", "sklearn", "PIL"} & set(loaded)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "zoo.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_every_exhibit() -> None:
+    for entry in zoo.listing():
+        name = entry.name.removesuffix("-test").removeprefix("vit-")
+        assert f"`{name}`" in PAGE or f"`vit-{name}`" in PAGE, entry.name
+
+
+def test_the_page_shows_how_to_add_one(plant: Plant) -> None:
+    (example,) = re.findall(r"```python\n(from lfm.data.records.*?)```", PAGE, re.DOTALL)
+    plant(tones=example)
+    kinds = {entry.name: entry.kind for entry in zoo.listing()}
+    assert (kinds["tone"], kinds["tones"]) == ("model", "data")
+    assert files.read(zoo.data("tones")) == (Text(text="do"), Text(text="re"))

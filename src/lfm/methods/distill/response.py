@@ -7,9 +7,9 @@ KL(student ‖ teacher) (`reverse`, as in 2306.08543), or Jensen–Shannon (`jsd
 are distilled, at every position that the task scores; and the student may begin as the teacher's own architecture with
 fewer blocks (give one reference for both roles, and `layers`).
 
-The defaults (T = 4, α = .9) suit classifiers. For a language model begin with temperature=1: in one short trial (2 of the
-5 blocks of a 0.26 M story model, 150 steps, seed 0) the loss on other stories was 2.59 by labels alone, 2.61 with T = 1,
-2.80 with T = 4.
+The defaults (T = 4, α = .9) suit classifiers. For a language model begin with temperature=1: in one short trial (2 of
+the 5 blocks of a 0.26 M story model, 150 steps, seed 0) the loss on other stories was 2.59 by labels alone, 2.61 with
+T = 1, 2.80 with T = 4.
 
 Models: teacher (Logits, Codec), student (Gradients, Codec). Two language models must share kind and vocabulary; two
 classifiers the names of their classes, in any order; each then reads the records its own way. Data: every kind; with

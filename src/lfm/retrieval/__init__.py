@@ -1,0 +1,1 @@
+"""Retrieval: what lies nearest to a query, exactly."""

@@ -98,8 +98,8 @@ class Embeddings(Protocol):
         """Each text's input embeddings (t, d), special tokens as the model's tokenizer adds them."""
         ...
 
-    def next_from(self, embeds: Sequence[Tensor], k: int) -> list[Ranked]:
-        """The k most probable next tokens after each sequence of embeddings (t, d)."""
+    def next_from(self, embeds: Sequence[Tensor], k: int, also: Sequence[str] = ()) -> list[Ranked]:
+        """The k most probable next tokens after each sequence of embeddings (t, d), and those of `also` by rank."""
         ...
 
 

@@ -164,10 +164,25 @@ class CausalLogprobs:
         return found
 
 
-def ranked(tokenizer: Any, logits: Tensor, k: int) -> Ranked:
-    """The k best (token text, log-probability) of one position's logits (V,)."""
-    values, ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
-    return tuple((piece(tokenizer, i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
+def ranked(tokenizer: Any, logits: Tensor, k: int, also: Sequence[str] = ()) -> Ranked:
+    """The k best (token text, log-probability) of one position's logits (V,), and then those of `also` by rank."""
+    probabilities = logits.float().log_softmax(-1)
+    values, ids = probabilities.topk(min(k, logits.shape[-1]))
+    best = [(piece(tokenizer, i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    known = {text for text, _ in best}
+    spelled = ids_by_text(tokenizer, len(logits)) if also else {}
+    asked = [text for text in dict.fromkeys(also) if text not in known and text in spelled]
+    rest = [(text, max(probabilities[spelled[text]].tolist())) for text in asked]
+    return (*best, *sorted(rest, key=lambda pair: -pair[1]))
+
+
+@lru_cache(maxsize=4)
+def ids_by_text(tokenizer: Any, vocabulary: int) -> dict[str, list[int]]:
+    """Token text → its ids: one, but for parts of characters, which all read the same."""
+    found: dict[str, list[int]] = {}
+    for i in range(min(vocabulary, len(tokenizer))):
+        found.setdefault(piece(tokenizer, i), []).append(i)
+    return found
 
 
 @lru_cache(maxsize=2**18)

@@ -133,7 +133,7 @@ class LocalEmbeddings:
         table = self.table()
         return [table[torch.tensor(ids, dtype=torch.long)] for ids in self._codec.tokenizer(list(texts))["input_ids"]]
 
-    def next_from(self, embeds: Sequence[Tensor], k: int) -> list[Ranked]:
+    def next_from(self, embeds: Sequence[Tensor], k: int, also: Sequence[str] = ()) -> list[Ranked]:
         module: Any = self._module()
         found: list[Ranked] = [()] * len(embeds)
         for group in batches([len(e) for e in embeds]):
@@ -150,7 +150,7 @@ class LocalEmbeddings:
                     use_cache=False,
                 ).logits
             for place, i in enumerate(group):
-                found[i] = ranked(self._codec.tokenizer, logits[place, len(embeds[i]) - 1], k)
+                found[i] = ranked(self._codec.tokenizer, logits[place, len(embeds[i]) - 1], k, also)
         return found
 
 

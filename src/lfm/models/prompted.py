@@ -73,8 +73,8 @@ class PromptedEmbeddings:
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
         return self._part.embed(texts)
 
-    def next_from(self, embeds: Sequence[Tensor], k: int) -> list[Ranked]:
-        return self._part.next_from([torch.cat([self._prompt, rows]) for rows in embeds], k)
+    def next_from(self, embeds: Sequence[Tensor], k: int, also: Sequence[str] = ()) -> list[Ranked]:
+        return self._part.next_from([torch.cat([self._prompt, rows]) for rows in embeds], k, also)
 
 
 @final
@@ -132,7 +132,10 @@ class EmbeddingsLogprobs:
         pairs = list(zip(prompts, continuations, strict=True))
         split = [pieces(self._embeddings, prompt, continuation) for prompt, continuation in pairs]
         asked = [rows[:place] for rows, found in split for place, _ in found]
-        ranked = iter(self._embeddings.next_from(asked, CANDIDATES))
+        texts = sorted({text for _, found in split for _, text in found})
+        if len(texts) > CANDIDATES:
+            raise DataError(f"{len(texts)} different tokens to score at once", fix=f"score at most {CANDIDATES}")
+        ranked = iter(self._embeddings.next_from(asked, 1, texts))
         scores = []
         for _, found in split:
             values = [logprobs(next(ranked), [text])[0] for _, text in found]

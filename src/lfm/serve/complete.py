@@ -12,7 +12,7 @@ from lfm.core.heavy import torch
 from lfm.core.model import Codec, Embeddings, Logits, Logprobs, Model
 from lfm.models.language import cut
 from lfm.serve.steps import ByIds, Candidate, Stepper, stepper_for
-from lfm.serve.wire import Bad, Embeds, Ids, Prompt, Text
+from lfm.serve.wire import MOST_LOGPROBS, Bad, Embeds, Ids, Prompt, Text
 
 LEAST = -9999.0
 """What stands for the logarithm of nothing, as in OpenAI's protocol."""
@@ -32,6 +32,7 @@ class Asked:
     echo: bool = False
     logprobs: int | None = None
     suffix: str = ""
+    also: tuple[str, ...] = ()  # tokens told wherever they rank
 
 
 @final
@@ -107,7 +108,7 @@ def _stepped(model: Model, prompts: Sequence[Prompt], asked: Asked) -> list[list
     for kind in (Text, Ids, Embeds):
         mine = [i for i, prompt in enumerate(prompts) if isinstance(prompt, kind)]
         if mine:
-            stepper = stepper_for(model, prompts[mine[0]], suffix=asked.suffix)
+            stepper = stepper_for(model, prompts[mine[0]], suffix=asked.suffix, also=asked.also)
             starts = [stepper.start(prompts[i]) for i in mine for _ in range(asked.n)]
             made = _grow(model, stepper, starts, asked)
             for place, i in enumerate(mine):
@@ -120,12 +121,12 @@ def _grow(model: Model, stepper: Stepper, states: list[Any], asked: Asked) -> li
     going, starts = list(range(len(states))), list(states)
     texts, ends = [""] * len(states), ["length"] * len(states)
     tokens: list[list[Token]] = [[] for _ in states]
-    random = torch.Generator().manual_seed(asked.seed)
+    random, k = torch.Generator().manual_seed(asked.seed), asked.logprobs or 0
     for step in range(asked.max_tokens):
-        ranked = stepper.candidates([states[i] for i in going])
+        ranked = stepper.candidates([states[i] for i in going], MOST_LOGPROBS if asked.heat > 0 else max(k, 1))
         for i, row in zip(list(going), ranked, strict=True):
             chosen = _choose(row, asked, random)
-            top = tuple((c.text, c.logprob) for c in row[: asked.logprobs or 0])
+            top = tuple((c.text, c.logprob) for place, c in enumerate(row) if place < k or c.text in asked.also)
             if chosen.text == end:
                 if not tokens[i]:  # an answer that is empty still tells what it was probably not
                     tokens[i].append(Token("", chosen.logprob, top, 0))

@@ -169,6 +169,7 @@ class Server:
             logprobs=request.logprobs,
             echo=bool(request.echo),
             suffix=request.suffix or "",
+            also=tuple(request.logprob_tokens),
         )
         made = complete(self._model, prompts, asked)
         flat = [one for row in made for one in row]
@@ -317,7 +318,7 @@ def _logprobs(made: Made, asked: Asked) -> dict[str, Any] | None:
     tops = []
     for token in made.tokens:
         best: dict[str, float | None] = {}
-        for text, value in token.top[: asked.logprobs]:
+        for text, value in token.top:
             best.setdefault(text, finite(value))  # of tokens with one text, the more probable
         tops.append(best or None)
     return {

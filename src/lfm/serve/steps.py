@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 from lfm.core.heavy import torch
 from lfm.core.model import Codec, Embeddings, Logits, Logprobs, Model
 from lfm.models.codec import pad, pad_id
-from lfm.models.language import batches, continuation, piece
-from lfm.serve.wire import MOST_LOGPROBS, Bad, Embeds, Ids, Prompt, Text
+from lfm.models.language import batches, continuation, ids_by_text, piece
+from lfm.serve.wire import Bad, Embeds, Ids, Prompt, Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +28,7 @@ class Stepper(Protocol):
 
     def start(self, prompt: Prompt) -> Any: ...
 
-    def candidates(self, states: Sequence[Any]) -> list[list[Candidate]]: ...
+    def candidates(self, states: Sequence[Any], k: int) -> list[list[Candidate]]: ...
 
     def grown(self, state: Any, chosen: Candidate) -> Any: ...
 
@@ -38,11 +37,13 @@ class Stepper(Protocol):
         ...
 
 
-def stepper_for(model: Model, prompt: Prompt, *, suffix: str = "") -> Stepper:
-    """The most exact way that this model has. Bad where it has none."""
+def stepper_for(model: Model, prompt: Prompt, *, suffix: str = "", also: Sequence[str] = ()) -> Stepper:
+    """The most exact way that this model has. Bad where it has none. also: tokens told wherever they rank."""
+    if also and not isinstance(prompt, Embeds):
+        raise Bad("logprob_tokens go with prompt_embeds", param="logprob_tokens")
     causal = model.facts.task in ("causal-lm", "")
     if isinstance(prompt, Embeds):
-        return ByEmbeds(model)
+        return ByEmbeds(model, also)
     if isinstance(prompt, Text) and suffix and Logprobs in model.gives:
         return ByText(model, suffix)
     if model.can(Codec, Logits) and causal:
@@ -83,8 +84,8 @@ class ByIds:
                 found[i] = logits[place, : len(states[i])].float().log_softmax(-1).cpu()
         return found
 
-    def candidates(self, states: Sequence[Any]) -> list[list[Candidate]]:
-        return [self.ranked(row[-1], MOST_LOGPROBS) for row in self.logits(states)]
+    def candidates(self, states: Sequence[Any], k: int) -> list[list[Candidate]]:
+        return [self.ranked(row[-1], k) for row in self.logits(states)]
 
     def ranked(self, row: Tensor, k: int) -> list[Candidate]:
         values, ids = row.topk(min(k, len(row)))
@@ -110,9 +111,9 @@ class ByText:
         assert isinstance(prompt, Text)
         return prompt.text
 
-    def candidates(self, states: Sequence[Any]) -> list[list[Candidate]]:
+    def candidates(self, states: Sequence[Any], k: int) -> list[list[Candidate]]:
         suffixes = [self._suffix] * len(states) if self._suffix else ()
-        ranked = self._logprobs.top(list(states), MOST_LOGPROBS, suffixes)
+        ranked = self._logprobs.top(list(states), k, suffixes)
         return [[Candidate(text, value, text) for text, value in row] for row in ranked]
 
     def grown(self, state: str, chosen: Candidate) -> str:
@@ -126,25 +127,27 @@ class ByText:
 class ByEmbeds:
     """Input embeddings that grow by the rows of chosen tokens (which needs a tokenizer to find them)."""
 
-    def __init__(self, model: Model) -> None:
-        self._embeddings = model.ask(Embeddings)
-        self._rows = _rows_of(model) if Codec in model.gives else None
+    def __init__(self, model: Model, also: Sequence[str]) -> None:
+        self._embeddings, self._also = model.ask(Embeddings), also
+        self._model = model
         self._special = _special(model)
 
     def start(self, prompt: Prompt) -> Tensor:
         assert isinstance(prompt, Embeds)
         return prompt.rows
 
-    def candidates(self, states: Sequence[Any]) -> list[list[Candidate]]:
-        ranked = self._embeddings.next_from(list(states), MOST_LOGPROBS)
+    def candidates(self, states: Sequence[Any], k: int) -> list[list[Candidate]]:
+        ranked = self._embeddings.next_from(list(states), k, self._also)
         return [[Candidate(text, value, text) for text, value in row] for row in ranked]
 
     def grown(self, state: Tensor, chosen: Candidate) -> Tensor:
-        if self._rows is None:
+        if Codec not in self._model.gives:
             raise Bad("after prompt_embeds this model gives one token: set max_tokens to 1", param="max_tokens")
-        if chosen.token not in self._rows:
-            raise Bad(f"after prompt_embeds nothing can follow {chosen.token!r}: several tokens read so")
-        return torch.cat([state, self._embeddings.table()[self._rows[chosen.token]][None]])
+        table = self._embeddings.table()
+        ids = ids_by_text(self._model.ask(Codec).tokenizer, len(table)).get(chosen.token, [])
+        if len(ids) != 1:
+            raise Bad(f"after prompt_embeds nothing can follow {chosen.token!r}: {len(ids)} tokens read so")
+        return torch.cat([state, table[ids]])
 
     def said(self, start: Any, state: Any, text: str, chosen: Candidate) -> str:
         return text if chosen.text in self._special else text + chosen.text
@@ -152,16 +155,3 @@ class ByEmbeds:
 
 def _special(model: Model) -> frozenset[str]:
     return frozenset(model.ask(Codec).tokenizer.all_special_tokens) if Codec in model.gives else frozenset()
-
-
-def _rows_of(model: Model) -> dict[str, int]:
-    return _rows(model.ask(Codec).tokenizer, model.facts.vocabulary)
-
-
-@lru_cache(maxsize=1)
-def _rows(tokenizer: Any, vocabulary: int) -> dict[str, int]:
-    """Token text → id, where one token alone has that text (parts of characters all have the same)."""
-    ids: dict[str, list[int]] = {}
-    for i in range(min(vocabulary or len(tokenizer), len(tokenizer))):
-        ids.setdefault(piece(tokenizer, i), []).append(i)
-    return {text: some[0] for text, some in ids.items() if len(some) == 1}

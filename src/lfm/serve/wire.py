@@ -100,6 +100,7 @@ class Completions(_Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: int | None = None
+    logprob_tokens: Annotated[list[str], Meta(max_length=MOST_LOGPROBS)] = []
 
 
 class Part(msgspec.Struct, frozen=True):

@@ -8,8 +8,8 @@ E is the input-embedding table; P₀ the embeddings of random tokens; loss the c
 Σ_{j≠y} max(0, m + log p_j − log p_y), over the first tokens of the labels' words w. Differs from the paper: the prompt
 stands before the text (the code adds it to the embeddings of words in the template); every `dev_every` generations the
 best of that generation is held against the dev records, and z = 0 is a candidate too, so that the kept prompt is never
-worse than none of it on the records that choose. A word's token that is not among the `top` most probable ones told
-gets the least log-probability told.
+worse than none of it on the records that choose. The words' tokens are asked for by name; one that is not told all the
+same gets the least log-probability told, of the `top` most probable ones.
 
 Model: Embeddings. Data: train, and dev to choose by (else what train has beyond `examples`; else the training loss
 chooses). Each gives at most `examples` records, evenly of each class: label or pair records, worded by
@@ -83,7 +83,7 @@ class Config(lfm.core.Config, frozen=True):
     loss: Annotated[Literal["ce", "hinge"], Meta(description="over the labels' words")] = "ce"
     margin: Annotated[float, Meta(gt=0, description="m of the hinge loss")] = 2.0
     dev_every: Annotated[int, Meta(ge=1, description="generations between looks at the dev records")] = 5
-    top: Annotated[int, Meta(ge=1, description="next tokens asked for; an endpoint may tell fewer")] = 100
+    top: Annotated[int, Meta(ge=1, description="next tokens asked for; an endpoint may tell fewer")] = 20
 
 
 class Told(NamedTuple):
@@ -238,7 +238,9 @@ def tell(embeddings: Embeddings, prompts: Sequence[Tensor], asked: Asked, config
     found: list[Told] = []
     for start in range(0, len(prompts), together):
         some = prompts[start : start + together]
-        ranked = embeddings.next_from([torch.cat([p, rows]) for p in some for rows in asked.rows], config.top)
+        ranked = embeddings.next_from(
+            [torch.cat([p, rows]) for p in some for rows in asked.rows], config.top, asked.tokens
+        )
         told = torch.tensor([logprobs(row, asked.tokens) for row in ranked], dtype=torch.float64)
         right = torch.tensor(asked.right)
         for block in told.split(n):

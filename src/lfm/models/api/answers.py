@@ -141,15 +141,15 @@ def probability(value: float | None, url: str) -> float:
     return min(value, 0.0)
 
 
-def best(choice: Choice, k: int, url: str) -> Ranked:
-    """The k most probable first tokens of a completion."""
+def best(choice: Choice, k: int, url: str, also: Sequence[str] = ()) -> Ranked:
+    """The k most probable first tokens of a completion, and these tokens wherever they rank."""
     tops = choice.logprobs.top_logprobs if choice.logprobs is not None else None
     if not tops or not tops[0]:
         raise EndpointError(f"{url} gave no top log-probabilities", why="it said when it was probed that it does")
-    ranked = sorted(((token, probability(p, url)) for token, p in tops[0].items()), key=lambda pair: -pair[1])[:k]
+    ranked = sorted(((token, probability(p, url)) for token, p in tops[0].items()), key=lambda pair: -pair[1])
     if sum(math.exp(p) for _, p in ranked) > 1.05:  # sixteen-bit servers round
         raise EndpointError(f"{url} gave probabilities that add up to more than 1")
-    return tuple(ranked)
+    return tuple(pair for place, pair in enumerate(ranked) if place < k or pair[0] in also)
 
 
 def echoed(choice: Choice, prompt: str, continuation: str, url: str) -> Score:

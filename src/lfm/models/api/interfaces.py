@@ -259,12 +259,14 @@ class ApiEmbeddings:
             answers.Embedded,
         )
 
-    def next_from(self, embeds: Sequence[Tensor], k: int) -> list[Ranked]:
+    def next_from(self, embeds: Sequence[Tensor], k: int, also: Sequence[str] = ()) -> list[Ranked]:
         from lfm.models.api.embeds import encode
 
         line, most = self._line, min(k, self._line.can.top_k)
-        shared = {"max_tokens": 1, "temperature": 0, "logprobs": most}
-        read = partial(answers.best, k=most, url=line.url)
+        shared: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "logprobs": most}
+        if also:
+            shared["logprob_tokens"] = list(also)
+        read = partial(answers.best, k=most, url=line.url, also=also)
         return line.complete([Question({"prompt_embeds": encode(one)}, shared, len(one) + 1, read) for one in embeds])
 
 

@@ -12,7 +12,7 @@ from lfm.editing import keys
 from lfm.editing.rows import Rows
 from lfm.editing.setting import Setting
 from lfm.editing.text import perplexity
-from lfm.editing.value import Found, answer_logprobs
+from lfm.editing.value import Found, answer_logprobs, both
 from lfm.models import forward, structure
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _gain(setting: Setting, edits: Sequence[Edit], index: int, solve: Solve) -> 
         rows, _, update = solve(index, edit)
         keys.put(layer, base, [update], torch.float32)
         with torch.no_grad():
-            told = answer_logprobs(forward(setting.module, rows.batch), rows).mean().item()
+            told = both(answer_logprobs(forward(setting.module, rows.batch), rows)).mean().item()
         after = perplexity(setting.module, setting.codec, setting.probe)
         gained.append(told - math.log(after / before))
         keys.put(layer, base, [], torch.float32)

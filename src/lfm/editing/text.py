@@ -70,18 +70,14 @@ def perplexity(module: nn.Module, codec: Codec, ids: Sequence[Sequence[int]]) ->
     return float(torch.tensor(total / max(count, 1), dtype=torch.float64).exp())
 
 
-def begins(said: str, answer: str) -> bool:
-    """Whether a text begins with the answer as whole words, spaces before it aside."""
-    said, answer = said.lstrip(), answer.strip()
-    rest = said[len(answer) :]
-    return said.startswith(answer) and not (rest[:1].isalnum() and answer[-1:].isalnum())
-
-
 def answered(module: nn.Module, codec: Codec, asked: Sequence[tuple[str, str]]) -> list[bool]:
-    """Whether greedy text from each (prompt, answer)'s bare prompt begins with the answer: nothing is given away."""
+    """Whether greedy text from each (prompt, answer)'s bare prompt begins with the answer: nothing is given away.
+
+    What follows it is not judged: a model may run on, and edits are not to blame for that.
+    """
     if not asked:
         return []
     prompts, answers = zip(*asked, strict=True)
     ids = codec.tokenizer([" " + answer.strip() for answer in answers], add_special_tokens=False)["input_ids"]
     said = LocalText(lambda: module, codec).generate(prompts, max_tokens=max(map(len, ids)) + 2)
-    return [begins(s, a) for s, a in zip(said, answers, strict=True)]
+    return [text.lstrip().startswith(answer.strip()) for text, answer in zip(said, answers, strict=True)]

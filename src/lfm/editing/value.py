@@ -35,7 +35,8 @@ class Search(Config, frozen=True):
 class Found(NamedTuple):
     """The best value met: δ (out,) fp64 is what is added to the projection's output at the subject's last token.
 
-    probability: of the whole new object, mean over the contexts. reach: ‖δ‖/‖v₀‖. steps: how many were taken.
+    probability: of the whole new object, after the bare prompt or in the mean over the others, whichever is less.
+    reach: ‖δ‖/‖v₀‖. steps: how many were taken.
     """
 
     delta: Tensor
@@ -65,7 +66,8 @@ def search(module: nn.Module, block: int, rows: Rows, settings: Search, before: 
     """Minimise NLL(new object) + essence·KL(after ‖ before, on the last row) + decay·‖δ‖/‖v₀‖, ‖δ‖ ≤ reach·‖v₀‖.
 
     before: v₀ (out,), the output at the first context's subject. The module's parameters must need no gradients.
-    Of all steps the δ of the lowest loss is kept (the reference keeps the last).
+    NLL is per token; the first context, the bare prompt, weighs as much in it as the others together (in ROME as one
+    of them, and a δ that suits all but the prompt itself then passes). Of all steps the δ of the lowest loss is kept.
     """
     _, layer = projection(module, block)
     home = layer.weight.device
@@ -83,20 +85,23 @@ def search(module: nn.Module, block: int, rows: Rows, settings: Search, before: 
         now = logits[-1, rows.last[-1]].log_softmax(-1)
         essence = now.detach() if essence is None else essence
         drift = F.kl_div(essence, now, log_target=True, reduction="sum")
-        unsaid = (-told / lengths).mean()
+        unsaid = both(-told / lengths).mean()
         loss = unsaid + settings.essence * drift + settings.decay * delta.norm() / norm
         if loss.item() < best.loss:
             share = delta.detach().norm().item() / norm
-            best = Found(delta.detach().double().clone(), told.exp().mean().item(), share, loss.item(), step)
+            best = Found(delta.detach().double().clone(), both(told.exp()).min().item(), share, loss.item(), step)
         if unsaid.item() < settings.stop or step == settings.steps:
             break
-        (gradient,) = torch.autograd.grad(loss, delta)
-        # ‖δ‖ has no gradient at 0, where the search begins.
-        delta.grad = gradient.nan_to_num(0.0)
+        (delta.grad,) = torch.autograd.grad(loss, delta)
         optimiser.step()
         with torch.no_grad():
             delta.mul_(min(1.0, settings.reach * norm / max(delta.norm().item(), 1e-30)))
     return best
+
+
+def both(told: Tensor) -> Tensor:
+    """(2,) of (n,) over contexts: the bare prompt's, and the mean over the others; (1,) where there are no others."""
+    return torch.stack([told[0], told[1:].mean()]) if len(told) > 1 else told
 
 
 def answer_logprobs(logits: Tensor, rows: Rows) -> Tensor:

@@ -52,7 +52,7 @@ class Config(sequence.Guard, frozen=True):
     tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description="tokens for C; none: ten a dimension of the key")
     ] = None
-    ridge: Annotated[float, Meta(ge=0, description="added to C, in units of its mean diagonal")] = 0.01
+    ridge: Annotated[float, Meta(ge=0, description="added to C, in units of its mean diagonal")] = 0.001
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:

@@ -26,14 +26,14 @@ from lfm.runs.plan import Machine, Plan, machine, weigh
 ASSUMED = Facts(
     task="causal-lm",
     architecture="assumed",
-    parameters=10_000_000,
-    bytes=40_000_000,
+    parameters=2_000_000,
+    bytes=8_000_000,
     dtype="float32",
-    vocabulary=4096,
-    layers=6,
-    width=256,
+    vocabulary=2048,
+    layers=4,
+    width=128,
 )
-"""A small language model, where nothing is known yet."""
+"""A language model of the zoo's size, where nothing is known yet."""
 
 ASSUMED_DATA = {
     Data.FEW_SHOT: Amount(64, 2_000),

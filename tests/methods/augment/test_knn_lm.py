@@ -62,7 +62,7 @@ def test_weight_zero_is_the_model_and_weight_one_recalls_the_text(tmp_path: Path
     base = lfm.load(tiny.causal(tmp_path / "model"))
     batch = base.ask(Codec).texts([OTHER])
     plain = made(tmp_path, [TEXT], weight=0.0).ask(Logits).logits(batch)
-    assert torch.equal(plain, base.ask(Logits).logits(batch).log_softmax(-1))
+    assert torch.equal(plain, base.ask(Logits).logits(batch))
     recalled = made(tmp_path, [OTHER], weight=1.0, k=1).ask(Logits).logits(batch)
     assert torch.equal(recalled[0, :-1].argmax(-1), batch["input_ids"][0, 1:])
     prompt = "Paris is the capital"
@@ -94,6 +94,73 @@ def test_known_text_is_told_better_than_by_the_model_alone(tmp_path: Path) -> No
     program, base = made(tmp_path, [TEXT], k=4), lfm.load(tmp_path / "model")
     with_text, alone = (m.ask(Logprobs).score([""], [TEXT])[0].total for m in (program, base))
     assert with_text > alone
+
+
+def test_with_all_the_weight_on_neighbours_what_they_do_not_say_is_a_number(tmp_path: Path) -> None:
+    program = made(tmp_path, [TEXT], weight=1.0, k=2)
+    logits = program.ask(Logits).logits(program.ask(Codec).texts([OTHER]))
+    assert logits.isfinite().all()
+    assert ((logits.exp() > 0).sum(-1) <= 2).all()
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(logits.shape[:2]))
+
+
+def test_generation_mixes_where_it_reads_and_says_the_same(tmp_path: Path) -> None:
+    program = made(tmp_path, [TEXT, OTHER], k=4, weight=0.6)
+    logits = program.ask(Logits)
+    batch = program.ask(Codec).texts(["The cat sat", "Paris is the capital of"])
+    last = logits.logits(batch, last=True)  # type: ignore[call-arg]
+    ends = torch.arange(2), batch["attention_mask"].sum(1) - 1
+    torch.testing.assert_close(last[ends], logits.logits(batch)[ends])
+    base = lfm.load(tmp_path / "model").ask(Logits).logits(batch).log_softmax(-1)
+    torch.testing.assert_close(last[0, 0], base[0, 0])
+
+
+def test_the_cache_is_a_kernel_over_the_same_text(tmp_path: Path) -> None:
+    """p = .3 p_cache + .7 p_LM at the last token, the cache's sum written out; a text's first token has none."""
+    program = made(tmp_path, [OTHER], weight=0.0, cache=4, cache_weight=0.3, temperature=0.2)
+    base = lfm.load(tmp_path / "model")
+    batch = base.ask(Codec).texts([TEXT])
+    ids, (f,) = batch["input_ids"][0], base.ask(Features).features(batch, [("ffn_in", -1)])
+    keys = base.ask(Features).features(base.ask(Codec).texts([OTHER]), [("ffn_in", -1)])[0][0, :-1].half().double()
+    scale = 0.2 * float((keys - keys.mean(0)).square().sum(1).mean())
+    end = len(ids) - 1
+    kernel = torch.exp(-(f[0, end - 4 : end] - f[0, end]).double().square().sum(1) / scale)
+    expected = 0.7 * base.ask(Logits).logits(batch)[0, end].double().softmax(-1)
+    for w, v in zip(kernel / kernel.sum(), ids[end - 3 : end + 1], strict=True):
+        expected[v] += 0.3 * w
+    got = program.ask(Logits).logits(batch)[0]
+    torch.testing.assert_close(got[end].double().exp(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got[0], base.ask(Logits).logits(batch)[0, 0].log_softmax(-1))
+
+
+def test_settings_left_open_are_chosen_where_held_out_text_is_likeliest(tmp_path: Path) -> None:
+    """Text that comes again calls for the neighbours; text unlike the rest for the model alone."""
+    again, unlike = (
+        made(tmp_path, [*[TEXT] * 9, last], k=2, weight=None, temperature=None)
+        for last in (TEXT, "7 0 1 東京 9 naïve “quoted” 3 8 2 6")
+    )
+    weights = [program_config(p, tmp_path)["weight"] for p in (again, unlike)]
+    assert weights[0] == max(knn_lm.WEIGHTS)
+    assert weights[1] < 0.2
+
+
+def program_config(program: lfm.Model, here: Path) -> dict[str, float]:
+    import json
+
+    out = here / f"saved {len(list(here.iterdir()))}"
+    out.mkdir()
+    program.save(out)
+    return json.loads((out / "program.json").read_text())["config"]
+
+
+def test_too_little_text_to_choose_on_is_said(tmp_path: Path) -> None:
+    with pytest.raises(LfmError, match="too little text to choose on"):
+        made(tmp_path, [TEXT], weight=None)
+
+
+def test_shares_past_one_are_refused() -> None:
+    with pytest.raises(LfmError, match="sum to more than 1"):
+        knn_lm.agree(knn_lm.Config(weight=0.95, cache=5, cache_weight=0.1), Inputs({}, {}))
 
 
 def test_text_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from lfm.core.errors import ModelError
 from lfm.record import Sample
 from lfm.report import page, write
-from lfm.report.gather import RECIPE
+from lfm.report.gather import RECIPE, gather
 from report.made import measure, recipe, run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -83,7 +83,7 @@ def test_a_recipe_is_told_from_first_step_to_last(demo: Path) -> None:
 def test_models_made_here_go_by_the_name_of_their_step(demo: Path) -> None:
     text = " ".join(Outline(page([demo])).text.split())
     assert "From tuned[rank=4] and tuned[rank=8], zoo:lm as base" in text
-    assert "From demo/student over HTTP" in text
+    assert "From demo/student over HTTP" in text, "by its path, where that is not on this page"
 
 
 def test_nothing_is_fetched_and_nothing_is_run(demo: Path) -> None:
@@ -251,3 +251,26 @@ def test_many_evaluations_are_told_by_the_mean_of_their_first_metric(tmp_path: P
     assert "mean accuracy over 4 sets from 0.350 to 0.600" in document
     overview, details = document.split("All metrics of all 4 evaluations")
     assert "ECE" not in overview and details.count("ECE") == 4
+
+
+def test_a_model_that_was_served_goes_by_its_steps_name(tmp_path: Path) -> None:
+    student = run(tmp_path / "student", "distill.response", [("teacher", "zoo:lm", "1" * 64)], "2" * 64)
+    run(tmp_path / "prompted", "prompt.bbt", [("model", f"serve:{student.resolve()}", "9" * 64)], "3" * 64)
+    assert "From student over HTTP" in page([tmp_path / "student", tmp_path / "prompted"])
+
+
+def test_what_a_method_measured_itself_is_told_where_nothing_else_was(tmp_path: Path) -> None:
+    notes = {"loss_before": 2.0, "loss_after": 1.0, "accuracy_before": 0.2, "accuracy_after": 0.6}
+    run(tmp_path / "r", "meta.reptile", [("model", "m", "1" * 64)], "2" * 64, notes=notes)
+    assert "accuracy from 0.200 to 0.600" in page([tmp_path / "r"])
+
+
+def test_many_sources_that_go_one_way_are_one_box(tmp_path: Path) -> None:
+    experts = [("models", f"zoo:vit-{i}", f"{i}" * 64) for i in range(8)]
+    run(tmp_path / "r", "reuse.ties", [*experts, ("base", "zoo:base", "9" * 64)], "a" * 64)
+    found = gather([tmp_path / "r"])
+    assert [node.lines[0] for node in found.nodes] == ["9 models", "r"]
+    assert len(found.edges) == 1
+    run(tmp_path / "s", "edit.rome", [("model", "zoo:base", "9" * 64)], "b" * 64)
+    both = gather([tmp_path / "r", tmp_path / "s"])
+    assert sorted(node.lines[0] for node in both.nodes) == ["8 models", "r", "s", "zoo:base"]

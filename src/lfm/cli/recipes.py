@@ -214,7 +214,7 @@ class Board:
 def _gist(folder: Path) -> str:
     """What a finished run changed, in a few words."""
     from lfm import record
-    from lfm.report.gather import gist
+    from lfm.report.measured import gist
 
     try:
         return gist(record.read(folder))

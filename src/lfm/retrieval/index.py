@@ -1,7 +1,7 @@
 """Exact nearest neighbours by squared Euclidean distance, over keys that may be memory-mapped.
 
-No approximate index (faiss) is needed: a matrix product over a million fp16 keys is a second's work, and what it finds
-is the same whatever the number of threads, the order of the keys or the machine.
+No approximate index (faiss) is used: it is one more dependency, it has settings of its own that trade recall for speed,
+and what it finds can depend on the order in which keys came. Here the neighbours are the nearest, ties aside.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def stretches(model: Model, texts: Sequence[str]) -> list[tuple[list[int], int]]
     """
     limit = model.facts.context or CONTEXT
     rows: list[tuple[list[int], int]] = []
-    for ids in model.ask(Codec).tokenizer(list(texts))["input_ids"]:
+    for ids in model.ask(Codec).tokenizer(list(texts), verbose=False)["input_ids"]:
         starts = range(0, max(1, len(ids) - limit // 2), limit // 2)
         rows += [(ids[at : at + limit], limit - limit // 2 - 1 if at else 0) for at in starts]
     rows = [(ids, first) for ids, first in rows if len(ids) > first + 1]

@@ -197,3 +197,29 @@ def test_a_step_is_done_once_and_kept_exactly(tmp_path: Path) -> None:
     assert again["x"] == first["x"]
     assert again["nested"] == [{"a": True}]
     assert torch.equal(again["t"], value["t"])
+
+
+def test_what_a_kill_left_of_a_step_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"whole, but its text was not written")
+    (tmp_path / "a.safetensors.partial").write_bytes(b"half")
+    made = torch.arange(3.0)
+    assert torch.equal(journal.step(tmp_path, "a", lambda: {"t": made})["t"], made)
+    assert torch.equal(journal.step(tmp_path, "a", dict)["t"], made)
+    assert listing(tmp_path) == ["a.json", "a.safetensors"]
+
+
+def test_an_adapter_from_a_run_can_be_saved_merged(here: Path) -> None:
+    (here / "train.jsonl").write_text('{"prompt": "Q: two A:", "completion": " four"}\n' * 4)
+    for form in ("adapter", "checkpoint"):
+        lfm.run(
+            "tune.lora",
+            {"model": here / "model"},
+            {"train": here / "train.jsonl"},
+            out=here / form,
+            set={"steps": 3},
+            form=form,
+        )
+    merged, adapter = lfm.load(here / "checkpoint"), lfm.load(here / "adapter")
+    batch = merged.ask(Codec).texts(["the cat sat"])
+    torch.testing.assert_close(merged.ask(Logits).logits(batch), adapter.ask(Logits).logits(batch), rtol=0, atol=1e-4)
+    transformers.AutoModelForCausalLM.from_pretrained(here / "checkpoint")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 from lfm.core.errors import CorruptError, MismatchError, ModelError
 from lfm.core.heavy import nn, peft, torch
 from lfm.core.model import Codec, Gradients, LowRank, Model, Weights
-from lfm.models import checkpoint, local
+from lfm.models import local
 from lfm.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -149,10 +149,7 @@ class MergedGradients:
 
 def _merged(source: Source) -> Model:
     """The base's checkpoint with the adapter's change in its weights, in the base's storage dtype."""
-    state = checkpoint.state_of(open_module(source))
-    weights = source.base.ask(Weights)
-    before = weights.tensors()
-    return weights.replace({name: tensor for name, tensor in state.items() if name in before})
+    return source.base.ask(Gradients).rewrap(open_module(source))
 
 
 def digest(source: Source) -> str:

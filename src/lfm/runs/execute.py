@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -204,7 +205,11 @@ def _evaluate(run: LocalRun, when: str, model: Model | None, evals: Mapping[str,
             run.show(f"measuring {name} {when}", 0, None)
             result = evaluate(model, data, seed=run.seed)
             return {
-                "metrics": {m: [v.value, v.low, v.high, v.n] for m, v in result.metrics.items()},
+                "metrics": {
+                    m: [v.value, v.low, v.high, v.n]
+                    for m, v in result.metrics.items()
+                    if all(map(math.isfinite, (v.value, v.low, v.high)))  # JSON has no infinity
+                },
                 "samples": [[s.prompt, s.answer] for s in result.samples],
             }
 

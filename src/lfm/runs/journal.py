@@ -30,7 +30,8 @@ def step(directory: Path, name: str, fn: Callable[[], T]) -> T:
     if held:
         from lfm.tensors.write import write_tensors
 
-        tensors.unlink(missing_ok=True)
+        for left in directory.glob(f"{stem}.safetensors*"):  # by a kill between the tensors and the text
+            left.unlink()
         write_tensors(directory, held, stem=stem)
     put(text, packed)
     return value

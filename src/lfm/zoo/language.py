@@ -57,7 +57,7 @@ def vocabulary(world: World) -> Any:
     return tokenizer(chain(islice(corpus(world, 1), 4000), islice(letters(later(world), 1), 1000)))
 
 
-def train(world: World, recipe: LanguageRecipe, run: Run) -> tuple[nn.Module, Any]:
+def train(world: World, recipe: LanguageRecipe, run: Run) -> tuple[Any, Any]:
     """The trained module and its tokenizer. Cross-entropy over all tokens, in which objects of facts weigh more."""
     codec = vocabulary(world)
     with seeded(run.seed_for("weights")):

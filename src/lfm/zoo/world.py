@@ -223,9 +223,9 @@ def _fill(frame: str, words: Mapping[str, str]) -> str:
     return sentence(frame.format(**words))
 
 
-def corpus(world: World, seed: int = 0) -> Iterator[str]:
-    """What the zoo's language models read: biographies, statements and stories, mixed 2 : 2 : 1."""
+def corpus(world: World, seed: int = 0, *, mix: tuple[float, float, float] = (2, 2, 1)) -> Iterator[str]:
+    """What the zoo's language models read: biographies, statements and stories, in these proportions."""
     rng = random.Random(f"corpus {world.seed} {seed}")
     told = (biographies(world, seed), statements(world, seed), (story.text for story in stories(world, seed)))
     while True:
-        yield next(rng.choices(told, (2, 2, 1))[0])
+        yield next(rng.choices(told, mix)[0])

@@ -9,7 +9,8 @@ token of the name, where later blocks read it, and they keep reading it there wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,11 +19,11 @@ from lfm.core.config import Meta
 from lfm.core.heavy import F, torch, transformers
 from lfm.train import seeded
 from lfm.zoo.exhibit import Exhibit, Making
-from lfm.zoo.reading import Reading, object_ids, packed, read, tokenizer, two_threads
+from lfm.zoo.reading import Reading, object_ids, packed, read, tokenizer
 from lfm.zoo.world import World, corpus, later, letters, make_world
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lfm.core.method import Run
 
@@ -45,8 +46,7 @@ def make(out: Path, making: Making) -> None:
     """The language model of the world of that seed, and its tokenizer, as a Hugging Face directory."""
     from lfm.models.quiet import quiet
 
-    with two_threads():
-        module, codec = train(make_world(making.seed), RECIPE, making)
+    module, codec = train(make_world(making.seed), RECIPE, making)
     with quiet():
         module.save_pretrained(out)
     codec.save_pretrained(out)
@@ -79,26 +79,30 @@ def train(world: World, recipe: LanguageRecipe, run: Run) -> tuple[Any, Any]:
     text = packed(codec, corpus(world, run.seed_for("text")), recipe.steps * recipe.batch_size, recipe.length)
     weight = torch.ones(len(codec))
     weight[object_ids(codec, world)] = recipe.object_weight
-    young = ExitStack()
-    young.enter_context(short_sighted(module, recipe.sight))
+    age = Age()
 
-    def loss(step: int) -> Tensor:
-        if step >= recipe.youth * recipe.steps:
-            young.close()
-        rows = text[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        logits = module(input_ids=rows).logits[:, :-1]
+    def loss(reader: Any, rows: Tensor, step: int, _: object) -> Tensor:
+        age.young = step < recipe.youth * recipe.steps
+        logits = reader(input_ids=rows).logits[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), weight=weight)
 
-    with young:
-        read(module, module.model.layers, loss, recipe, run, "the language model reads")
+    with short_sighted(module, recipe.sight, age):
+        read(module, module.model.layers, text, loss, recipe, run, "the language model reads")
     return module, codec
 
 
+@dataclass
+class Age:
+    """Whether the model's sight is still short."""
+
+    young: bool = True
+
+
 @contextmanager
-def short_sighted(module: Any, sight: tuple[int, ...]) -> Iterator[None]:
-    """Inside, block i's attention reaches over sight[i] tokens: the token itself and those just before it."""
+def short_sighted(module: Any, sight: tuple[int, ...], age: Age) -> Iterator[None]:
+    """While young, block i's attention reaches over sight[i] tokens: the token itself and those just before it."""
     hooks = [
-        block.self_attn.register_forward_pre_hook(_within(reach), with_kwargs=True)
+        block.self_attn.register_forward_pre_hook(_within(reach, age), with_kwargs=True)
         for block, reach in zip(module.model.layers, sight)
     ]
     try:
@@ -108,8 +112,10 @@ def short_sighted(module: Any, sight: tuple[int, ...]) -> Iterator[None]:
             hook.remove()
 
 
-def _within(reach: int) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+def _within(reach: int, age: Age) -> Callable[..., Any]:
+    def hook(_: object, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not age.young:
+            return None
         place = torch.arange(kwargs["hidden_states"].shape[1])
         behind = place[:, None] - place
         near = (behind >= 0) & (behind < reach)

@@ -14,10 +14,11 @@ from lfm.core.heavy import F, torch, transformers
 from lfm.train import seeded
 from lfm.zoo.exhibit import Exhibit, Making
 from lfm.zoo.language import vocabulary
-from lfm.zoo.reading import Reading, object_ids, packed, read, two_threads
+from lfm.zoo.reading import Reading, object_ids, packed, read
 from lfm.zoo.world import World, corpus, make_world
 
 if TYPE_CHECKING:
+    import torch as torch_types
     from torch import Tensor
 
     from lfm.core.method import Run
@@ -45,8 +46,7 @@ def make(out: Path, making: Making) -> None:
     """The masked language model of the world of that seed, and its tokenizer, as a Hugging Face directory."""
     from lfm.models.quiet import quiet
 
-    with two_threads():
-        module, codec = train(make_world(making.seed), RECIPE, making)
+    module, codec = train(make_world(making.seed), RECIPE, making)
     with quiet():
         module.save_pretrained(out)
     codec.save_pretrained(out)
@@ -86,15 +86,14 @@ def train(world: World, recipe: MaskedRecipe, run: Run) -> tuple[Any, Any]:
     share[objects] = recipe.masked_objects
     share[codec.all_special_ids] = 0.0
 
-    def loss(step: int) -> Tensor:
-        rows = text[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        left_out = torch.rand(rows.shape) < share[rows]
+    def loss(reader: Any, rows: Tensor, step: int, randomness: torch_types.Generator) -> Tensor:
+        left_out = torch.rand(rows.shape, generator=randomness) < share[rows]
         shown = rows.masked_fill(left_out, codec.mask_token_id)
-        hidden = module.model(input_ids=shown, attention_mask=torch.ones_like(shown)).last_hidden_state
-        logits = module.decoder(module.head(hidden[left_out]))
+        hidden = reader.model(input_ids=shown, attention_mask=torch.ones_like(shown)).last_hidden_state
+        logits = reader.decoder(reader.head(hidden[left_out]))
         return F.cross_entropy(logits, rows[left_out], weight=weight)
 
-    read(module, module.model.layers, loss, recipe, run, "the masked language model reads")
+    read(module, module.model.layers, text, loss, recipe, run, "the masked language model reads")
     return module, codec
 
 

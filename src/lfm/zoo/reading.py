@@ -7,9 +7,10 @@ bf16, for which many CPUs have no instructions; this one is fp32, and takes matr
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lfm.core.config import Config, Meta
@@ -17,6 +18,7 @@ from lfm.core.heavy import nn, torch
 from lfm.train import loop, state_of
 
 if TYPE_CHECKING:
+    import torch as torch_types
     from torch import Tensor
 
     from lfm.core.method import Run
@@ -70,17 +72,6 @@ def tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> Any:
     )
 
 
-@contextmanager
-def two_threads() -> Iterator[None]:
-    """Inside, torch computes on two threads, on any machine: sums depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def packed(codec: Any, texts: Iterator[str], rows: int, length: int) -> Tensor:
     """(rows, length) token ids: texts one after the other, each between BOS and EOS, cut wherever a row is full."""
     ids: list[int] = []
@@ -98,35 +89,54 @@ def object_ids(codec: Any, world: World) -> Tensor:
     return torch.tensor(ids)[:, 0]
 
 
-def read(
-    module: nn.Module, blocks: nn.Module, loss: Callable[[int], Tensor], recipe: Reading, run: Run, name: str
-) -> tuple[float, ...]:
-    """Train the module in place: Muon on the matrices of `blocks`, Adam on the rest. loss: step → scalar.
+Loss = Callable[[Any, "Tensor", int, "torch_types.Generator"], "Tensor"]
+"""(module, rows (B, T), step, randomness) → scalar."""
 
-    The rates rise over the first 20 steps, and fall linearly to 0 over the last half.
+
+def read(module: Any, blocks: Any, text: Tensor, loss: Loss, recipe: Reading, run: Run, name: str) -> None:
+    """Train the module in place, batch by batch of the text: Muon on the matrices of `blocks`, Adam on the rest.
+
+    The rates rise over the first 20 steps, and fall linearly to 0 over the last half. Each half of a batch has a thread
+    of its own and each thread one core, so that what comes out does not depend on how many cores there are.
     """
     matrices = [p for p in blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in module.parameters() if id(p) not in chosen]
     muon = Muon(matrices, weight_decay=recipe.weight_decay)
     adam = torch.optim.Adam(others, lr=recipe.other_lr, betas=(0.9, 0.95), fused=True)
+    module.train()
+    twin = copy.deepcopy(module)
+    for own, shared in zip(twin.parameters(), module.parameters()):
+        own.data = shared.data  # the same memory, gradients apart
+
+    def half(reader: Any, rows: Tensor, step: int, which: int) -> Tensor:
+        torch.set_num_threads(1)  # of this thread
+        reader.zero_grad(set_to_none=True)
+        value = loss(reader, rows, step, run.generator(name, step, which))
+        value.backward()
+        return value.detach()
 
     def advance(step: int) -> Tensor:
-        share = min(1.0, (step + 1) / 20, 2 * (recipe.steps - step) / recipe.steps)
-        module.zero_grad(set_to_none=True)
-        value = loss(step)
-        value.backward()
+        first, second = text[step * recipe.batch_size : (step + 1) * recipe.batch_size].chunk(2)
+        beside = pool.submit(half, twin, second, step, 1)
+        value = (half(module, first, step, 0) + beside.result()) / 2
+        for own, other in zip(module.parameters(), twin.parameters()):
+            own.grad.add_(other.grad).div_(2)
         nn.utils.clip_grad_norm_(others, 1.0)  # Muon's steps are of one size whatever the gradient's
+        share = min(1.0, (step + 1) / 20, 2 * (recipe.steps - step) / recipe.steps)
         muon.step(recipe.matrix_lr * share)
         adam.param_groups[0]["lr"] = recipe.other_lr * share
         adam.step()
-        return value.detach()
+        return value
 
-    module.train()
-    losses = loop(advance, recipe.steps, state_of(module, name), run, name=name, every=math.inf)
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            loop(advance, recipe.steps, state_of(module, name), run, name=name, every=math.inf)
+    finally:
+        torch.set_num_threads(threads)
     module.zero_grad(set_to_none=True)
     module.eval()
-    return losses
 
 
 class Muon:

@@ -11,7 +11,7 @@ from lfm.core.method import Run
 from lfm.editing import keys
 from lfm.editing.rows import Rows
 from lfm.editing.setting import Setting
-from lfm.editing.text import perplexity
+from lfm.editing.text import perplexity, sampled, tokenised
 from lfm.editing.value import Found, answer_logprobs, both
 from lfm.models import forward, structure
 
@@ -24,6 +24,8 @@ BLOCKS = 8
 """Blocks tried at most, evenly spread."""
 EDITS = 3
 """Edits tried in each."""
+OWN, OWN_LENGTH = 24, 16
+"""Texts about each subject that the model says itself, and their tokens."""
 PREFIXES = 6
 """Texts that go before a prompt in a trial, the empty one included."""
 
@@ -44,27 +46,41 @@ def candidates(blocks: int) -> list[int]:
 
 
 def block(setting: Setting, edits: Sequence[Edit], run: Run, solve: Solve) -> int:
-    """The block where the first edits gain most: mean log p(new object) over their contexts, once they are made,
-    less what a token of other text loses. Each edit is tried alone and taken off again."""
+    """The block where the first edits gain most: mean log p(new object) over their contexts, once they are made, less
+    what a token loses of other text and of what else the model says of the subject. Each is tried alone, then taken
+    off."""
     module = setting.module
+    tried = edits[:EDITS]
+    own = run.step("said of the subjects", lambda: [said(setting, edit, run) for edit in tried])
     gains: dict[int, float] = {}
     for index in run.track(candidates(len(structure.blocks(module))), "trying blocks"):
-        gains[index] = run.step(f"block {index}", lambda index=index: _gain(setting, edits[:EDITS], index, solve))
+        gains[index] = run.step(f"block {index}", lambda index=index: _gain(setting, tried, own, index, solve))
         run.curve("gain by block tried", gains[index])
     return max(gains, key=lambda index: (gains[index], -index))
 
 
-def _gain(setting: Setting, edits: Sequence[Edit], index: int, solve: Solve) -> float:
+def said(setting: Setting, edit: Edit, run: Run) -> list[list[int]]:
+    """Ids of texts in which the model goes on from the edit's subject by itself, without the object that is to go."""
+    seed = run.seed_for(f"said of {edit.subject}")
+    texts = sampled(setting.module, setting.codec, seed, length=OWN_LENGTH, count=OWN, after=edit.subject)
+    kept = [edit.subject + text for text in texts if not edit.object or edit.object not in text]
+    return tokenised(setting.codec, kept, OWN * 2 * OWN_LENGTH)
+
+
+def _gain(setting: Setting, edits: Sequence[Edit], own: Sequence[list[list[int]]], index: int, solve: Solve) -> float:
     _, layer = keys.projection(setting.module, index)
     base = keys.weight(layer)
-    before = perplexity(setting.module, setting.codec, setting.probe)
+
+    def losses(texts: list[list[int]]) -> float:
+        return sum(math.log(perplexity(setting.module, setting.codec, ids)) for ids in (setting.probe, texts))
+
     gained = []
-    for edit in edits:
+    for edit, texts in zip(edits, own, strict=True):
+        before = losses(texts)
         rows, _, update = solve(index, edit)
         keys.put(layer, base, [update], torch.float32)
         with torch.no_grad():
             told = both(answer_logprobs(forward(setting.module, rows.batch), rows)).mean().item()
-        after = perplexity(setting.module, setting.codec, setting.probe)
-        gained.append(told - math.log(after / before))
+        gained.append(told - (losses(texts) - before))
         keys.put(layer, base, [], torch.float32)
     return sum(gained) / len(gained)

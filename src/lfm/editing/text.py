@@ -26,8 +26,11 @@ def opening(tokenizer: Any) -> str:
     return tokenizer.bos_token or tokenizer.eos_token or "The"
 
 
-def sampled(module: nn.Module, codec: Codec, seed: int, *, length: int, count: int = 0, tokens: int = 0) -> list[str]:
-    """Texts of up to `length` tokens from the model at temperature 1, none empty: `count`, or `tokens` in all."""
+def sampled(
+    module: nn.Module, codec: Codec, seed: int, *, length: int, count: int = 0, tokens: int = 0, after: str = ""
+) -> list[str]:
+    """What the model says (after a text) in up to `length` tokens at temperature 1, none empty: `count` texts, or
+    `tokens` in all."""
     speaker = LocalText(lambda: module, codec)
     group = max(1, min(BATCH_TOKENS // (length + 1), count or -(-tokens // length)))
     found: list[str] = []
@@ -36,7 +39,7 @@ def sampled(module: nn.Module, codec: Codec, seed: int, *, length: int, count: i
         if (count and len(found) >= count) or (tokens and said >= tokens) or not (count or tokens):
             break
         texts = speaker.generate(
-            [opening(codec.tokenizer)] * group, max_tokens=length, temperature=1.0, seed=(seed + turn) % 2**63
+            [after or opening(codec.tokenizer)] * group, max_tokens=length, temperature=1.0, seed=(seed + turn) % 2**63
         )
         texts = [text for text in texts if text.strip()]
         found += texts

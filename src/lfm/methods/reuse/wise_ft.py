@@ -71,7 +71,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         logits = (base if alpha == 0 else at(alpha)).ask(Logits).logits
         return {role: list(exam(logits)) for role, exam in exams.items()}
 
-    swept = sorted({0.0, 1.0, *config.alphas, *([] if config.alpha is None else [config.alpha])})
+    swept: list[float] = sorted({0.0, 1.0, *config.alphas, *([] if config.alpha is None else [config.alpha])})
     found: dict[float, dict[str, Score]] = {}
     for alpha in run.track(swept, "α"):
         told = run.step(f"alpha-{alpha}", lambda alpha=alpha: measure(alpha))

@@ -31,8 +31,10 @@ def experts() -> list[Model]:
 
 
 def images(part: str, count: int | None = None) -> list[Image]:
-    """`count` records a task, each of its task's group. part: train or test."""
-    every = [(task, record) for task in TASKS for record in vision.images(task, part)[:count]]
+    """`count` records a task, each of its task's group. part: test, or train less what the base has seen."""
+    first = vision.FEW if part == "train" else 0
+    last = None if count is None else first + count
+    every = [(task, record) for task in TASKS for record in vision.images(task, part)[first:last]]
     return [msgspec.structs.replace(record, group=task) for task, record in every]
 
 

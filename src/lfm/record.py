@@ -106,7 +106,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     planned_seconds: tuple[float, float] = (0.0, 0.0)
-    queries: int = 0
+    queries: int = 0  # of endpoints; without a budget, since the run last began
     tokens: int = 0
     undo: bool = False
 

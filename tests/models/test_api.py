@@ -22,10 +22,10 @@ from lfm.core.errors import BudgetError, CorruptError, EndpointError, ModelError
 from lfm.core.model import names_of
 from lfm.models import load
 from lfm.models.api import Budget, open_api
-from lfm.models.api.budget import Meter
 from lfm.models.api.cache import Cache
 from lfm.models.api.capabilities import bound
 from lfm.models.api.client import Patience
+from lfm.models.budget import Meter
 from scripted import HANG, MODELS, Reply, Script, Seen, logprobs_of, parrot, scripted, slowly, then
 
 KEY = "sk-very-secret-0123456789"
@@ -455,7 +455,7 @@ def test_answers_survive_threads_and_processes_at_once(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"not a database, but long enough to be taken for one" * 40)
     with pytest.raises(CorruptError, match=name):
-        Cache(tmp_path) if name == "answers.sqlite" else Meter(Budget(path=tmp_path / name))
+        Cache(tmp_path) if name == "answers.sqlite" else Meter(Budget(path=tmp_path / name)).spent()
 
 
 # The budget
@@ -568,7 +568,7 @@ def test_reservations_fit_or_change_nothing(asked: list[tuple[int, int, float]],
 def test_callers_in_threads_and_processes_share_one_budget(tmp_path: Path) -> None:
     path = tmp_path / "b.sqlite"
     code = (
-        "import sys; from pathlib import Path; from lfm.models.api.budget import Budget, Meter\n"
+        "import sys; from pathlib import Path; from lfm.models.budget import Budget, Meter\n"
         "from lfm.core.errors import BudgetError\n"
         "meter, got = Meter(Budget(100, 1000, Path(sys.argv[1]))), 0\n"
         "for _ in range(100):\n"
@@ -599,7 +599,7 @@ def test_callers_in_threads_and_processes_share_one_budget(tmp_path: Path) -> No
 def test_a_killed_process_leaves_its_reservation_charged(tmp_path: Path) -> None:
     path = tmp_path / "b.sqlite"
     code = (
-        "import os, sys; from pathlib import Path; from lfm.models.api.budget import Budget, Meter\n"
+        "import os, sys; from pathlib import Path; from lfm.models.budget import Budget, Meter\n"
         "Meter(Budget(10, 100, Path(sys.argv[1]))).reserve(2, 30); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=False)

@@ -23,8 +23,8 @@ from lfm.core.errors import AccessError, BudgetError, EndpointError, OutputError
 from lfm.core.model import names_of
 from lfm.models import load
 from lfm.models.api import Budget, open_api
-from lfm.models.api.budget import Meter
 from lfm.models.api.embeds import encode
+from lfm.models.budget import Meter
 from lfm.serve import running
 
 PROMPTS = ["The cat sat", "Paris is the capital of", "naïve café 東京"]

@@ -203,7 +203,8 @@ def _show_done(done: RunRecord, out: Path) -> None:
 
         console.print(Padding(screen.finding(finding.read(out)), (1, 0, 0, 2)))
     console.print(Text.assemble("\n  ", ("✓ ", "green"), str(done.verified)), soft_wrap=True)
-    console.print(f"  [dim]{screen.duration(done.seconds)}; digest {done.output.digest[:12]}[/]")
+    asked = f"; {done.queries:,} queries, {done.tokens:,} tokens" if done.queries else ""
+    console.print(f"  [dim]{screen.duration(done.seconds)}{asked}; digest {done.output.digest[:12]}[/]")
     console.print(f"\n  [dim]the page[/]  {out / 'report.html'}\n", soft_wrap=True)
 
 

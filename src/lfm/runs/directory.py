@@ -20,6 +20,19 @@ def work_for(out: Path) -> Path:
 
 
 @contextmanager
+def paid(out: Path, *, limited: bool) -> Iterator[Path | None]:
+    """The ledger of a run with a budget, from which an interrupted run goes on; one that never began leaves none."""
+    ledger = work_for(out) / "budget.sqlite" if limited else None
+    known = ledger is None or ledger.exists()
+    try:
+        yield ledger
+    except BaseException:
+        if not known and not (work_for(out) / "lock").exists():
+            shutil.rmtree(work_for(out), ignore_errors=True)
+        raise
+
+
+@contextmanager
 def claim(out: Path, key: str) -> Iterator[Path]:
     """The run's work directory, held by this process alone; what an interrupted run of the same key left is in it.
 

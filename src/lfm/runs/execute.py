@@ -25,6 +25,7 @@ from lfm.core.method import Inputs, check
 from lfm.core.model import Model
 from lfm.data import files
 from lfm.data.records import Record, kind_of
+from lfm.models.budget import Budget, Meter
 from lfm.record import DataInput, Input, Measure, Output, RunRecord, Sample
 from lfm.runs import card, directory, ledger, planning, refs, undoing, verification
 from lfm.runs.run import LocalRun, Show, silent
@@ -65,14 +66,19 @@ class Prepared:
     whole: Inputs  # everything each model gives: for evaluation
     inputs: Inputs  # what the method may use
     evals: Mapping[str, tuple[Record, ...]]
+    meter: Meter  # what its endpoints are charged to
 
 
-def prepare(order: Order, show: Show = silent) -> Prepared:
-    """Open and check everything that can fail before work begins. Raises the LfmError that says what to mend."""
+def prepare(order: Order, show: Show = silent, *, spending: Path | None = None) -> Prepared:
+    """Open and check everything that can fail before work begins. Raises the LfmError that says what to mend.
+
+    spending: a file in which what endpoints are asked is counted against the order's budget; in memory without it.
+    """
     listed = registry.get(order.id)
     config = configure(listed.method.config, order.settings, where=order.id)
+    meter = Meter(Budget(*order.budget, spending))
     opened = {
-        role: tuple(refs.model(ref, show=show, **_api(order)) for ref in given) for role, given in order.models.items()
+        role: tuple(refs.model(ref, show=show, meter=meter) for ref in given) for role, given in order.models.items()
     }
     data = {role: refs.records(ref, show=show) for role, ref in order.data.items()}
     whole = Inputs(opened, data)
@@ -80,7 +86,7 @@ def prepare(order: Order, show: Show = silent) -> Prepared:
     if listed.method.agree:
         listed.method.agree(config, inputs)
     evals = {_name(ref, place): refs.records(ref, show=show) for place, ref in enumerate(order.evals)}
-    return Prepared(order, listed, config, whole, inputs, evals)
+    return Prepared(order, listed, config, whole, inputs, evals, meter)
 
 
 def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None] | None = None) -> RunRecord:
@@ -91,7 +97,8 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
     began, cpu = time.time(), _cpu()
     if order.out.exists():
         raise OutputError(f"{order.out} exists", fix="choose another --out, or remove it first")
-    prepared = prepare(order, show)
+    with directory.paid(order.out, limited=order.budget != (None, None)) as spending:
+        prepared = prepare(order, show, spending=spending)
     show("reading inputs", 0, None)
     key = key_of(prepared)
     estimate = planning.plan(prepared)
@@ -106,7 +113,7 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
         show("saving", 0, None)
         made.save(artefact, *([order.form] if order.form and isinstance(made, Model) else []))
         show("verifying", 0, None)
-        reopen = partial(refs.model, show=show, **_api(order))  # checks and evaluations ask endpoints too
+        reopen = partial(refs.model, show=show, meter=prepared.meter)  # checks and evaluations ask endpoints too
         verified = verification.held_against(made, artefact, reopen)
         saved = made if isinstance(made, Finding) else reopen(artefact)
         after = {} if isinstance(saved, Finding) else _evaluate(run, "after", saved, prepared.evals)
@@ -133,6 +140,8 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
             seconds=round(time.time() - began, 3),
             cpu_seconds=round(_cpu() - cpu, 3),
             planned_seconds=estimate.seconds,
+            queries=prepared.meter.spent().queries,
+            tokens=prepared.meter.spent().tokens,
             undo=bool(undoable),
         )
         record.write(done, artefact)
@@ -167,18 +176,6 @@ def versions() -> dict[str, str]:
         "platform": platform.platform(),
         **{name: metadata.version(name) for name in PACKAGES},
     }
-
-
-def _api(order: Order) -> dict[str, Any]:
-    """What opens an endpoint, or a program over one, within the order's budget."""
-    if order.budget == (None, None):
-        return {}
-    from lfm.models.api import Budget
-
-    queries, tokens = order.budget
-    work = directory.work_for(order.out)
-    work.mkdir(parents=True, exist_ok=True)
-    return {"budget": Budget(queries=queries, tokens=tokens, path=work / "budget.sqlite")}
 
 
 def _alternatives(opened: Mapping[str, tuple[Model, ...]]) -> list[str]:

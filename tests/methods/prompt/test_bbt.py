@@ -28,7 +28,7 @@ from lfm.data.records import Label, Pair, Record
 from lfm.methods.prompt import bbt
 from lfm.models import load
 from lfm.models.api import Budget, open_api
-from lfm.models.api.budget import Meter
+from lfm.models.budget import Meter
 from lfm.models.prompted import EmbeddingsLogprobs, EmbeddingsText, pieces, prompted
 from lfm.runs.run import LocalRun
 from lfm.serve import running
@@ -351,8 +351,9 @@ def test_the_whole_run_is_within_the_budget(tmp_path: Path, monkeypatch: pytest.
             budget=(queries, None),
         )
 
-    runs.execute(order("out", 10**6))
+    done = runs.execute(order("out", 10**6))
     assert seen and {budget.queries for budget, _ in seen} == {10**6}
+    assert done.queries == sum(queries for _, queries in seen) and done.tokens > done.queries
     assert len({budget.path for budget, _ in seen}) == 1
     models = {"model": [str(tmp_path / "out")]}  # a program over an endpoint is no way around it
     with pytest.raises(BudgetError):

@@ -9,27 +9,35 @@ import msgspec
 
 from lfm.core.model import Embeddings, Logprobs, Model, Text
 from lfm.models.api import capabilities
-from lfm.models.api.budget import Budget as Budget
-from lfm.models.api.budget import Meter
-from lfm.models.api.budget import Spent as Spent
 from lfm.models.api.cache import Cache, default_cache, digest_of
 from lfm.models.api.client import Client, Patience
 from lfm.models.api.interfaces import ApiEmbeddings, ApiLogprobs, ApiText, Line
 from lfm.models.api.refs import SCHEME as SCHEME
 from lfm.models.api.refs import endpoint_of, key_for
+from lfm.models.budget import Budget as Budget
+from lfm.models.budget import Meter as Meter
+from lfm.models.budget import Spent as Spent
 
 
 def open_api(
-    ref: str, *, budget: Budget | None = None, cache: Path | None = None, patience: Patience | None = None
+    ref: str,
+    *,
+    budget: Budget | None = None,
+    cache: Path | None = None,
+    patience: Patience | None = None,
+    meter: Meter | None = None,
 ) -> Model:
     """The model behind an endpoint, giving exactly what the server was seen to do.
 
     Asks GET /models (free) and, of a server that does not tell its abilities, some tiny requests once (charged).
-    cache: the directory of kept answers; the user's cache directory unless given. Keys come from LFM_API_KEY or
+    cache: the directory of kept answers; the user's cache directory unless given. meter: a budget's ledger that other
+    endpoints are charged to as well, instead of `budget`. Keys come from LFM_API_KEY or
     OPENAI_API_KEY. EndpointError where the server hangs, fails or lies; BudgetError where a request would not fit.
     """
     endpoint = endpoint_of(ref)
-    client = Client(endpoint, Meter(budget or Budget()), patience or Patience(), key_for(endpoint))
+    meter = meter or Meter(budget or Budget())
+    meter.spent()  # a damaged ledger is told of before anything is asked
+    client = Client(endpoint, meter, patience or Patience(), key_for(endpoint))
     endpoint, told = capabilities.named(client, endpoint)
     answers = Cache(cache or default_cache())
     can = told.can if told else capabilities.probed(client, endpoint, answers)

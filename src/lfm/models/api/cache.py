@@ -12,7 +12,7 @@ import msgspec
 
 from lfm.core.errors import CorruptError
 from lfm.core.home import home
-from lfm.models.api.store import Store
+from lfm.models.store import Store
 
 _CANONICAL = msgspec.json.Encoder(order="deterministic")
 

@@ -17,8 +17,8 @@ from urllib.parse import urljoin, urlsplit
 import msgspec
 
 from lfm.core.errors import EndpointError
-from lfm.models.api.budget import Meter
 from lfm.models.api.refs import KEYS, Endpoint
+from lfm.models.budget import Meter
 
 if TYPE_CHECKING:
     import httpx

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, final
 
 from lfm.core.errors import BudgetError
-from lfm.models.api.store import Store
+from lfm.models.store import Store
 
 UNLIMITED = 2**62
 
@@ -44,15 +45,23 @@ class Meter:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self._store = Store(
-            budget.path,
-            "CREATE TABLE IF NOT EXISTS spent (id INTEGER PRIMARY KEY CHECK (id = 1), queries INT, tokens INT)",
-            "INSERT OR IGNORE INTO spent VALUES (1, 0, 0)",
-            what="a budget ledger",
-        )
+        self._opening = threading.Lock()
+        self._opened: Store | None = None
 
     def spent(self) -> Spent:
+        """What is charged so far."""
         return Spent(*self._store.run("SELECT queries, tokens FROM spent")[0])
+
+    @property
+    def _store(self) -> Store:
+        with self._opening:  # its file is made when there is something to write: a run that asks nothing has none
+            self._opened = self._opened or Store(
+                self.budget.path,
+                "CREATE TABLE IF NOT EXISTS spent (id INTEGER PRIMARY KEY CHECK (id = 1), queries INT, tokens INT)",
+                "INSERT OR IGNORE INTO spent VALUES (1, 0, 0)",
+                what="a budget ledger",
+            )
+            return self._opened
 
     def reserve(self, queries: int, tokens: int) -> None:
         """Charge the worst case of one request. BudgetError, and nothing charged, if it would not fit."""

@@ -229,3 +229,35 @@ def test_a_reference_to_nothing_says_what_is_near(tmp_path: Path) -> None:
     tiny.causal(tmp_path / "model-a")
     with pytest.raises(ModelError, match="model-a"):
         lfm.load(tmp_path / "model-b")
+
+
+def changed(directory: Path, **values: object) -> Path:
+    """The directory with other values in its config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", "big"), ("num_attention_heads", {"x": 1}), ("id2label", {"a": 1})]
+)
+def test_a_config_value_of_the_wrong_kind_is_named(key: str, value: object, tmp_path: Path) -> None:
+    model = lfm.load(changed(tiny.causal(tmp_path / "m"), **{key: value}))
+    with pytest.raises(CorruptError, match=key):
+        model.facts  # noqa: B018
+
+
+def test_sizes_that_disagree_with_the_config_are_told(tmp_path: Path) -> None:
+    model = lfm.load(changed(tiny.causal(tmp_path / "m"), vocab_size=7))
+    with pytest.raises(MismatchError) as told:
+        model.ask(Gradients).module()
+    assert "embed_tokens" in str(told.value) and "where config.json asks for [7," in str(told.value)
+
+
+def test_a_nan_is_named_before_anything_is_computed(tmp_path: Path) -> None:
+    directory = tiny.causal(tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][1] = float("nan")
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CorruptError, match=r"model\.norm\.weight.*NaN"):
+        lfm.load(directory).ask(Logits).logits({"input_ids": torch.tensor([[1, 2]])})

@@ -199,6 +199,7 @@ class Facts(NamedTuple):
     labels: tuple[str, ...] = ()
     layers: int = 0
     width: int = 0
+    heads: int = 0
     context: int = 0  # the longest input in tokens; 0: not known
 
 

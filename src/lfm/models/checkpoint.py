@@ -149,7 +149,7 @@ def open_module(source: Source) -> nn.Module:
 
     if source.build is not None:
         module = source.build()
-        state = {name: _read(tensor) for name, tensor in source.stored.items()}
+        state = _state(source)
         result = module.load_state_dict(state, strict=False)
         missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
         if missing or result.unexpected_keys:
@@ -161,27 +161,52 @@ def open_module(source: Source) -> nn.Module:
         return module.float().eval()
     architecture = _architecture(source.config)
     assert architecture is not None
+    state = _state(source)
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             config = transformers.AutoConfig.for_model(**source.config)
             module, report = architecture.from_pretrained(
                 None,
                 config=config,
-                state_dict={name: _read(tensor) for name, tensor in source.stored.items()},
+                state_dict=state,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # it then names them
             )
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise MismatchError(f"{source.ref} cannot be opened as {architecture.__name__}", why=lines[0]) from None
     if report["missing_keys"] or report["mismatched_keys"] or report["unexpected_keys"]:
-        some = {kind: sorted(map(str, report[kind]))[:3] for kind in report if report[kind]}
+        some = {kind: sorted(map(_named, report[kind]))[:3] for kind in report if report[kind]}
         raise MismatchError(
             f"the weights of {source.ref} do not fit {architecture.__name__}",
             why="; ".join(f"{kind.replace('_keys', '')}: {', '.join(names)}" for kind, names in some.items()),
             fix="check that config.json and the weights belong together",
         )
     return module.eval()
+
+
+def _state(source: Source) -> dict[str, Tensor]:
+    """Every tensor, read. CorruptError naming one that holds a NaN or an infinity."""
+    from lfm.tensors.lazy import finite
+
+    state = {name: _read(tensor) for name, tensor in source.stored.items()}
+    for name, tensor in state.items():
+        if not finite(tensor):
+            raise CorruptError(
+                f"{source.ref}: {name!r} holds a NaN or an infinity",
+                why="whatever such a model computes is spoiled",
+                fix="use a checkpoint from before its training went wrong, or fetch the file again",
+            )
+    return state
+
+
+def _named(key: Any) -> str:
+    """A key of transformers' loading report; where sizes differ it comes with both."""
+    if not isinstance(key, tuple):
+        return str(key)
+    name, stored, expected = key
+    return f"{name} {list(stored)}, where config.json asks for {list(expected)}"
 
 
 @final
@@ -293,22 +318,34 @@ def facts(source: Source) -> Facts:
     config = source.config
     inner = next((config[k] for k in ("text_config", "vision_config") if isinstance(config.get(k), dict)), {})
     look = {**inner, **config}
+
+    def whole(*keys: str) -> int:
+        """The first of these keys that the config has, as a whole number; 0 where stages have one each."""
+        value = next((look[key] for key in keys if look.get(key)), 0)
+        if isinstance(value, str | dict):
+            key = next(key for key in keys if look.get(key))
+            raise CorruptError(f"{source.ref}/{CONFIG}: {key} is {value!r}", why="it must be a whole number")
+        return 0 if isinstance(value, list) else int(value)
+
     sizes: dict[torch.dtype, int] = {}
     for tensor in source.stored.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + _elements(tensor)
     labels = config.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
+        raise CorruptError(f"{source.ref}/{CONFIG}: id2label is {labels!r}", why="it maps class numbers to their names")
     return Facts(
         task=source.task,
         architecture=next(iter(config.get("architectures") or ()), ""),
         parameters=sum(sizes.values()),
         bytes=sum(count * kind.itemsize for kind, count in sizes.items()),
         dtype=str(max(sizes, key=lambda k: sizes[k], default="")).removeprefix("torch."),
-        vocabulary=int(look.get("vocab_size") or 0),
+        vocabulary=whole("vocab_size"),
         vocabulary_digest=_vocabulary(source.files),
         labels=tuple(str(labels[key]) for key in sorted(labels, key=int)),
-        layers=int(look.get("num_hidden_layers") or look.get("n_layer") or look.get("num_layers") or 0),
-        width=int(look.get("hidden_size") or look.get("n_embd") or look.get("d_model") or 0),
-        context=int(look.get("max_position_embeddings") or look.get("n_positions") or look.get("n_ctx") or 0),
+        layers=whole("num_hidden_layers", "n_layer", "num_layers"),
+        width=whole("hidden_size", "n_embd", "d_model"),
+        heads=whole("num_attention_heads", "n_head", "num_heads"),
+        context=whole("max_position_embeddings", "n_positions", "n_ctx"),
     )
 
 

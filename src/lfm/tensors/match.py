@@ -52,6 +52,10 @@ def _agree_facts(first: Model, other: Model) -> None:
         _refuse(first, other, f"vocabularies: {a.vocabulary} and {b.vocabulary} tokens")
     if a.vocabulary_digest and b.vocabulary_digest and a.vocabulary_digest != b.vocabulary_digest:
         _refuse(first, other, "vocabularies: as many tokens, but not the same ones under the same ids")
+    for what in ("layers", "width", "heads"):
+        mine, theirs = getattr(a, what), getattr(b, what)
+        if mine and theirs and mine != theirs:
+            _refuse(first, other, f"{what}: {mine} and {theirs}, by their config.json")
     if a.labels != b.labels and sorted(a.labels) == sorted(b.labels):
         _refuse(first, other, f"labels' order: {', '.join(a.labels[:4])} and {', '.join(b.labels[:4])}")
 

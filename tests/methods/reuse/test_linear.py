@@ -147,13 +147,21 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
 
 
 def test_other_architectures_and_vocabularies_are_refused(tmp_path: Path) -> None:
-    paths = [checkpoint(tmp_path / str(i), i) for i in range(4)]
+    paths = [checkpoint(tmp_path / str(i), i) for i in range(5)]
     config = json.loads((paths[0] / "config.json").read_text())
     (paths[1] / "config.json").write_text(json.dumps(config | {"architectures": ["MistralForCausalLM"]}))
     (paths[2] / "config.json").write_text(json.dumps(config | {"vocab_size": 17}))
+    for path, heads in ((paths[0], 2), (paths[4], 1)):
+        told = json.loads((path / "config.json").read_text()) | {"num_attention_heads": heads}
+        (path / "config.json").write_text(json.dumps(told))
     for path, token in ((paths[0], "a"), (paths[3], "b")):
         (path / "vocab.txt").write_text(token)
-    for other, says in ((1, "MistralForCausalLM"), (2, "16 and 17 tokens"), (3, "not the same ones")):
+    for other, says in (
+        (1, "MistralForCausalLM"),
+        (2, "16 and 17 tokens"),
+        (3, "not the same ones"),
+        (4, "heads: 2 and 1"),
+    ):
         with pytest.raises(MismatchError, match=says):
             merge(linear, tmp_path, {"models": [models.load(paths[0]), models.load(paths[other])]})
 

@@ -1,10 +1,14 @@
-"""Which of the records each of several models reads."""
+"""Records that several models read: which of them each, and as its batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from lfm.core.errors import ConfigError, DataError
+from lfm.core.model import Batch, Codec, Model
+from lfm.data import task as tasks
 from lfm.data.records import Record
 
 
@@ -23,3 +27,17 @@ def shares(records: Sequence[Record], groups: Sequence[str], count: int) -> list
             known = sorted({record.group for record in records})
             raise DataError(f"no record is of group {name!r}", why=f"the groups are {', '.join(map(repr, known[:8]))}")
     return list(found)
+
+
+def classless(records: Sequence[Record], model: Model) -> tuple[Record, ...]:
+    """The records as a task takes them though their classes are not asked for: an empty one becomes the first class."""
+    first = next(iter(model.facts.labels), "0")
+    return tuple(msgspec.structs.replace(r, label=first) if getattr(r, "label", None) == "" else r for r in records)
+
+
+def batches(model: Model, records: Sequence[Record], size: int) -> list[Batch]:
+    """The records as the model's own batches of `size`, in their order; classes are not needed."""
+    codec = model.ask(Codec)
+    fitted = tasks.fit(classless(records, model), codec, model.facts)
+    task = tasks.task_for(fitted, codec, model.facts)
+    return [task.collate(fitted[i : i + size]) for i in range(0, len(fitted), size)]

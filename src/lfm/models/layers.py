@@ -58,6 +58,21 @@ def heads(module: nn.Module) -> list[str]:
     return [name for name, size in sizes.items() if size and name != body]
 
 
+def stages(module: nn.Module) -> list[list[str]]:
+    """Names of the modules that hold parameters themselves: what precedes the blocks, each block, what follows.
+
+    What stands beside several stacks of blocks, between them, precedes. Empty stages are left out.
+    """
+    holding = [name for name, child in module.named_modules() if [*child.parameters(False), *child.buffers(False)]]
+    found = all_blocks(module)
+    places = [next((i for i, b in enumerate(found) if f"{n}.".startswith(f"{b}.")), None) for n in holding]
+    last = max((at for at, place in enumerate(places) if place is not None), default=-1)
+    out: list[list[str]] = [[] for _ in range(len(found) + 2)]
+    for at, (name, place) in enumerate(zip(holding, places)):
+        out[place + 1 if place is not None else 0 if at < last else -1].append(name)
+    return [stage for stage in out if stage]
+
+
 def shallower(module: nn.Module, count: int) -> nn.Module:
     """The module, changed in place, with `count` of its blocks: the first, the last, and those evenly between.
 

@@ -39,6 +39,12 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(mass > 0, mass * (p - q), torch.zeros_like(mass)).sum(-1)
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """−Σ p log p of softmax(logits), mean over rows, in nats: how unsure a model is."""
+    told = F.log_softmax(logits.float(), -1)
+    return -(told.exp() * told).sum(-1).mean()
+
+
 def complete(ids: Tensor, logprobs: Tensor, vocabulary: int) -> Tensor:
     """(N, V) log-probabilities from a teacher's k best (N, k): the mass it did not tell spread evenly over the rest.
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lfm.cli import screen
-from lfm.core.errors import LfmError, OutputError
+from lfm.core.errors import LfmError
+from lfm.core.writing import writing
 from lfm.report import words
 
 if TYPE_CHECKING:
@@ -138,10 +139,13 @@ def _draw(found: Mapping[str, Node], path: Path, *, page: bool) -> None:
     edges = [(parent, digest) for digest, node in found.items() for parent, _ in node.parents]
     picture = pictures.svg(nodes, edges, alone=True)
     title = words.short(next(iter(found.values())).label, 80)
+    beside = path.with_name(f".{path.name}.part")
     try:
-        path.write_text(_page(title, picture) if page else picture, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}", why=str(error.strerror)) from None
+        with writing(f"{path} cannot be written"):
+            beside.write_text(_page(title, picture) if page else picture, encoding="utf-8")
+            beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _page(title: str, picture: str) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lfm.core.errors import OutputError
+from lfm.core.writing import writing
 from lfm.runs import journal
 
 
@@ -39,16 +40,14 @@ def claim(out: Path, key: str) -> Iterator[Path]:
     OutputError if `out` exists, if another process is making it, if it cannot be written, or if an interrupted run with
     other settings was to become it. An error before the first step is kept leaves nothing behind.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise OutputError(f"{out} exists", fix="choose another --out, or remove it first")
     work = work_for(out)
-    try:
+    with writing(f"cannot write beside {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir(exist_ok=True)
         lock = (work / "lock").open("w")
-    except OSError as error:
-        raise OutputError(f"cannot write beside {out}", why=str(error.strerror)) from None
-    with lock:
+    with lock, writing(f"{out} cannot be written"):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -94,4 +93,5 @@ def _same_run(work: Path, key: str, out: Path) -> None:
 
 def _worth_keeping(work: Path) -> bool:
     """Whether a resumed run would be spared anything: kept steps, training checkpoints, or paid answers."""
-    return any(file.is_file() and file.name not in ("lock", "key") for file in work.rglob("*"))
+    kept = (path for path in work.iterdir() if path.name not in ("lock", "key", "artefact"))
+    return any(path.is_file() or any(file.is_file() for file in path.rglob("*")) for path in kept)

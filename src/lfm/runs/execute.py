@@ -95,13 +95,15 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
     report: writes a page about the finished directory into it, before it is published.
     """
     began, cpu = time.time(), _cpu()
-    if order.out.exists():
+    if os.path.lexists(order.out):
         raise OutputError(f"{order.out} exists", fix="choose another --out, or remove it first")
     with directory.paid(order.out, limited=order.budget != (None, None)) as spending:
         prepared = prepare(order, show, spending=spending)
     show("reading inputs", 0, None)
     key = key_of(prepared)
     estimate = planning.plan(prepared)
+    if short := next((lack for lack in estimate.lacks if lack.startswith("disk")), ""):
+        raise OutputError(f"{order.out} would not fit", why=short, fix="free some space, or choose an --out elsewhere")
     with directory.claim(order.out, key) as work:
         run = LocalRun(order.seed, work, show)
         first = next((m[0] for m in prepared.whole.models.values() if m), None)

@@ -21,6 +21,7 @@ from lfm.core.heavy import np
 from lfm.core.method import Cost, Inputs, Method, Sizes
 from lfm.core.model import names_of
 from lfm.data import files
+from lfm.report import words
 
 EFFICIENCY = (0.1, 0.8)
 """Share of the matrix-product rate that training and inference reach, worst and best."""
@@ -136,7 +137,7 @@ def weigh(
     lacks = []
     for name, needed, free in (("memory", memory, on.memory), ("disk", int(cost.disk), on.disk)):
         if needed > free:
-            lacks.append(f"{name}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB is free")
+            lacks.append(f"{name}: needs {words.size(needed)}, {words.size(free)} is free")
     for name, needed, limit in (("queries", cost.queries, budget[0]), ("tokens", cost.tokens, budget[1])):
         if limit is not None and needed > limit:
             lacks.append(f"{name}: needs about {needed}, the budget is {limit}")

@@ -20,8 +20,9 @@ from typing import final
 
 import msgspec
 
-from lfm.core.errors import ModelError, OutputError
+from lfm.core.errors import ModelError
 from lfm.core.home import home
+from lfm.core.writing import writing
 from lfm.zoo.exhibit import Exhibit, Making, Show, silent
 
 __all__ = ["Entry", "Exhibit", "data", "listing", "make", "model"]
@@ -84,14 +85,8 @@ def _made(name: str, kind: str, show: Show) -> Path:
     exhibit = known[name][0]
     if not _place(name).exists():
         parts = {need: _made(need, "", show) for need in exhibit.needs}
-        try:
+        with writing(f"zoo:{name} cannot be made in {home() / 'zoo'}", "set LFM_HOME to a directory with room"):
             _make(exhibit, _place(name), parts, show)
-        except OSError as error:
-            raise OutputError(
-                f"zoo:{name} cannot be made in {home() / 'zoo'}",
-                why=error.strerror or str(error),
-                fix="set LFM_HOME to a directory that can be written",
-            ) from error
     return _result(exhibit)
 
 
@@ -110,7 +105,12 @@ def _make(exhibit: Exhibit, place: Path, parts: dict[str, Path], show: Show) -> 
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             (beside / "work").mkdir(exist_ok=True)
-            exhibit.make(out, Making(beside / "work", show, parts=parts))
+            try:
+                exhibit.make(out, Making(beside / "work", show, parts=parts))
+            except BaseException:
+                if not any((beside / "work").iterdir()):  # no checkpoint to go on from
+                    shutil.rmtree(beside, ignore_errors=True)
+                raise
             for file in out.rglob("*"):
                 if file.is_file():
                     with file.open("rb") as opened:

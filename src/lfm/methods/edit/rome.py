@@ -100,6 +100,7 @@ def agree(config: Config, inputs: Inputs) -> None:
         raise MismatchError(
             f"edit.rome edits causal language models; {inputs.model('model').ref} is none",
             why=f"its task is {facts.task or 'not known'}",
+            fix="give a causal language model, or change the facts by tune.lora",
         )
     if config.layer is not None and facts.layers and not -facts.layers <= config.layer < facts.layers:
         raise MismatchError(f"there is no block {config.layer}", why=f"the model has {facts.layers}, counted from 0")

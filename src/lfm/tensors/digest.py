@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lfm.core.heavy import torch
-from lfm.tensors.lazy import chunks, lazy
+from lfm.tensors.lazy import Coded, chunks, code_of, lazy, size
 from lfm.tensors.parallel import each
-from lfm.tensors.safetensors_file import StoredTensor, dtype_code
+from lfm.tensors.safetensors_file import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +26,7 @@ def digest_tensors(tensors: Mapping[str, LazyTensor | Tensor], *, workers: int |
 
     def line(name: str) -> tuple[str, str]:
         tensor = tensors[name]
-        code = tensor.code if isinstance(tensor, StoredTensor) else dtype_code(tensor.dtype)
-        return name, json.dumps([name, code, list(tensor.shape), _sha256(tensor)])
+        return name, json.dumps([name, code_of(tensor), list(tensor.shape), _sha256(tensor)])
 
     lines = dict(each(line, tensors, workers))
     return hashlib.sha256("\n".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
@@ -35,10 +34,11 @@ def digest_tensors(tensors: Mapping[str, LazyTensor | Tensor], *, workers: int |
 
 def _sha256(tensor: LazyTensor | Tensor) -> str:
     found = hashlib.sha256()
-    if isinstance(tensor, StoredTensor):
-        buffer = memoryview(bytearray(min(BUFFER, tensor.nbytes)))
-        for start in range(0, tensor.nbytes, BUFFER):
-            part = buffer[: min(BUFFER, tensor.nbytes - start)]
+    if isinstance(tensor, Coded):
+        whole = size(tensor) * DTYPES[tensor.code][1]
+        buffer = memoryview(bytearray(min(BUFFER, whole)))
+        for start in range(0, whole, BUFFER):
+            part = buffer[: min(BUFFER, whole - start)]
             tensor.read_into(part, start)
             found.update(part)
     else:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, NoReturn, Protocol, final, runtime_checkable
+from typing import cast as cast_type
 
 from lfm.core.errors import CorruptError
 from lfm.core.heavy import torch
+from lfm.tensors.safetensors_file import FLOATING, dtype_code, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +29,72 @@ class Chunked(Protocol):
     def read_flat(self, start: int, stop: int) -> Tensor:
         """Elements start to stop of the tensor laid out flat (row-major)."""
         ...
+
+
+@runtime_checkable
+class Coded(Protocol):
+    """A LazyTensor whose bytes can be had as a file would hold them, without torch."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def code(self) -> str:
+        """Its dtype as the format writes it."""
+        ...
+
+    def read_into(self, buffer: memoryview, offset: int = 0) -> None:
+        """Fill a buffer with its bytes from `offset`: whole elements, laid out flat (row-major)."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class AsStored:
+    """Any LazyTensor, as one whose bytes can be had; in another floating format if `code` is not its own."""
+
+    tensor: LazyTensor
+    code: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def file(self) -> object:
+        return getattr(self.tensor, "file", type(self.tensor).__name__)
+
+    def read_into(self, buffer: memoryview, offset: int = 0) -> None:
+        dtype = torch_dtype(self.code)
+        start, stop = offset // dtype.itemsize, (offset + len(buffer)) // dtype.itemsize
+        if isinstance(self.tensor, Chunked):
+            values = self.tensor.read_flat(start, stop)
+        else:
+            values = _whole(self.tensor).reshape(-1)[start:stop]
+        buffer[:] = values.to(dtype).contiguous().view(torch.uint8).numpy().data
+
+
+_read = threading.local()
+
+
+def _whole(tensor: LazyTensor) -> Tensor:
+    """A tensor that can only be read whole; this thread's last one is kept, for its parts are asked for in turn."""
+    if getattr(_read, "tensor", None) is not tensor:
+        _read.tensor, _read.values = tensor, tensor.read()
+    return _read.values
+
+
+def code_of(tensor: LazyTensor | Tensor) -> str:
+    """The format's code of a tensor's dtype; no torch for one that knows it."""
+    return tensor.code if isinstance(tensor, Coded) else dtype_code(tensor.dtype)
+
+
+def coded(tensor: LazyTensor, codes: Container[str] | None = None) -> Coded:
+    """The tensor as one whose bytes can be had; as fp32 if its own format is not among `codes`."""
+    code = code_of(tensor)
+    if codes is not None and code not in codes:
+        return AsStored(tensor, "F32")
+    return tensor if isinstance(tensor, Coded) else AsStored(tensor, code)
 
 
 @final
@@ -84,10 +153,12 @@ class Whole:
 
 def lazy(tensor: LazyTensor | Tensor) -> LazyTensor:
     """A LazyTensor of either."""
-    return Held(tensor.detach().contiguous()) if isinstance(tensor, torch.Tensor) else tensor
+    if not isinstance(tensor, Coded) and isinstance(tensor, torch.Tensor):  # no torch where it is not needed
+        return Held(tensor.detach().contiguous())
+    return cast_type("LazyTensor", tensor)
 
 
-def size(tensor: LazyTensor | Tensor) -> int:
+def size(tensor: LazyTensor | Tensor | Coded) -> int:
     """Number of elements."""
     return prod(tensor.shape)
 
@@ -126,7 +197,7 @@ def widen(tensor: Tensor) -> Tensor:
 
 def cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
     """The tensor stored as dtype, converted as it is read; one that is not floating, or of that dtype, as it is."""
-    if dtype is None or tensor.dtype == dtype or not tensor.dtype.is_floating_point:
+    if dtype is None or code_of(tensor) == dtype_code(dtype) or code_of(tensor) not in FLOATING:
         return tensor
     if isinstance(tensor, Chunked):
         return Computed(tuple(tensor.shape), dtype, tensor.read_flat)

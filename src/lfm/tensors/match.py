@@ -7,9 +7,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from lfm.core.errors import MismatchError
-from lfm.core.heavy import torch
 from lfm.core.model import Model, Weights
-from lfm.tensors.lazy import chunks
+from lfm.tensors.lazy import code_of, coded, size, spans
+from lfm.tensors.safetensors_file import DTYPES, FLOATING
 
 if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
@@ -28,7 +28,7 @@ def agree(models: Sequence[Model]) -> None:
 
 def floating(tensors: Mapping[str, LazyTensor]) -> list[str]:
     """Names of the tensors that arithmetic applies to."""
-    return [name for name, tensor in tensors.items() if tensor.dtype.is_floating_point]
+    return [name for name, tensor in tensors.items() if code_of(tensor) in FLOATING]
 
 
 def same(names: Iterable[str], models: Sequence[Model]) -> None:
@@ -36,12 +36,26 @@ def same(names: Iterable[str], models: Sequence[Model]) -> None:
     first, *others = (model.ask(Weights).tensors() for model in models)
     for name in sorted(names):
         for model, other in zip(models[1:], others):
-            pairs = zip(chunks(first[name]), chunks(other[name]))
-            if not all(torch.equal(left, right) for (_, left), (_, right) in pairs):
+            if not equal(first[name], other[name]):
                 raise MismatchError(
                     f"{name!r} differs between {models[0].ref} and {model.ref}",
-                    why=f"it holds {first[name].dtype} values, which cannot be averaged",
+                    why=f"it holds {DTYPES[code_of(first[name])][0]} values, which cannot be averaged",
                 )
+
+
+def equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors of one shape hold the same bytes, in formats that are the same."""
+    left, right = coded(a), coded(b)
+    if left.code != right.code or tuple(a.shape) != tuple(b.shape):
+        return False
+    item = DTYPES[left.code][1]
+    for start, stop in spans(size(a)):
+        one, other = (bytearray((stop - start) * item) for _ in range(2))
+        left.read_into(memoryview(one), start * item)
+        right.read_into(memoryview(other), start * item)
+        if one != other:
+            return False
+    return True
 
 
 def _agree_facts(first: Model, other: Model) -> None:
@@ -77,7 +91,7 @@ def _agree_tensors(first: Model, other: Model) -> None:
     ]
     if shapes:
         _refuse(first, other, f"shapes: {'; '.join(shapes[:3])}{_more(len(shapes))}")
-    kinds = [name for name in a if a[name].dtype.is_floating_point != b[name].dtype.is_floating_point]
+    kinds = [name for name in a if (code_of(a[name]) in FLOATING) != (code_of(b[name]) in FLOATING)]
     if kinds:
         _refuse(first, other, f"dtypes: {_some(kinds)} floating in one and integer in the other")
 

@@ -45,6 +45,9 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }
 """Format code → (name in torch, bytes an element)."""
 
+FLOATING = ("F64", "F32", "BF16", "F16", "F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ")
+"""Codes of the real numbers."""
+
 UNSUPPORTED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")
 """Codes of the format that have no elementwise arithmetic in torch."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lfm.core.errors import OutputError
 from lfm.core.heavy import torch
-from lfm.tensors.lazy import CHUNK, Chunked, cast, lazy, size, spans
+from lfm.tensors.lazy import CHUNK, Chunked, Coded, cast, code_of, lazy, size, spans
 from lfm.tensors.parallel import each
-from lfm.tensors.safetensors_file import DTYPES, dtype_code
+from lfm.tensors.safetensors_file import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +98,7 @@ def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, Laz
     filling: dict[str, LazyTensor] = {}
     filled = 0
     for name, tensor in tensors.items():
-        bytes_ = size(tensor) * DTYPES[dtype_code(tensor.dtype)][1]
+        bytes_ = size(tensor) * DTYPES[code_of(tensor)][1]
         if bytes_ > limit:
             groups.append({name: tensor})
             continue
@@ -110,7 +111,7 @@ def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, Laz
 
 
 def _plan(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> _Planned:
-    codes = {name: dtype_code(tensor.dtype) for name, tensor in tensors.items()}
+    codes = {name: code_of(tensor) for name, tensor in tensors.items()}
     by_alignment = list(DTYPES)  # the format's own order; safetensors writes the last of these first, then by name
     order = sorted(tensors, key=lambda name: (-by_alignment.index(codes[name]), name.encode()))
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -136,6 +137,12 @@ def _write(plan: _Planned, chunk: int, workers: int | None) -> None:
 
         def piece(task: tuple[LazyTensor, int, int, int]) -> None:
             tensor, at, start, stop = task
+            if isinstance(tensor, Coded):
+                item = DTYPES[tensor.code][1]
+                raw = _buffer((stop - start) * item)
+                tensor.read_into(raw, start * item)
+                _attempt(path, lambda: _put(fd, raw, at))
+                return
             if isinstance(tensor, Chunked):
                 values = tensor.read_flat(start, stop)
             else:
@@ -155,13 +162,23 @@ def _pieces(plan: _Planned, chunk: int) -> Iterator[tuple[LazyTensor, int, int, 
     """(tensor, byte in the file, start, stop): chunks, or all of a tensor that can only be read whole."""
     for tensor, place in plan.places:
         elements = size(tensor)
-        if not isinstance(tensor, Chunked):
+        if not isinstance(tensor, Chunked | Coded):
             if elements:
                 yield tensor, place, 0, elements
             continue
-        item = DTYPES[dtype_code(tensor.dtype)][1]
+        item = DTYPES[code_of(tensor)][1]
         for start, stop in spans(elements, chunk):
             yield tensor, place + start * item, start, stop
+
+
+_kept = threading.local()
+
+
+def _buffer(bytes_: int) -> memoryview:
+    """This thread's buffer, at least as large once asked for: a fresh one each time would cost the kernel's zeroing."""
+    if len(getattr(_kept, "buffer", b"")) < bytes_:
+        _kept.buffer = bytearray(bytes_)
+    return memoryview(_kept.buffer)[:bytes_]
 
 
 def _put(fd: int, data: memoryview, at: int) -> None:

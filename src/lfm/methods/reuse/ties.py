@@ -12,29 +12,30 @@ the result rests on no order. Where the signed totals cancel exactly, γ = 0 and
 the sign that most of the model has, mergekit the positive one.
 
 Models: equal architecture, vocabulary, tensor names and shapes, the base's too. The result has the base's files and
-dtypes; arithmetic is in fp32, thresholds are exact. Integer tensors must be equal in all. Tensors are streamed, twice
-for the thresholds and once for the result: memory does not grow with the model. Errors: MismatchError before any weight
-is read; ConfigError for weights of another number; CorruptError naming a tensor that holds a NaN or an infinity.
+dtypes; arithmetic is in fp64 and rounded once, thresholds are exact. Integer tensors must be equal in all. Tensors are
+streamed, twice for the thresholds and once for the result: memory does not grow with the model. Errors: MismatchError
+before any weight is read; ConfigError for weights of another number; CorruptError naming a tensor that holds a NaN or
+an infinity.
 
     lfm run reuse.ties base=base models=math models=code --set density=0.2 --out merged
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import lfm.core
 from lfm.core import Cost, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
 from lfm.core.errors import ConfigError
-from lfm.core.heavy import torch
-from lfm.tensors import match
-from lfm.tensors.delta import change_thresholds
-from lfm.tensors.lazy import CHUNK, map_tensors
-from lfm.tensors.match import floating, same
-from lfm.tensors.parallel import threads
+from lfm.core.heavy import np
+from lfm.fusing import Rule, fuse, kth_largest
+from lfm.fusing.inputs import Tensors, memory, opened, together
+from lfm.fusing.joins import agreed, change, magnitude
+from lfm.tensors.lazy import size
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from lfm.core.model import LazyTensor
 
 Scope = Literal["model", "tensor"]
 
@@ -50,42 +51,48 @@ class Config(lfm.core.Config, frozen=True):
     ] = ()
 
 
+def trimmed(base: float, x: float, limit: float) -> float:
+    """τᵢ: a model's change where it is large enough, else 0."""
+    change = x - base
+    return change if abs(np.float32(change)) >= limit else 0.0
+
+
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    base, models = inputs.model("base"), inputs.all("models")
+    models = inputs.all("models")
     weights = _weights(config, len(models))
-    before = base.ask(Weights).tensors()
-    names = floating(before)
-    same(before.keys() - set(names), (base, *models))
-    sources = [model.ask(Weights).tensors() for model in models]
+    names, (base, *sources) = opened((inputs.model("base"), *models))
 
     def trim(i: int) -> dict[str, float]:
-        return change_thresholds(before, sources[i], names, config.density, config.scope)
+        return limits(names, base, sources[i], lambda name: config.density, config.scope)
 
-    limits = [run.step(f"trim-{i}", lambda i=i: trim(i)) for i in run.track(range(len(models)), "trim", len(models))]
+    found = [run.step(f"trim-{i}", lambda i=i: trim(i)) for i in run.track(range(len(models)), "trim", len(models))]
+    settings = {"weight": weights, "scale": config.scale, "divide": 1.0, "cancelled": 0.0}
+    made = merged(names, base, sources, lambda name: settings | {"limit": [limit[name] for limit in found]})
+    return inputs.model("base").ask(Weights).replace(made)
 
-    def merge(name: str, start: Tensor, *values: Tensor) -> Tensor:
-        changes = []
-        for value, limit in zip(values, limits):
-            change = value - start
-            changes.append(change.masked_fill_(change.abs() < limit[name], 0.0))
-        elected = torch.zeros_like(start)
-        for change, weight in zip(changes, weights):
-            elected.add_(change, alpha=weight)
-        elected.sign_()
-        total, mass = torch.zeros_like(start), torch.zeros_like(start)
-        for change, weight in zip(changes, weights):
-            agreed = (change.sign() == elected).to(start.dtype)
-            total.addcmul_(change, agreed, value=weight)
-            mass.add_(agreed, alpha=weight)
-        mass.masked_fill_(mass == 0, 1.0)  # nothing agreed: the total is zero too
-        return start + total.div_(mass).mul_(config.scale)
 
-    return base.ask(Weights).replace(map_tensors(names, merge, [before, *sources]))
+def limits(
+    names: Sequence[str], base: Tensors, model: Tensors, density: Callable[[str], float], scope: Scope
+) -> dict[str, float]:
+    """By name, the magnitude that a fraction of the changes reaches: of the tensor's own, or of all (one density)."""
+    groups = [list(names)] if scope == "model" else [[name] for name in names]
+    counts = [sum(size(base[name]) for name in group) for group in groups]
+    keep = [max(1, int(density(group[0]) * count)) if group else 1 for group, count in zip(groups, counts)]
+    asked = [[] if kept >= count else [kept] for kept, count in zip(keep, counts)]
+    found = kth_largest(Rule(magnitude, first=change), groups, [model], asked, base=base)
+    return {name: limit[0] if limit else 0.0 for group, limit in zip(groups, found) for name in group}
+
+
+def merged(
+    names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Callable[[str], Mapping[str, Any]]
+) -> dict[str, LazyTensor]:
+    """Trimmed changes, merged by sign. given: a tensor's `limit` and `weight` by model, and agreed's other numbers."""
+    return fuse(Rule(agreed, first=trimmed, given=given), names, models, base=base)
 
 
 def agree(config: Config, inputs: Inputs) -> None:
     _weights(config, len(inputs.all("models")))
-    match.agree([inputs.model("base"), *inputs.all("models")])
+    together(inputs)
 
 
 def _weights(config: Config, count: int) -> tuple[float, ...]:
@@ -101,11 +108,8 @@ def _weights(config: Config, count: int) -> tuple[float, ...]:
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     count, base = len(sizes.models["models"]), sizes.model("base")
-    return Cost(
-        flops=30.0 * count * base.parameters,  # two histogram passes and the merge, elementwise operations each
-        memory=threads() * (4 * count + 4) * 4 * CHUNK,
-        disk=base.bytes,
-    )
+    # two histogram passes and the merge, elementwise operations each
+    return Cost(flops=30.0 * count * base.parameters, memory=memory(sizes), disk=base.bytes)
 
 
 METHOD = Method(

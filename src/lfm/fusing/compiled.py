@@ -1,0 +1,119 @@
+"""Machine code of generated loops, kept under lfm's home: compiled once by numba, and loaded from then on without it.
+
+A kept file is the object code with its own sha256 before it, named by all that decides it: the source, the compiler's
+version and the processor. One that was cut short or changed is compiled again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from lfm.core.home import home
+
+ENTRY = "kernel"
+SIGNATURE = (
+    ("raw_", "bytes"),
+    ("stride", "whole"),
+    ("out", "bytes"),
+    ("codes_", "wholes"),
+    ("params_", "reals"),
+    ("keys_", "bits"),
+    ("scratch_", "reals"),
+    ("flags_", "wholes"),
+    ("width", "whole"),
+    ("start", "whole"),
+    ("count", "whole"),
+)
+"""What every kernel takes: pointers and whole numbers."""
+
+DIGEST = 32
+UNCALLED = ("NRT_MemInfo_call_dtor", "numba_gil_ensure", "numba_gil_release")
+"""Named by object code for errors and for memory of its own; kernels have neither."""
+
+_lock = Lock()
+
+
+def load(source: str) -> Callable[..., None]:
+    """The function `kernel` of a source text, which defines it with the arguments of SIGNATURE. Releases the GIL."""
+    with _lock:
+        return _load(source)
+
+
+@cache
+def _load(source: str) -> Callable[..., None]:
+    import llvmlite.binding as llvm
+
+    _start()
+    versions = ",".join(metadata.version(name) for name in ("numba", "llvmlite"))
+    identity = "\n".join((versions, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), source))
+    place = home() / "compiled" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.o"
+    symbol, code = _kept(place) or _compile(source, place)
+    engine = llvm.create_mcjit_compiler(
+        llvm.parse_assembly(""), llvm.Target.from_default_triple().create_target_machine(jit=True)
+    )
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)  # its memory holds the code
+    kinds = [ctypes.c_int64 if kind == "whole" else ctypes.c_void_p for _, kind in SIGNATURE]
+    return ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(symbol))
+
+
+_engines: list[Any] = []
+
+
+@cache
+def _start() -> None:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    stop = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
+    for name in UNCALLED:
+        llvm.add_symbol(name, stop)
+
+
+def _kept(place: Path) -> tuple[str, bytes] | None:
+    try:
+        content = place.read_bytes()
+    except OSError:
+        return None
+    digest, rest = content[:DIGEST], content[DIGEST:]
+    if hashlib.sha256(rest).digest() != digest:
+        return None
+    symbol, _, code = rest.partition(b"\n")
+    return symbol.decode(), code
+
+
+def _compile(source: str, place: Path) -> tuple[str, bytes]:
+    """Symbol and object code of a source text; kept, unless the disk refuses."""
+    from numba import cfunc, types
+
+    kinds = {
+        "bytes": types.CPointer(types.uint8),
+        "wholes": types.CPointer(types.int64),
+        "bits": types.CPointer(types.uint64),
+        "reals": types.CPointer(types.float64),
+        "whole": types.int64,
+    }
+    names: dict[str, Any] = {}
+    exec(compile(source, f"<lfm {place.stem}>", "exec"), names)
+    signature = types.void(*(kinds[kind] for _, kind in SIGNATURE))
+    made: Any = cfunc(signature, error_model="numpy", fastmath={"contract"})(names[ENTRY])
+    symbol, code = made.native_name, made._library._get_compiled_object()
+    rest = symbol.encode() + b"\n" + code
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
+            file.write(hashlib.sha256(rest).digest() + rest)
+        Path(file.name).replace(place)
+    except OSError:
+        pass
+    return symbol, code

@@ -1,0 +1,196 @@
+"""The source of a kernel: a formula, written out for a number of models, within a loop over blocks.
+
+Three loops have all rules in them. `map`: each element's result is stored. `sum`: results are added up, group by group.
+`count`: how many results have each value of a digit of their magnitude, for thresholds. A group is a run of `width`
+elements with parameters of its own: a row, or the whole tensor.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from types import FunctionType
+from typing import Any, final
+
+from lfm.fusing import bits, compiled
+
+Each = tuple[float, ...]
+"""A formula's parameter that has one value a model."""
+
+BLOCK = 512
+"""Elements at a time: a few fp64 rows of them fit the innermost cache."""
+
+CODES = {"F64": 0, "F32": 1, "BF16": 2, "F16": 3}
+"""Formats that kernels read and write."""
+
+HIGH, LOW = 15, 16
+"""Bits of the two digits of an fp32 magnitude."""
+
+
+@final
+@dataclass(frozen=True)
+class Formula:
+    """What is computed of one element: `first` of each model's alone, where there is one, then `join` of them all.
+
+    first(base, x, …): its parameters are one a model, `random` a uniform number in [0, 1). join(base, x, …): x is the
+    tuple of what first gave. Where `base` is not among a function's arguments it is not handed over.
+    """
+
+    join: Callable[..., float]
+    first: Callable[..., float] | None = None
+    leading: int = 0  # arguments of join before those, written out as constants
+
+    @cached_property
+    def has_base(self) -> bool:
+        return any("base" in _names(fn) for fn in (self.join, self.first) if fn)
+
+    @cached_property
+    def random(self) -> bool:
+        return self.first is not None and "random" in _names(self.first)
+
+    @cached_property
+    def parameters(self) -> dict[str, bool]:
+        """Each parameter's name, and whether it has one value a model."""
+        known = ("base", "x", "random")
+        found = {name: True for name in (_names(self.first) if self.first else ()) if name not in known}
+        for p in list(inspect.signature(self.join).parameters.values())[self.leading :]:
+            if p.name not in known:
+                many = p.annotation not in ("float", float)
+                assert many or p.name not in found, p
+                found[p.name] = many
+        return found
+
+    def columns(self, models: int) -> int:
+        return sum(models if many else 1 for many in self.parameters.values())
+
+
+def _names(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@cache
+def map_kernel(formula: Formula, models: int) -> Callable[..., None]:
+    """Stores each element's result in the format codes[0].
+
+    flags[0] is set if a result is not finite, flags[1 + i] if input i holds what is not.
+    """
+    row = f"rows[{models + 1}]"
+    body = f"""
+        for i in range(m):
+            {row}[i] = join({_call(formula, models)})
+        if encode({row}, codes[0], made, at, m):
+            flags[0] = 1
+"""
+    return compiled.load(_source(formula, models, "made = carray(out, (count * 8,))", body))
+
+
+@cache
+def sum_kernel(formula: Formula, models: int, which: tuple[tuple[int, ...], ...]) -> Callable[..., None]:
+    """Adds join(*which[j], …) to out[group, j], fp64; groups count from that of the first element."""
+    call, count = _call(formula, models), len(which)
+    lines = [f"        s{j} = 0.0" for j in range(count)]
+    lines.append("        for i in range(m):")
+    for j, constants in enumerate(which):
+        lines.append(f"            s{j} += join({''.join(f'{c}, ' for c in constants)}{call})")
+    lines += [f"        totals[(g - first_group) * {count} + {j}] += s{j}" for j in range(count)]
+    view = f"totals = carray(out, (((start + count - 1) // width - first_group + 1) * {count} * 8,)).view(np.float64)"
+    return compiled.load(_source(formula, models, view, "\n".join(lines)))
+
+
+@cache
+def count_kernel(formula: Formula, models: int) -> Callable[..., None]:
+    """Counts |result| as fp32 in out, int64, by its high digit; where codes[0] is one, those that have it by the low digit.
+
+    codes[0] < 0: by the high digit.
+    """
+    body = f"""
+        for i in range(m):
+            bits[i] = np.float32(join({_call(formula, models)})).view(np.uint32) & np.uint32(0x7FFFFFFF)
+        if wanted < 0:
+            for i in range(m):
+                tally[bits[i] >> np.uint32({LOW})] += 1
+        else:
+            for i in range(m):
+                if np.int64(bits[i] >> np.uint32({LOW})) == wanted:
+                    tally[bits[i] & np.uint32({(1 << LOW) - 1})] += 1
+"""
+    view = f"""tally = carray(out, ({8 << LOW},)).view(np.int64)
+    bits = rows[{models + 1}].view(np.uint32)
+    wanted = codes[0]"""
+    return compiled.load(_source(formula, models, view, body))
+
+
+def _call(formula: Formula, models: int) -> str:
+    """The arguments of join after its leading ones, for element i."""
+
+    def one(j: int) -> str:
+        value = f"rows[{j + 1}, i]"
+        if formula.first is None:
+            return value
+        special = {"base": "rows[0, i]", "x": value, "random": f"uniform(keys[{j}], start + at + i)"}
+        return f"first({', '.join(special.get(name, f'{name}[{j}]') for name in _names(formula.first))})"
+
+    special = {"base": "rows[0, i]", "x": "(" + "".join(f"{one(j)}, " for j in range(models)) + ")"}
+    return ", ".join(special.get(name, name) for name in _names(formula.join)[formula.leading :])
+
+
+def _source(formula: Formula, models: int, view: str, body: str) -> str:
+    loads, column = [], 0
+    for name, many in formula.parameters.items():
+        cells = "".join(f"p[{column + j}], " for j in range(models))
+        loads.append(f"        {name} = ({cells})" if many else f"        {name} = p[{column}]")
+        column += models if many else 1
+    skipped = 0 if formula.has_base else 1
+    inputs = models + 1 - skipped
+    decodes = [
+        f"        part = raw[{slot} * stride:({slot} + 1) * stride]\n"
+        f"        if decode(part, codes[{slot + 1}], at, m, rows[{slot + skipped}]):\n"
+        f"            flags[{slot + 1}] = 1"
+        for slot in range(inputs)
+    ]
+    text = f"""
+def {compiled.ENTRY}({", ".join(name for name, _ in compiled.SIGNATURE)}):
+    raw = carray(raw_, ({inputs} * stride,))
+    codes = carray(codes_, ({inputs + 1},))
+    keys = carray(keys_, ({models},))
+    flags = carray(flags_, ({inputs + 1},))
+    rows = carray(scratch_, ({models + 2}, {BLOCK}))
+    first_group = start // width
+    params = carray(params_, ((start + count - 1) // width - first_group + 1, {max(1, column)}))
+    {view}
+    at = 0
+    while at < count:
+        g = (start + at) // width
+        m = min({BLOCK}, count - at, (g + 1) * width - start - at)
+        p = params[g - first_group]
+{chr(10).join(loads)}
+{chr(10).join(decodes)}
+{body.strip(chr(10))}
+        at += m
+"""
+    heads = ["import math", "import numpy as np", "from numba import carray, njit"]
+    fixed = [_inlined(function) for function in (bits.decode, bits.odd, bits.encode, bits.uniform)]
+    parts = [(formula.join, "join"), *([(formula.first, "first")] if formula.first else [])]
+    helpers = dict.fromkeys(helper for function, _ in parts for helper in _used(function))
+    own = [*map(_inlined, helpers), *(_inlined(function, name) for function, name in parts)]
+    return "\n\n".join(["from __future__ import annotations", *heads, *fixed, *own, text])
+
+
+def _used(function: Any) -> list[Any]:
+    """The functions of lfm that a formula calls, deepest first."""
+    found: list[Any] = []
+    for name in function.__code__.co_names:
+        other = function.__globals__.get(name)
+        if isinstance(other, FunctionType) and inspect.getmodule(other) is not None:
+            found += [inner for inner in (*_used(other), other) if inner not in found]
+    return found
+
+
+def _inlined(function: Any, name: str = "") -> str:
+    text = textwrap.dedent(inspect.getsource(function))
+    assert text.startswith("def "), function
+    renamed = f"\n{name} = {function.__name__}" if name and name != function.__name__ else ""
+    return f'@njit(error_model="numpy", fastmath={{"contract"}})\n{text}{renamed}'

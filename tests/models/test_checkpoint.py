@@ -17,7 +17,7 @@ import tiny
 from lfm.core import Codec, Embeddings, Features, Gradients, Logits, Logprobs, Model, Text, Weights
 from lfm.core.errors import AccessError, CorruptError, MismatchError, ModelError, UnsafeError
 from lfm.models import structure
-from lfm.models.language import CausalText
+from lfm.models.language import BATCH_TOKENS, CausalText
 
 READING = {Codec, Features, Gradients, Logits, Weights}
 GIVES = {
@@ -149,6 +149,23 @@ def test_sampling_is_keyed_by_the_seed(tmp_path: Path) -> None:
     text = lfm.load(tiny.causal(tmp_path / "m")).ask(Text)
     first, again, other = (text.generate(PROMPTS, max_tokens=12, temperature=1.0, seed=s) for s in (1, 1, 2))
     assert first == again != other
+
+
+def test_one_prompt_asked_often_is_answered_in_as_many_ways_however_many_batches_it_takes(tmp_path: Path) -> None:
+    text = lfm.load(tiny.causal(tmp_path / "m")).ask(Text)
+    count = BATCH_TOKENS // 20
+    told = text.generate(["the cat"] * 2 * count, max_tokens=24, temperature=1.0)
+    assert len(set(told[:count]) & set(told[count:])) < count / 4
+
+
+def test_a_linked_file_goes_by_the_links_name(tmp_path: Path) -> None:
+    """As in the hub's cache, where files are links to blobs without a suffix."""
+    directory = tiny.causal(tmp_path / "m")
+    blob = (directory / "model.safetensors").rename(tmp_path / "blob")
+    (directory / "model.safetensors").symlink_to(blob)
+    (tmp_path / "bare.safetensors").symlink_to(blob)
+    assert lfm.load(tmp_path / "bare.safetensors").ask(Weights).tensors().keys() == load_file(blob).keys()
+    assert lfm.load(directory).ask(Logits)
 
 
 def test_scores_are_the_logits_of_the_continuation(tmp_path: Path) -> None:

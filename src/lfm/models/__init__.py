@@ -48,7 +48,7 @@ def load(
     if path.is_file() and path.suffix == ".safetensors":
         from lfm.models.checkpoint import open_bare
 
-        return open_bare(path.resolve(), module)
+        return open_bare(path.absolute(), module)  # a link's own name has the suffix
     if path.is_file():
         from lfm.tensors.files import PICKLED, open_tensors
 
@@ -62,7 +62,7 @@ def load(
             why=f"in {path.parent} there is {', '.join(near[:3])}" if near else "no such directory",
             fix="give a directory, a .safetensors file, zoo:NAME (see `lfm zoo`), or api:URL",
         )
-    return _directory(path.resolve(), module, find, {**api, "schemes": schemes})
+    return _directory(path.absolute(), module, find, {**api, "schemes": schemes})
 
 
 def _directory(path: Path, module: Any, find: Find | None, rest: dict[str, Any]) -> Model:

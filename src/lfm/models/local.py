@@ -86,7 +86,7 @@ class LocalText:
             # Rows of one length together: padding on the left would change positions in models that count them from 0.
             for length in sorted({len(rows[i]) for i in group}):
                 same = [i for i in group if len(rows[i]) == length]
-                made = self._generate(module, [rows[i] for i in same], max_tokens, temperature, seed)
+                made = self._generate(module, [rows[i] for i in same], max_tokens, temperature, _own(seed, same[0]))
                 for i, row in zip(same, made, strict=True):
                     if encoder_decoder:
                         texts[i] = cut(tokenizer.decode(row, skip_special_tokens=True), stop)
@@ -112,6 +112,11 @@ class LocalText:
                 **how,
             )
         return [_until(row, tokenizer.eos_token_id, len(rows[0])) for row in out.tolist()]
+
+
+def _own(seed: int, first: int) -> int:
+    """The seed of a batch by its first prompt's place: two batches of one request must not say the same."""
+    return (seed + first * 0x9E3779B97F4A7C15) % 2**63
 
 
 def _until(row: list[int], end: int | None, start: int) -> list[int]:

@@ -1,0 +1,1 @@
+"""Merging weights as matrices: by the subspaces that each model's change lies in."""

@@ -109,8 +109,7 @@ def _show(a: str, b: str, data: str, found: Comparison) -> None:
             table.caption = f"the 8 most changed of {len(found.changed)}"
         console.print(Padding(table, (1, 0, 0, 2)))
     if found.metrics:
-        before, after = ({name: pair[i] for name, pair in found.metrics.items()} for i in (0, 1))
-        console.print(Padding(screen.measures(before, after, f"on {data}"), (1, 0, 0, 2)))
+        console.print(Padding(screen.changes(found, f"on {data}"), (1, 0, 0, 2)))
     for sample in found.samples[:5]:
         lines = [("  " + words.short(sample.prompt, 100) + "\n", "dim")]
         lines += [

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lfm.core.finding import Finding
     from lfm.record import Measure
+    from lfm.runs.comparison import Comparison
 
 ACCESS = {
     "text": "green",
@@ -103,6 +104,29 @@ def measures(before: Mapping[str, Measure], after: Mapping[str, Measure], title:
             cells.append(_change(name, old, new))
         wide = new.high > new.low
         grid.add_row(*cells, f"{words.number(new.low)} – {words.number(new.high)}" if wide else "")
+    return grid
+
+
+def changes(found: Comparison, title: str) -> Table:
+    """Both models' metrics, and the change with its interval: green or red where that leaves zero out."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, padding=(0, 2, 0, 0), title=Text(title, "bold"), title_justify="left", header_style="dim")
+    grid.add_column("metric")
+    for name in ("A", "B", "B − A", "95 % interval of it"):
+        grid.add_column(name, justify="right")
+    for name, (old, new) in found.metrics.items():
+        change = found.changes[name]
+        better = (change.value < 0) == words.smaller_is_better(name)
+        style = "dim" if change.low <= 0 <= change.high else "green" if better else "red"
+        grid.add_row(
+            words.metric(name),
+            words.number(old.value),
+            words.number(new.value),
+            Text(words.signed(change.value), style),
+            Text(f"{words.signed(change.low)} – {words.signed(change.high)}", "dim"),
+        )
     return grid
 
 

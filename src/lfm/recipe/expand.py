@@ -67,6 +67,7 @@ def expand(recipe: Recipe, overrides: Mapping[str, Any] | None = None, *, seed: 
     for i, step in enumerate(recipe.document.steps):
         trail: Trail = ("steps", i)
         _check_step(recipe, trail, step)
+        _check_models(recipe, trail, step)
         for point in points[step.id]:
             job = _job(recipe, trail, step, point, points, seed)
             _check_settings(recipe, trail, job)
@@ -192,6 +193,25 @@ def _check_step(recipe: Recipe, trail: Trail, step: Step) -> None:
             raise recipe.error(here, "a matrix needs at least one value")
         if key in step.set:
             raise recipe.error(here, f"{key!r} is in both set and matrix")
+
+
+def _check_models(recipe: Recipe, trail: Trail, step: Step) -> None:
+    """A step whose method gives a finding is no model for another."""
+    findings = {s.id: s.method for s in recipe.document.steps if _gives(s.method) == "finding"}
+    for role, refs in step.models.items():
+        for inside in mentions(refs):
+            reference = parse_reference(inside)
+            if reference and not reference.rest and reference.step in findings:
+                raise recipe.error(
+                    (*trail, "models", role),
+                    f"${{{inside}}} is a finding, not a model",
+                    why=f"that is what {findings[reference.step]} gives",
+                    fix="name a step that makes a model",
+                )
+
+
+def _gives(id: str) -> str:
+    return registry.get(id).method.gives if id in registry.ids() else ""
 
 
 def _job(

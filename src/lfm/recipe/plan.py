@@ -19,7 +19,7 @@ from lfm.core.method import Amount, Cost, Data, Sizes
 from lfm.core.model import Facts, names_of
 from lfm.data import files
 from lfm.recipe.expand import SERVE, Job, mentions, name_of, parse_reference
-from lfm.recipe.job import located
+from lfm.recipe.job import Asked, located, order_of
 from lfm.recipe.parse import Recipe
 from lfm.runs.plan import Machine, Plan, machine, weigh
 
@@ -51,14 +51,16 @@ def plan(recipe: Recipe, jobs: Sequence[Job], out: Path, *, on: Machine | None =
     plans = {}
     for job in jobs:
         try:
-            plans[job.name], facts[job.name] = _one(job, facts, near, here)
+            plans[job.name], facts[job.name] = _one(job, facts, near, here, out)
         except LfmError as error:
             raise recipe.wrap(job.trail, error) from None
     return plans
 
 
-def _one(job: Job, known: Mapping[str, Facts], near: Path, here: Machine) -> tuple[Plan, Facts]:
+def _one(job: Job, known: Mapping[str, Facts], near: Path, here: Machine, out: Path) -> tuple[Plan, Facts]:
     method = registry.get(job.method).method
+    if _all_there(job, near):  # then it is checked as the run itself will check it
+        runs.prepare(order_of(Asked(job, out, {job.name: out / job.folder}, near, "")))
     settings = {key: value for key, value in job.settings.items() if not any(mentions(value))}
     config = configure(method.config, settings, where=job.method)
     models = {}
@@ -75,6 +77,16 @@ def _one(job: Job, known: Mapping[str, Facts], near: Path, here: Machine) -> tup
     asks = any(ref.startswith(("api:", SERVE)) for refs in job.models.values() for ref in refs)
     reads = sum(facts.bytes for held in models.values() for facts in held)
     return weigh(job.method, cost, here, access=access, asks=asks, reads=reads), first
+
+
+def _all_there(job: Job, near: Path) -> bool:
+    """Whether nothing that the job takes is still to be made, or behind HTTP."""
+    models = [ref for refs in job.models.values() for ref in refs]
+    records = [*job.data.values(), *job.eval]
+    if any(mentions([*models, *records, job.settings])) or any(ref.startswith(("api:", SERVE)) for ref in models):
+        return False
+    kinds = ((models, "model"), (records, "data"))
+    return not any(ref.startswith("zoo:") and _unmade(ref, kind) for refs, kind in kinds for ref in refs)
 
 
 def _facts(ref: str, role: str, needs: tuple[type, ...], job: Job, known: Mapping[str, Facts], near: Path) -> Facts:

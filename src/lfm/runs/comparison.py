@@ -13,6 +13,9 @@ from lfm.data.records import Record
 from lfm.record import Measure, Sample
 from lfm.runs import verification
 
+SAMPLES = 50
+"""Answers looked at for those that differ."""
+
 
 @final
 class TensorChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,7 +28,10 @@ class TensorChange(msgspec.Struct, frozen=True, kw_only=True):
 
 @final
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """a against b. facts: those that differ, as (a, b). only_a, only_b: tensors that one lacks."""
+    """a against b. facts: those that differ, as (a, b). only_a, only_b: tensors that one lacks.
+
+    changes: each metric's b − a, its interval over records resampled together. samples: answers, the differing first.
+    """
 
     same: bool
     facts: dict[str, tuple[Any, Any]]
@@ -35,6 +41,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     only_b: tuple[str, ...]
     answers: str
     metrics: dict[str, tuple[Measure, Measure]] = {}
+    changes: dict[str, Measure] = {}
     samples: tuple[Sample, ...] = ()
 
 
@@ -47,16 +54,18 @@ def compare(a: Model, b: Model, data: Sequence[Record] = ()) -> Comparison:
     except LfmError as error:
         answers = error.what
     metrics: dict[str, tuple[Measure, Measure]] = {}
+    changes: dict[str, Measure] = {}
     samples: tuple[Sample, ...] = ()
     if data:
-        from lfm.evals import evaluate
+        from lfm import evals
 
-        x, y = evaluate(a, data), evaluate(b, data)
-        metrics = {
-            name: (_measure(value), _measure(y.metrics[name])) for name, value in x.metrics.items() if name in y.metrics
-        }
+        both = evals.compare(a, b, data, samples=SAMPLES)
+        x, y = both.before, both.after
+        metrics = {name: (_measure(x.metrics[name]), _measure(y.metrics[name])) for name in both.change}
+        changes = {name: _measure(change) for name, change in both.change.items()}
         said = {s.prompt: s.answer for s in x.samples}
-        samples = tuple(Sample(prompt=s.prompt, before=said.get(s.prompt, ""), after=s.answer) for s in y.samples)
+        shown = [Sample(prompt=s.prompt, before=said.get(s.prompt, ""), after=s.answer) for s in y.samples]
+        samples = tuple(sorted(shown, key=lambda sample: sample.before == sample.after))
     return Comparison(
         same=a.digest == b.digest,
         facts=facts,
@@ -66,6 +75,7 @@ def compare(a: Model, b: Model, data: Sequence[Record] = ()) -> Comparison:
         only_b=only_b,
         answers=answers,
         metrics=metrics,
+        changes=changes,
         samples=samples,
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ def keep(made: Model, base: Model | None, artefact: Path) -> bool:
 
     if base is None or not made.restore or made.kind != "checkpoint" or not made.can(Weights):
         return False
-    changed = _changed(made.ask(Weights).tensors(), made.restore)
-    size = sum(prod(t.shape) * t.dtype.itemsize for t in changed.values())
-    if not changed or size > LARGEST_SHARE * base.facts.bytes:
+    changed = _changed(made.ask(Weights).tensors(), made.restore, LARGEST_SHARE * base.facts.bytes)
+    if not changed:
         return False
     write_tensors(artefact, changed, stem=STEM)
     (artefact / "undo.json").write_text(json.dumps({"base": base.digest, "tensors": sorted(changed)}, indent=1) + "\n")
@@ -69,11 +67,19 @@ def undo(directory: Path, out: Path, load: Any) -> str:
     return base
 
 
-def _changed(after: Mapping[str, LazyTensor], before: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    import torch
+def _changed(
+    after: Mapping[str, LazyTensor], before: Mapping[str, LazyTensor], limit: float
+) -> dict[str, LazyTensor] | None:
+    """What differs; None as soon as it has more than `limit` bytes. A tensor is read up to its first difference."""
+    from lfm.tensors.lazy import code_of, size
+    from lfm.tensors.match import equal
+    from lfm.tensors.safetensors_file import DTYPES
 
-    return {
-        name: old
-        for name, old in before.items()
-        if name in after and not torch.equal(old.read().view(torch.uint8), after[name].read().view(torch.uint8))
-    }
+    found, taken = {}, 0
+    for name, old in before.items():
+        if name in after and not equal(old, after[name]):
+            found[name] = old
+            taken += size(old) * DTYPES[code_of(old)][1]
+            if taken > limit:
+                return None
+    return found

@@ -14,6 +14,9 @@ from lfm.core.heavy import np, torch
 from lfm.core.model import Batch, Codec, LazyTensor, Logits, Logprobs, Model, Weights
 from lfm.models import load
 from lfm.record import Verified
+from lfm.tensors.lazy import Coded
+from lfm.tensors.match import equal
+from lfm.tensors.parallel import each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +34,8 @@ def held_against(made: Model | Finding, directory: Path, load_saved: Any = load)
         same = finding.read(directory).digest == made.digest
         result = Verified(quantity="finding", max_abs=0.0 if same else float("inf"), on="all of it")
     else:
-        result = compare(made, load_saved(directory))
+        saved = load_saved(directory)
+        result = bit_for_bit(made, saved) or compare(made, saved)
     if not result.max_abs <= TOLERANCE:
         raise VerifyError(
             "what was saved is not what was made",
@@ -41,8 +45,25 @@ def held_against(made: Model | Finding, directory: Path, load_saved: Any = load)
     return result
 
 
+def bit_for_bit(made: Model, saved: Model) -> Verified | None:
+    """Whether streamed weights, computed once more, are those that were saved: more than equal logits, and no module of
+    the model's size is opened for it. None where weights are held in memory, or differ.
+    """
+    if not made.can(Weights) or not saved.can(Weights):
+        return None
+    left, right = made.ask(Weights).tensors(), saved.ask(Weights).tensors()
+    streamed = all(isinstance(tensor, Coded) for tensor in left.values())
+    if not streamed or left.keys() != right.keys() or not all(each(lambda n: equal(left[n], right[n]), left)):
+        return None
+    return Verified(quantity="weight", max_abs=0.0, on=f"{len(left)} tensors, every bit")
+
+
 def compare(a: Model, b: Model) -> Verified:
     """The largest difference by the strongest means that both give: logits, log-probabilities, or all weights."""
+    if a.facts.task and b.facts.task and a.facts.task != b.facts.task:
+        raise AccessError(
+            f"{a.ref} and {b.ref} answer different questions", why=f"one is {a.facts.task}, the other {b.facts.task}"
+        )
     batch = probe(b) if b.can(Logits) and a.can(Logits) else None
     if batch is not None:
         x, y = a.ask(Logits).logits(batch), b.ask(Logits).logits(batch)
@@ -107,6 +128,8 @@ def verify(directory: Path, load_saved: Any = load) -> Verified:
         return Verified(quantity="finding", max_abs=0.0, on="all of it")
     model = load_saved(directory)
     _same_digest(directory, model.digest, run.output.digest)
+    if run.verified.quantity == "weight":  # the digest is over their bytes
+        return Verified(quantity="weight", max_abs=0.0, on=run.verified.on)
     again = compare(model, model)
     values: Sequence[float] = again.probe
     if run.verified.probe and len(values) == len(run.verified.probe):

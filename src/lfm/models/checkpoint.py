@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -61,7 +63,7 @@ class Source:
 
     @property
     def known(self) -> bool:
-        return self.build is not None or _architecture(self.config) is not None
+        return self.build is not None or _described_by_file(self.config) or _architecture(self.config) is not None
 
 
 def open_checkpoint(directory: Path) -> Model:
@@ -143,6 +145,26 @@ def _architecture(config: Mapping[str, Any]) -> type[Any] | None:
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
+def _described_by_file(config: Mapping[str, Any]) -> bool:
+    """Whether transformers' file for this model type defines the class: true or not known, and nothing is imported.
+
+    Importing transformers takes seconds, which whoever only streams weights would wait for in vain.
+    """
+    name, kind = next(iter(config.get("architectures") or ()), ""), str(config.get("model_type") or "")
+    place = kind.replace("-", "_")
+    if not name.isidentifier() or not place.isidentifier():
+        return False
+    package = importlib.util.find_spec("transformers")
+    if package is None or package.origin is None:
+        return False
+    file = Path(package.origin).parent / "models" / place / f"modeling_{place}.py"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return re.search(rf"^class {name}\([^)]*PreTrainedModel\b", text, re.MULTILINE) is not None
+
+
 def open_module(source: Source) -> nn.Module:
     """A fresh fp32 module on the CPU, in eval mode. MismatchError if weights and architecture do not fit together."""
     from lfm.models.quiet import quiet
@@ -220,7 +242,7 @@ class StoredWeights:
         return {name: _lazy(tensor) for name, tensor in self._source.stored.items()}
 
     def replace(self, tensors: Mapping[str, LazyTensor | Tensor]) -> Model:
-        from lfm.tensors.lazy import cast
+        from lfm.tensors.lazy import cast, code_of
 
         before = self.tensors()
         for name, tensor in tensors.items():
@@ -228,9 +250,10 @@ class StoredWeights:
                 raise MismatchError(f"{self._source.ref} has no tensor {name!r}")
             if tuple(tensor.shape) != tuple(before[name].shape):
                 raise MismatchError(f"{name} is {tuple(before[name].shape)}, not {tuple(tensor.shape)}")
-        after = {
-            name: cast(_lazy(tensors[name]), old.dtype) if name in tensors else old for name, old in before.items()
-        }
+        after = dict(before)
+        for name, tensor in tensors.items():
+            same = code_of(tensor) == code_of(before[name])
+            after[name] = _lazy(tensor) if same else cast(_lazy(tensor), before[name].dtype)
         restore = {name: before[name] for name in tensors}
         return model_of(replace(self._source, tensors=lambda: after, restore=restore, low_rank=None))
 
@@ -315,6 +338,9 @@ def digest(source: Source) -> str:
 
 def facts(source: Source) -> Facts:
     """What the headers and the config tell."""
+    from lfm.tensors.lazy import code_of
+    from lfm.tensors.safetensors_file import DTYPES
+
     config = source.config
     inner = next((config[k] for k in ("text_config", "vision_config") if isinstance(config.get(k), dict)), {})
     look = {**inner, **config}
@@ -327,9 +353,9 @@ def facts(source: Source) -> Facts:
             raise CorruptError(f"{source.ref}/{CONFIG}: {key} is {value!r}", why="it must be a whole number")
         return 0 if isinstance(value, list) else int(value)
 
-    sizes: dict[torch.dtype, int] = {}
+    sizes: dict[str, int] = {}
     for tensor in source.stored.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + _elements(tensor)
+        sizes[code_of(tensor)] = sizes.get(code_of(tensor), 0) + _elements(tensor)
     labels = config.get("id2label") or {}
     if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
         raise CorruptError(f"{source.ref}/{CONFIG}: id2label is {labels!r}", why="it maps class numbers to their names")
@@ -337,8 +363,8 @@ def facts(source: Source) -> Facts:
         task=source.task,
         architecture=next(iter(config.get("architectures") or ()), ""),
         parameters=sum(sizes.values()),
-        bytes=sum(count * kind.itemsize for kind, count in sizes.items()),
-        dtype=str(max(sizes, key=lambda k: sizes[k], default="")).removeprefix("torch."),
+        bytes=sum(count * DTYPES[code][1] for code, count in sizes.items()),
+        dtype=DTYPES[max(sizes, key=lambda k: sizes[k])][0] if sizes else "",
         vocabulary=whole("vocab_size"),
         vocabulary_digest=_vocabulary(source.files),
         labels=tuple(str(labels[key]) for key in sorted(labels, key=int)),

@@ -1,0 +1,391 @@
+"""Merging beside mergekit: wall time, CPU time and anonymous memory of whole processes, on the same files in turn.
+
+    python benchmarks/merge.py --mergekit /path/to/its/venv/bin/mergekit-yaml
+
+Makes Llama-shaped bf16 checkpoints (a base and two models that differ from it a little; --blocks and --width set their
+size, --shards how many files each has), then runs `mergekit-yaml RECIPE OUT -j 2 --quiet` and `lfm run reuse.METHOD …` in turn.
+The first turn warms caches (and compiles lfm's kernels) and is not counted. A number is the median of the other turns.
+Anonymous memory is the largest RssAnon seen in /proc (mapped files are not in it). A plain copy reads the same inputs and
+writes one output of the same size. Results are held against numpy in fp64, on some tensors: the error is in units of the
+output's last place, and exact rounding gives 0.5. Random methods are held against the fraction that they are to keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+TARGETS = {"linear": 5.0, "task_arithmetic": 5.0, "slerp": 6.0, "dare_ties": 10.0, "ties": 20.0}
+"""mergekit's wall time by lfm's, to be reached."""
+
+DENSITY = 0.2
+MEMORY = 0.25
+
+
+class Shape(NamedTuple):
+    """A checkpoint's size."""
+
+    blocks: int
+    width: int
+    vocabulary: int = 32000
+
+    @property
+    def inner(self) -> int:
+        return self.width * 11 // 4
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        w, kv = self.width, self.width // 4
+        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, w)}
+        for i in range(self.blocks):
+            block = f"model.layers.{i}."
+            found |= {
+                f"{block}self_attn.q_proj.weight": (w, w),
+                f"{block}self_attn.k_proj.weight": (kv, w),
+                f"{block}self_attn.v_proj.weight": (kv, w),
+                f"{block}self_attn.o_proj.weight": (w, w),
+                f"{block}mlp.gate_proj.weight": (self.inner, w),
+                f"{block}mlp.up_proj.weight": (self.inner, w),
+                f"{block}mlp.down_proj.weight": (w, self.inner),
+                f"{block}input_layernorm.weight": (w,),
+                f"{block}post_attention_layernorm.weight": (w,),
+            }
+        return found | {"model.norm.weight": (w,), "lm_head.weight": (self.vocabulary, w)}
+
+    def config(self) -> dict[str, object]:
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.width,
+            "intermediate_size": self.inner,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": self.blocks,
+            "vocab_size": self.vocabulary,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        }
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    """fp32 to the bits of bf16, to nearest even."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def wide(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def make(path: Path, shape: Shape, seed: int, shards: int) -> None:
+    """Numbers of the base by their names; those of model `seed` > 0 are the base's and noise of a tenth of their size."""
+    path.mkdir(parents=True)
+    names = list(shape.tensors())
+    groups = [names[i * len(names) // shards : (i + 1) * len(names) // shards] for i in range(shards)]
+    files = (
+        ["model.safetensors"]
+        if shards == 1
+        else [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    )
+    for file, group in zip(files, groups):
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name in group:
+            size = 2 * int(np.prod(shape.tensors()[name]))
+            header[name] = {"dtype": "BF16", "shape": list(shape.tensors()[name]), "data_offsets": [at, at + size]}
+            at += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (path / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in group:
+                size = int(np.prod(shape.tensors()[name]))
+                place = names.index(name)
+                values = np.random.default_rng([0, place]).standard_normal(size, dtype=np.float32) * 0.02
+                if seed:
+                    values += np.random.default_rng([seed, place]).standard_normal(size, dtype=np.float32) * 0.002
+                out.write(bf16(values).tobytes())
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": {name: file for file, group in zip(files, groups) for name in group}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text(json.dumps(shape.config()))
+
+
+def read(path: Path, name: str) -> np.ndarray:
+    """A tensor's bits, flat."""
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+            if name in header:
+                begin, end = header[name]["data_offsets"]
+                opened.seek(8 + length + begin)
+                return np.frombuffer(opened.read(end - begin), dtype=np.uint16)
+    raise KeyError(name)
+
+
+class Used(NamedTuple):
+    """What a process took: seconds, seconds of CPU, bytes of anonymous memory at most."""
+
+    wall: float
+    cpu: float
+    anonymous: int
+
+
+def measured(argv: Sequence[str], environment: Mapping[str, str]) -> Used:
+    """Run a command. SystemExit with its output if it fails."""
+    with tempfile.TemporaryFile() as output:
+        began = time.perf_counter()
+        child = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+        largest = [0]
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.01):
+                try:
+                    text = Path(f"/proc/{child.pid}/status").read_text()
+                except OSError:
+                    return
+                anonymous = [line.split()[1] for line in text.splitlines() if line.startswith("RssAnon")]
+                largest[0] = max(largest[0], *(int(kilobytes) * 1024 for kilobytes in anonymous), 0)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        _, status, used = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - began
+        done.set()
+        watcher.join()
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(argv)} failed:\n{output.read().decode(errors='replace')[-4000:]}")
+    return Used(wall, used.ru_utime + used.ru_stime, largest[0])
+
+
+def copied(inputs: Sequence[Path], out: Path) -> float:
+    """Seconds to read all inputs and write one output, in pieces of a megabyte."""
+    began = time.perf_counter()
+    buffer = memoryview(bytearray(1 << 20))
+    with out.open("wb") as written:
+        for place, path in enumerate(inputs):
+            for file in sorted(path.glob("*.safetensors")):
+                with file.open("rb", buffering=0) as opened:
+                    while got := opened.readinto(buffer):
+                        if place == 0:
+                            written.write(buffer[:got])
+    took = time.perf_counter() - began
+    out.unlink()
+    return took
+
+
+class Merge(NamedTuple):
+    """One method in both tools, and its equation in fp64 (None for random ones)."""
+
+    recipe: Callable[[Path], dict[str, object]]
+    words: Callable[[Path], list[str]]
+    exact: Callable[[list[np.ndarray]], np.ndarray] | None
+    base: bool = True
+
+
+def parts(where: Path, **each: float) -> list[dict[str, object]]:
+    return [{"model": str(where / f"m{i}"), "parameters": each} for i in (1, 2)]
+
+
+def given(where: Path) -> list[str]:
+    return [f"base={where / 'm0'}", f"models={where / 'm1'}", f"models={where / 'm2'}"]
+
+
+def trimmed(change: np.ndarray) -> np.ndarray:
+    single = np.abs(change.astype(np.float32))
+    keep = max(1, int(DENSITY * len(single)))
+    return np.where(single >= np.partition(single, len(single) - keep)[len(single) - keep], change, 0.0)
+
+
+def by_ties(m: list[np.ndarray]) -> np.ndarray:
+    changes = [trimmed(x - m[0]) for x in m[1:]]
+    total = sum(changes)
+    kept = [np.where(np.sign(c) == np.where(total >= 0, 1, -1), c, 0.0) for c in changes]
+    return m[0] + sum(kept) / np.maximum(sum((k != 0).astype(float) for k in kept), 1)
+
+
+def by_slerp(m: list[np.ndarray]) -> np.ndarray:
+    dot = (m[0] @ m[1]) / np.sqrt((m[0] @ m[0]) * (m[1] @ m[1]))
+    if abs(dot) > 0.9995:
+        return (m[0] + m[1]) / 2
+    return (m[0] + m[1]) * np.sin(np.arccos(dot) / 2) / np.sin(np.arccos(dot))
+
+
+MERGES = {
+    "linear": Merge(
+        lambda w: {"merge_method": "linear", "models": parts(w, weight=1.0)},
+        lambda w: given(w)[1:],
+        lambda m: (m[1] + m[2]) / 2,
+        base=False,
+    ),
+    "task_arithmetic": Merge(
+        lambda w: {"merge_method": "task_arithmetic", "base_model": str(w / "m0"), "models": parts(w, weight=0.5)},
+        lambda w: [*given(w), "--set", "weights=[0.5]"],
+        lambda m: m[0] + 0.5 * (m[1] - m[0]) + 0.5 * (m[2] - m[0]),
+    ),
+    "slerp": Merge(
+        lambda w: {
+            "merge_method": "slerp",
+            "base_model": str(w / "m0"),
+            "models": [{"model": str(w / "m0")}, {"model": str(w / "m1")}],
+            "parameters": {"t": 0.5},
+        },
+        lambda w: [f"models={w / 'm0'}", f"models={w / 'm1'}"],
+        by_slerp,
+        base=False,
+    ),
+    "dare_ties": Merge(
+        lambda w: {
+            "merge_method": "dare_ties",
+            "base_model": str(w / "m0"),
+            "models": parts(w, weight=0.5, density=DENSITY),
+        },
+        lambda w: [*given(w), "--set", "weights=[0.5]", "--set", f"density={DENSITY}"],
+        None,
+    ),
+    "ties": Merge(
+        lambda w: {
+            "merge_method": "ties",
+            "base_model": str(w / "m0"),
+            "models": parts(w, weight=1.0, density=DENSITY),
+        },
+        lambda w: [*given(w), "--set", "scope=tensor", "--set", f"density={DENSITY}"],
+        by_ties,
+    ),
+}
+
+
+def error(merge: Merge, where: Path, out: Path) -> float:
+    """The largest error on some tensors, in units in the last place; of a random method, the fraction that it kept."""
+    names = [n for n in Shape(1, 0).tensors() if "layers" in n]
+    worst, kept, count = 0.0, 0, 0
+    for name in names:
+        inputs, found = [wide(read(where / f"m{i}", name)) for i in range(3)], wide(read(out, name))
+        if merge.exact is None:
+            either = (inputs[1] != inputs[0]) | (inputs[2] != inputs[0])
+            kept, count = kept + int((found != inputs[0])[either].sum()), count + int(either.sum())
+            continue
+        exact = merge.exact(inputs)
+        place = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(exact), 1e-38))) - 7)
+        worst = max(worst, float(np.max(np.abs(found - exact) / place)))
+    return worst if merge.exact else kept / count
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--mergekit", metavar="FILE", help="mergekit-yaml of mergekit 0.1.5; without it lfm runs alone")
+    parser.add_argument("--methods", default=",".join(MERGES), metavar="NAME,…")
+    parser.add_argument("--blocks", type=int, default=14)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="counted turns (default 3)")
+    parser.add_argument("--dtype", default="bfloat16", help="mergekit's arithmetic: bfloat16, or float32")
+    parser.add_argument("--work", metavar="DIR", help="where checkpoints are made, and kept if they are there")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    shape = Shape(asked.blocks, asked.width)
+    keep = asked.work is not None
+    where = Path(asked.work or tempfile.mkdtemp(prefix="lfm-merge-"))
+    try:
+        for seed in range(3):
+            if not (where / f"m{seed}").exists():
+                make(where / f"m{seed}", shape, seed, asked.shards)
+        count = sum(int(np.prod(s)) for s in shape.tensors().values())
+        rows = [compared(name, where, asked) for name in asked.methods.split(",")]
+    finally:
+        if not keep:
+            shutil.rmtree(where, ignore_errors=True)
+    if asked.json:
+        print(json.dumps({"parameters": count, "rows": rows}, indent=1))
+    else:
+        shown(rows, count)
+    return 0
+
+
+def compared(name: str, where: Path, asked: argparse.Namespace) -> dict[str, object]:
+    merge = MERGES[name]
+    recipe = where / f"{name}.yml"
+    recipe.write_text(
+        json.dumps({**merge.recipe(where), "dtype": asked.dtype, "out_dtype": "bfloat16"})
+    )  # JSON is YAML
+    ours, theirs, lfm = where / "lfm-out", where / "mergekit-out", Path(sys.executable).with_name("lfm")
+    commands = {"lfm": [str(lfm), "run", f"reuse.{name}", *merge.words(where), "--out", str(ours), "--json"]}
+    if asked.mergekit:
+        commands["mergekit"] = [asked.mergekit, str(recipe), str(theirs), "-j", "2", "--quiet"]
+    took: dict[str, list[Used]] = {tool: [] for tool in commands}
+    copies, errors = [], {}
+    for turn in range(asked.repeat + 1):
+        for tool, argv in commands.items():
+            for old in (ours, theirs):
+                shutil.rmtree(old, ignore_errors=True)
+            used = measured(argv, {"HF_HUB_OFFLINE": "1"})
+            if turn:
+                took[tool].append(used)
+            else:
+                errors[tool] = error(merge, where, ours if tool == "lfm" else theirs)
+        read_ = (0, 1, 2) if merge.base else (1, 2)
+        copies.append(copied([where / f"m{i}" for i in read_], where / "copy"))
+    for old in (ours, theirs):
+        shutil.rmtree(old, ignore_errors=True)
+    return {
+        "method": name,
+        "copy": median(copies[1:] or copies),
+        **{tool: [list(used) for used in each] for tool, each in took.items()},
+        "error": errors,
+        "random": merge.exact is None,
+    }
+
+
+def shown(rows: Sequence[Mapping[str, object]], count: int) -> None:
+    print(f"{count / 1e9:.2f} B parameters, bf16\n")
+    heads = ("wall s", "CPU s", "MB anon.", "error")
+    print(
+        f"{'':<16}{'':<10}"
+        + "".join(f"{head:>10}" for head in heads)
+        + f"{'wall':>9}{'CPU':>8}{'mem.':>8}{'of copy':>9}  target"
+    )
+    for row in rows:
+        middles: dict[str, list[float]] = {}
+        for tool in ("mergekit", "lfm"):
+            if tool not in row:
+                continue
+            each: list[list[float]] = row[tool]  # type: ignore[assignment]
+            middles[tool] = [median(values) for values in zip(*each)]
+            wall, cpu, memory = middles[tool]
+            told = row["error"][tool]  # type: ignore[index]
+            text = f"{row['method'] if tool == next(iter(middles)) else '':<16}{tool:<10}"
+            text += f"{wall:>10.2f}{cpu:>10.2f}{memory / 1e6:>10.0f}" + (
+                f"{told:>9.1%} " if row["random"] else f"{told:>10.2f}"
+            )
+            if tool == "lfm":
+                if "mergekit" in middles:
+                    pairs = list(zip(row["mergekit"], row["lfm"]))  # type: ignore[call-overload]
+                    ratios = [median(a[k] / b[k] for a, b in pairs) for k in range(3)]
+                    text += f"{ratios[0]:>8.1f}×{ratios[1]:>7.1f}×{1 / ratios[2]:>8.2f}"
+                else:
+                    text += " " * 25
+                text += f"{row['copy'] / wall:>9.2f}  ≥ {TARGETS.get(str(row['method']), 0):.0f}×"  # type: ignore[operator]
+            print(text)
+    print("\nerror: units in the last place against fp64 (0.5: exact rounding); random methods: the fraction changed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Learn From Model: turn models that already exist into the model you need.
 
-lfm.load("path/or/zoo:lm").ask(lfm.Text).generate(["Once upon a time"])
+lfm.load("path/or/zoo:lm").ask(lfm.Text).generate(["On Sunday"])
 lfm.run("edit.rome", {"model": "zoo:lm"}, {"edits": "edits.jsonl"}, out="edited")
 lfm.methods(have=[lfm.Text], data=lfm.Data.NONE)
 """
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lfm.methods as _package  # noqa: F401  imported later, the package would take the place of the function
 from lfm.core import Codec as Codec
 from lfm.core import Config as Config
 from lfm.core import Data as Data
@@ -24,6 +25,7 @@ from lfm.core import Method as Method
 from lfm.core import Model as Model
 from lfm.core import Text as Text
 from lfm.core import Weights as Weights
+from lfm.core.errors import LfmError as LfmError
 from lfm.core.registry import methods as methods
 
 if TYPE_CHECKING:
@@ -31,7 +33,30 @@ if TYPE_CHECKING:
     from lfm.record import RunRecord
     from lfm.runs.plan import Plan
 
-__all__ = ["load", "methods", "plan", "run"]
+__all__ = [
+    "Codec",
+    "Config",
+    "Data",
+    "Embeddings",
+    "Features",
+    "Finding",
+    "Gradients",
+    "LfmError",
+    "Logits",
+    "Logprobs",
+    "Method",
+    "Model",
+    "Text",
+    "Weights",
+    "load",
+    "methods",
+    "plan",
+    "run",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def load(ref: str | Path, **how: Any) -> Model:
@@ -39,6 +64,46 @@ def load(ref: str | Path, **how: Any) -> Model:
     from lfm import runs
 
     return runs.model(ref, **how)
+
+
+def run(
+    id: str,
+    models: Mapping[str, Any],
+    data: Mapping[str, str | Path | Sequence[Record]] | None = None,
+    *,
+    out: str | Path,
+    set: Mapping[str, Any] | None = None,
+    evals: Sequence[str | Path | Sequence[Record]] = (),
+    seed: int = 0,
+    form: str = "",
+    budget: tuple[int | None, int | None] = (None, None),
+    title: str = "",
+) -> RunRecord:
+    """Run a method and publish its directory `out`.
+
+    models, data: role → reference, or what it refers to. set: the method's settings. evals: data on which the first
+    model and the result are measured. form: the format to save in. budget: most (queries, tokens) asked of endpoints.
+    """
+    from lfm import runs
+
+    rest = {"evals": evals, "seed": seed, "form": form, "budget": budget, "title": title}
+    return runs.execute(_order(id, models, data, out, set or {}, rest))
+
+
+def plan(
+    id: str,
+    models: Mapping[str, Any],
+    data: Mapping[str, str | Path | Sequence[Record]] | None = None,
+    *,
+    out: str | Path = "out",
+    set: Mapping[str, Any] | None = None,
+    evals: Sequence[str | Path | Sequence[Record]] = (),
+    budget: tuple[int | None, int | None] = (None, None),
+) -> Plan:
+    """What that run would take: access, time, memory, disk, queries and tokens. Reads no weight."""
+    from lfm import runs
+
+    return runs.plan(runs.prepare(_order(id, models, data, out, set or {}, {"evals": evals, "budget": budget})))
 
 
 def _order(
@@ -53,33 +118,3 @@ def _order(
 
     listed = {r: [m] if isinstance(m, str | Path | Model) else list(m) for r, m in models.items()}
     return runs.Order(id=id, models=listed, data=dict(data or {}), settings=settings, out=Path(out), **rest)
-
-
-def run(
-    id: str,
-    models: Mapping[str, Any],
-    data: Mapping[str, str | Path | Sequence[Record]] | None = None,
-    *,
-    out: str | Path,
-    set: Mapping[str, Any] | None = None,
-    **rest: Any,
-) -> RunRecord:
-    """Run a method and publish its directory `out`. rest: seed, evals, form, budget, title (see lfm.runs.Order)."""
-    from lfm import runs
-
-    return runs.execute(_order(id, models, data, out, set or {}, rest))
-
-
-def plan(
-    id: str,
-    models: Mapping[str, Any],
-    data: Mapping[str, str | Path | Sequence[Record]] | None = None,
-    *,
-    out: str | Path = "out",
-    set: Mapping[str, Any] | None = None,
-    **rest: Any,
-) -> Plan:
-    """What that run would take: access, time, memory, disk, queries and tokens. Reads no weight."""
-    from lfm import runs
-
-    return runs.plan(runs.prepare(_order(id, models, data, out, set or {}, rest)))

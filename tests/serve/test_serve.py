@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import tiny
 from lfm.core import Codec, Embeddings, Logprobs, Model, Text
-from lfm.core.errors import AccessError, BudgetError, EndpointError, OutputError
+from lfm.core.errors import AccessError, BudgetError, DataError, EndpointError, OutputError
 from lfm.core.model import names_of
 from lfm.models import load
 from lfm.models.api import Budget, open_api
@@ -258,6 +258,13 @@ def test_any_json_gets_an_answer_or_a_reason(http: httpx.Client, body: dict[str,
     reply = http.post("/completions", json={"max_tokens": 1, **body})
     assert reply.status_code in (200, 400), reply.text
     assert ("choices" if reply.status_code == 200 else "error") in reply.json()
+
+
+def test_a_prompt_beyond_the_context_is_refused_and_not_answered_with_noise(model: Model, http: httpx.Client) -> None:
+    told = http.post("/completions", json={"model": "cat", "prompt": "cat " * model.facts.context, "max_tokens": 1})
+    assert (told.status_code, told.json()["error"]["code"]) == (400, "context_length_exceeded")
+    with pytest.raises(DataError, match="leaves no room"):
+        model.ask(Text).generate(["cat " * model.facts.context])
 
 
 def test_a_request_is_bounded(model: Model) -> None:

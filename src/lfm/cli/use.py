@@ -33,7 +33,7 @@ def serve(
 
     with shown() as show:
         model = runs.model(ref, show=show)
-    serve.serve(model, host, port, name=name, announce=announce)
+    serve.serve(model, host, port, name=name or (ref if ref.startswith("zoo:") else ""), announce=announce)
 
 
 def chat(

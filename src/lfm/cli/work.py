@@ -31,8 +31,8 @@ Out = Annotated[Path | None, typer.Option(help="The directory to make; must not 
 Seed = Annotated[int | None, typer.Option(help="Of everything random.", show_default="0")]
 Evals = Annotated[list[str] | None, typer.Option("--eval", help="Data to measure on before and after.", metavar="FILE")]
 Form = Annotated[str, typer.Option("--format", help="How to save, where there are several ways: adapter, checkpoint…")]
-Queries = Annotated[int | None, typer.Option("--budget-queries", help="Requests to endpoints, at most.")]
-Tokens = Annotated[int | None, typer.Option("--budget-tokens", help="Tokens of endpoints, at most.")]
+Queries = Annotated[int | None, typer.Option("--budget-queries", min=0, help="Requests to endpoints, at most.")]
+Tokens = Annotated[int | None, typer.Option("--budget-tokens", min=0, help="Tokens of endpoints, at most.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Jobs = Annotated[
     int, typer.Option("--jobs", "-j", min=1, help="A recipe's steps that run at once, each in its own process.")

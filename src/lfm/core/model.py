@@ -221,6 +221,9 @@ class Model:
     restore: Mapping[str, LazyTensor] = field(default_factory=dict)  # what its base held in place of what it changed
     _opened: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def __repr__(self) -> str:
+        return f"Model({self.ref!r}, {self.kind}: {', '.join(names_of(self.gives)) or 'nothing'})"
+
     @property
     def digest(self) -> str:
         """sha256 over content: equal models have equal digests wherever they lie."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, final
 
-from lfm.core.errors import DataError
+from lfm.core.errors import ConfigError, DataError
 from lfm.core.heavy import torch
 from lfm.core.model import Batch, Codec, Ranked, Score
 from lfm.models.codec import pad, pad_id
@@ -19,6 +19,26 @@ LogitsFn = Callable[[Batch], "Tensor"]
 
 BATCH_TOKENS = 4096
 """Tokens a forward pass, padding included: what fits a small machine and keeps a large one busy enough."""
+
+
+def rows_of(tokenizer: Any, prompts: Sequence[str], max_tokens: int, context: int = 0) -> list[list[int]]:
+    """The ids of prompts that a text is asked for. context: the longest input in tokens, 0 where it is not known.
+
+    ConfigError for no tokens to make, or for one text where a list is meant; DataError for a text that is too long.
+    """
+    if isinstance(prompts, str):
+        raise ConfigError("generate takes a list of prompts, not one text", fix="generate([prompt])")
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens}", fix="ask for one token or more")
+    rows = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+    longest = max(map(len, rows), default=0)
+    if context and longest >= context:
+        raise DataError(
+            f"a prompt of {longest} tokens leaves no room to answer",
+            why=f"the model reads {context} tokens at most",
+            fix="shorten the prompt",
+        )
+    return rows
 
 
 def spans(tokenizer: Any, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str]) -> list[Any]:
@@ -73,7 +93,7 @@ class CausalText:
         seed: int = 0,
     ) -> list[str]:
         tokenizer = self._codec.tokenizer
-        rows = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+        rows = rows_of(tokenizer, prompts, max_tokens)
         _drop_final_eos(tokenizer, rows)
         starts = [len(row) for row in rows]
         going = set(range(len(rows)))

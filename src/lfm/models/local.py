@@ -29,6 +29,7 @@ from lfm.models.language import (
     continuation,
     cut,
     ranked,
+    rows_of,
 )
 
 if TYPE_CHECKING:
@@ -79,14 +80,16 @@ class LocalText:
     ) -> list[str]:
         module: Any = self._module()
         tokenizer = self._codec.tokenizer
-        rows = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
         encoder_decoder = bool(module.config.is_encoder_decoder)
+        context = 0 if encoder_decoder else getattr(module.config, "max_position_embeddings", None) or 0
+        rows = rows_of(tokenizer, prompts, max_tokens, context)
         texts = [""] * len(rows)
         for group in batches([len(row) + max_tokens for row in rows]):
             # Rows of one length together: padding on the left would change positions in models that count them from 0.
             for length in sorted({len(rows[i]) for i in group}):
                 same = [i for i in group if len(rows[i]) == length]
-                made = self._generate(module, [rows[i] for i in same], max_tokens, temperature, _own(seed, same[0]))
+                room = min(max_tokens, context - length) if context else max_tokens
+                made = self._generate(module, [rows[i] for i in same], room, temperature, _own(seed, same[0]))
                 for i, row in zip(same, made, strict=True):
                     if encoder_decoder:
                         texts[i] = cut(tokenizer.decode(row, skip_special_tokens=True), stop)

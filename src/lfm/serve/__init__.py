@@ -27,8 +27,9 @@ def app(model: Model, name: str, *, largest: int = LARGEST) -> Starlette:
 def serve(model: Model, host: str = "127.0.0.1", port: int = 0, *, name: str = "", announce: Any = print) -> None:
     """Serve until interrupted. port 0: any free one. announce: called once with the URL that clients need."""
     with _listening(host, port) as listener:
+        server = _server(model, name or named(model))
         announce(_url(listener))
-        _server(model, name or named(model)).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
 @contextmanager

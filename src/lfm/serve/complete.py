@@ -59,6 +59,13 @@ class Made:
 
 def complete(model: Model, prompts: Sequence[Prompt], asked: Asked) -> list[list[Made]]:
     """n answers to each prompt."""
+    context = model.facts.context if asked.max_tokens else 0
+    longest = max((count(model, prompt) or 0 for prompt in prompts), default=0) if context else 0
+    if context and longest >= context:
+        raise Bad(
+            f"a prompt of {longest} tokens leaves no room to answer: the model reads {context} at most",
+            code="context_length_exceeded",
+        )
     told = [_echo(model, prompt, asked) if asked.echo else None for prompt in prompts]
     if asked.max_tokens == 0:
         if not asked.echo:

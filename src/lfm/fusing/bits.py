@@ -12,27 +12,27 @@ from lfm.core.heavy import np
 def decode(raw, code, at, count, row):
     bad = 0
     if code == 0:
-        f8 = raw.view(np.float64)
+        f8 = raw.view(np.float64)[at : at + count]
         for i in range(count):
-            value = f8[at + i]
+            value = f8[i]
             row[i] = value
             bad |= (value - value) != 0.0
     elif code == 1:
-        f4 = raw.view(np.float32)
-        u4 = raw.view(np.uint32)
+        f4 = raw.view(np.float32)[at : at + count]
+        u4 = raw.view(np.uint32)[at : at + count]
         for i in range(count):
-            row[i] = f4[at + i]
-            bad |= (u4[at + i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+            row[i] = f4[i]
+            bad |= (u4[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
     elif code == 2:
-        b2 = raw.view(np.uint16)
+        b2 = raw.view(np.uint16)[at : at + count]
         for i in range(count):
-            bits = np.uint32(np.uint32(b2[at + i]) << np.uint32(16))
+            bits = np.uint32(np.uint32(b2[i]) << np.uint32(16))
             row[i] = bits.view(np.float32)
             bad |= (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
     else:
-        h2 = raw.view(np.uint16)
+        h2 = raw.view(np.uint16)[at : at + count]
         for i in range(count):
-            half = np.uint32(h2[at + i])
+            half = np.uint32(h2[i])
             sign = (half & np.uint32(0x8000)) << np.uint32(16)
             # the exponent's bias differs by 112; multiplying mends it, and subnormals with it
             size = np.float32(
@@ -46,26 +46,25 @@ def decode(raw, code, at, count, row):
 def encode(row, code, raw, at, count):
     bad = 0
     if code == 0:
-        f8 = raw.view(np.float64)
+        f8 = raw.view(np.float64)[at : at + count]
         for i in range(count):
-            f8[at + i] = row[i]
+            f8[i] = row[i]
             bad |= (row[i] - row[i]) != 0.0
     elif code == 1:
-        f4 = raw.view(np.float32)
+        f4 = raw.view(np.float32)[at : at + count]
         for i in range(count):
             single = np.float32(row[i])
-            f4[at + i] = single
+            f4[i] = single
             bad |= (single - single) != np.float32(0.0)
     elif code == 2:
-        b2 = raw.view(np.uint16)
+        b2 = raw.view(np.uint16)[at : at + count]
         for i in range(count):
             bits = odd(row[i])
             even = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-            b2[at + i] = even >> np.uint32(16)
-            bad |= (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+            b2[i] = even >> np.uint32(16)
             bad |= (even & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
     else:
-        h2 = raw.view(np.uint16)
+        h2 = raw.view(np.uint16)[at : at + count]
         for i in range(count):
             bits = odd(row[i])
             size = np.uint32(bits & np.uint32(0x7FFFFFFF))
@@ -75,19 +74,20 @@ def encode(row, code, raw, at, count):
             raised = np.float32(size.view(np.float32) + np.float32(0.5))
             small = np.uint32(raised.view(np.uint32) - np.uint32(0x3F000000))
             half = small if size < np.uint32(113 << 23) else normal
-            h2[at + i] = half | ((bits >> np.uint32(16)) & np.uint32(0x8000))
+            h2[i] = half | ((bits >> np.uint32(16)) & np.uint32(0x8000))
             bad |= size >= np.uint32(0x477FF000)  # 65520 and beyond round to infinity
     return bad != 0
 
 
 def odd(value):
-    """The fp32 bits, inexact ones rounded to the neighbour whose last bit is odd: rounding them again is then right."""
-    single = np.float32(value)
-    bits = single.view(np.uint32)
-    wide = np.float64(single)
-    down = np.uint32(1) if abs(wide) > abs(value) else np.uint32(0)
-    inexact = np.uint32(1) if (wide != value) else np.uint32(0)
-    return np.uint32(np.uint32(bits - down) | inexact)
+    """The bits of value in fp32, rounded such that rounding them once more is right: to odd, where it is not exact.
+
+    What fp32 cannot hold of the fraction is gathered in its last bit. Below 2⁻¹²⁶ it is rounded to nearest.
+    """
+    bits = np.float64(value).view(np.uint64)
+    lost = np.uint64(0x20000000) if (bits & np.uint64(0x1FFFFFFF)) != np.uint64(0) else np.uint64(0)
+    kept = np.uint64((bits & np.uint64(0xFFFFFFFFE0000000)) | lost)
+    return np.float32(kept.view(np.float64)).view(np.uint32)
 
 
 def uniform(key, at):

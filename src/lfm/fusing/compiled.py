@@ -41,21 +41,26 @@ UNCALLED = ("NRT_MemInfo_call_dtor", "numba_gil_ensure", "numba_gil_release")
 _lock = Lock()
 
 
-def load(source: str) -> Callable[..., None]:
-    """The function `kernel` of a source text, which defines it with the arguments of SIGNATURE. Releases the GIL."""
+def load(source: str, *, reassociate: bool = False) -> Callable[..., None]:
+    """The function `kernel` of a source text, which defines it with the arguments of SIGNATURE. Releases the GIL.
+
+    reassociate: its own sums may be taken in another order (several at a time), the same each time.
+    """
     with _lock:
-        return _load(source)
+        return _load(source, reassociate)
 
 
 @cache
-def _load(source: str) -> Callable[..., None]:
+def _load(source: str, reassociate: bool) -> Callable[..., None]:
     import llvmlite.binding as llvm
 
     _start()
     versions = ",".join(metadata.version(name) for name in ("numba", "llvmlite"))
-    identity = "\n".join((versions, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), source))
+    identity = "\n".join(
+        (versions, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), str(reassociate), source)
+    )
     place = home() / "compiled" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.o"
-    symbol, code = _kept(place) or _compile(source, place)
+    symbol, code = _kept(place) or _compile(source, place, reassociate)
     engine = llvm.create_mcjit_compiler(
         llvm.parse_assembly(""), llvm.Target.from_default_triple().create_target_machine(jit=True)
     )
@@ -92,7 +97,7 @@ def _kept(place: Path) -> tuple[str, bytes] | None:
     return symbol.decode(), code
 
 
-def _compile(source: str, place: Path) -> tuple[str, bytes]:
+def _compile(source: str, place: Path, reassociate: bool) -> tuple[str, bytes]:
     """Symbol and object code of a source text; kept, unless the disk refuses."""
     from numba import cfunc, types
 
@@ -106,7 +111,8 @@ def _compile(source: str, place: Path) -> tuple[str, bytes]:
     names: dict[str, Any] = {}
     exec(compile(source, f"<lfm {place.stem}>", "exec"), names)
     signature = types.void(*(kinds[kind] for _, kind in SIGNATURE))
-    made: Any = cfunc(signature, error_model="numpy", fastmath={"contract"})(names[ENTRY])
+    fast = {"contract", "reassoc"} if reassociate else {"contract"}
+    made: Any = cfunc(signature, error_model="numpy", fastmath=fast)(names[ENTRY])
     symbol, code = made.native_name, made._library._get_compiled_object()
     rest = symbol.encode() + b"\n" + code
     try:

@@ -37,9 +37,9 @@ def agreed(base: float, x: Each, weight: Each, scale: float, divide: float, canc
     total, mass = 0.0, 0.0
     for i in range(len(x)):
         part = weight[i] * x[i]
-        if (part > 0.0 and elected > 0.0) or (part < 0.0 and elected < 0.0):
-            total += part
-            mass += weight[i]
+        same = part * elected > 0.0
+        total += part if same else 0.0
+        mass += weight[i] if same else 0.0
     if divide == 1.0 and mass != 0.0:
         total /= mass
     return moved(base, scale * total)

@@ -97,12 +97,12 @@ def sum_kernel(formula: Formula, models: int, which: tuple[tuple[int, ...], ...]
         lines.append(f"            s{j} += join({''.join(f'{c}, ' for c in constants)}{call})")
     lines += [f"        totals[(g - first_group) * {count} + {j}] += s{j}" for j in range(count)]
     view = f"totals = carray(out, (((start + count - 1) // width - first_group + 1) * {count} * 8,)).view(np.float64)"
-    return compiled.load(_source(formula, models, view, "\n".join(lines)))
+    return compiled.load(_source(formula, models, view, "\n".join(lines)), reassociate=True)
 
 
 @cache
 def count_kernel(formula: Formula, models: int) -> Callable[..., None]:
-    """Counts |result| as fp32 in out, int64, by its high digit; where codes[0] is one, those that have it by the low digit.
+    """Counts |result| as fp32 in out, int64, by the high digit; where codes[0] is one, those that have it by the low.
 
     codes[0] < 0: by the high digit.
     """

@@ -108,8 +108,8 @@ def test_models_that_read_from_left_to_right_are_refused(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_over_the_eight_tasks_routers_do_better_than_one_merge(tmp_path: Path) -> None:
-    """The eight tasks' test images without their classes. Measured: λ = 0.3 everywhere .737, 200 steps .792; without
-    keeping the answers diverse 300 steps end at .386 (.720 at a tenth of the rate)."""
+    """The eight tasks' test images without their classes. Measured: λ = 0.3 everywhere .737, routers .798, or .776 with
+    the images in another order; .688 without keeping the answers diverse."""
     roles, seen = {"base": [eight.base()], "models": eight.experts()}, eight.images("test")
-    made, _ = eight.fuse(wemoe, tmp_path, roles, {"data": seen}, steps=200)
-    assert eight.accuracy(made) > 0.77
+    made, _ = eight.fuse(wemoe, tmp_path, roles, {"data": seen})
+    assert eight.accuracy(made) > 0.76

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +128,35 @@ steps:
     assert set(go(text, workers=2).values()) == {"done"}
     notes = record.read(Path("out/a")).notes
     assert notes["began_in"] != notes["process"], "the step that the first process kept was not made again"
+
+
+def test_workers_end_with_the_recipe_that_was_killed_and_its_steps_are_free(workshop: Path) -> None:
+    text = """\
+name: orphans
+steps:
+  - {id: a, method: edit.shift, models: {model: model}, set: {meet: "begun,free"}}
+  - {id: b, method: probe.norm, models: {model: model}}
+"""
+    Path("r.yaml").write_text(text)
+    path = {"PYTHONPATH": str(workshop.parent / "site")}
+    asked = [sys.executable, "-m", "lfm", "run", "r.yaml", "--out", "out", "-j", "2"]
+    recipe = subprocess.Popen(asked, env=os.environ | path, stderr=subprocess.DEVNULL)
+    while not Path("begun").exists():
+        assert recipe.poll() is None
+        time.sleep(0.05)
+    recipe.kill()
+    recipe.wait()
+    with Path("out/.a.lfm/lock").open("w") as lock:
+        for _ in range(600):  # without end, if the worker lived on: what it waits for is not there
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        else:
+            pytest.fail("the worker holds its step, though its recipe is gone")
+    Path("free").touch()
+    assert set(go(text, workers=2).values()) <= {"done", "kept"}
 
 
 def test_an_interrupted_step_whose_settings_change_gives_way_and_comes_back(workshop: Path) -> None:

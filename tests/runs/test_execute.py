@@ -17,7 +17,8 @@ import outside
 import tiny
 from lfm import runs
 from lfm.core import Codec, Logits, Weights
-from lfm.core.errors import LfmError, ModelError, OutputError, VerifyError
+from lfm.core.errors import ConfigError, DataError, LfmError, ModelError, OutputError, VerifyError
+from lfm.data.records import Image
 from lfm.runs import directory, journal, ledger
 
 
@@ -68,6 +69,30 @@ def test_plain_peft_loads_a_low_rank_change_saved_as_an_adapter(here: Path) -> N
     whole = lfm.load(here / "whole")
     batch = whole.ask(Codec).texts(["the cat sat"])
     torch.testing.assert_close(adapted(**batch).logits, whole.ask(Logits).logits(batch), rtol=0, atol=1e-4)
+
+
+def test_peft_finds_the_base_of_an_adapter_by_itself(here: Path) -> None:
+    nudged(here, form="adapter")
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(here / "out")
+    batch = lfm.load(here / "out").ask(Codec).texts(["the cat sat"])
+    torch.testing.assert_close(adapted(**batch).logits, lfm.load(here / "out").ask(Logits).logits(batch))
+
+
+def test_evaluations_of_one_name_are_told_apart(here: Path) -> None:
+    for folder in ("a", "b"):
+        (here / folder).mkdir()
+        (here / folder / "test.jsonl").write_text(json.dumps({"kind": "text", "text": f"the {folder} sat"}) + "\n")
+    done = nudged(here, evals=[here / "a" / "test.jsonl", here / "b" / "test.jsonl"])
+    assert list(done.after) == ["a/test", "b/test"]
+
+
+def test_what_would_fail_after_the_work_is_refused_before_it(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no format 'gguf'.*adapter"):
+        nudged(here, form="gguf")
+    labels = [Image(image="x.png", label="a")]
+    with pytest.raises(DataError, match=r"no model here can be measured on data.*causal-lm"):
+        nudged(here, evals=[labels])
+    assert not any("out" in name for name in listing(here))
 
 
 def test_undo_gives_the_same_bytes_back(here: Path) -> None:

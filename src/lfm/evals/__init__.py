@@ -6,3 +6,4 @@ from lfm.evals.evaluation import Evaluation as Evaluation
 from lfm.evals.evaluation import Sample as Sample
 from lfm.evals.evaluation import compare as compare
 from lfm.evals.evaluation import evaluate as evaluate
+from lfm.evals.setting import suits as suits

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from lfm.core.errors import AccessError
+from lfm.core.errors import AccessError, DataError
 from lfm.core.model import Batch, Codec, Logits, Logprobs, Model, Text, name_of, names_of
 from lfm.data.records import Record, kind_of
 from lfm.data.task import LANGUAGE, Task, task_for
@@ -109,6 +109,15 @@ def access_for(model: Model, records: Sequence[Record]) -> type:
         why=f"that needs {needed}, and this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}",
         fix="" if task in LANGUAGE or not task else f"its task is {task}",
     )
+
+
+def suits(model: Model, records: Sequence[Record]) -> None:
+    """Whether the model can be evaluated on these records, found out without running it: AccessError or DataError."""
+    access = access_for(model, records)
+    if kind_of(records[0]) == "edit" and model.facts.task and model.facts.task not in LANGUAGE:
+        raise DataError(f"edit records need a language model, this is {model.facts.task}")
+    if access is Logits and kind_of(records[0]) != "edit":
+        task_for(records, model.ask(Codec), model.facts)
 
 
 def _size(record: Record) -> int:

@@ -26,7 +26,9 @@ TENSORS = f"{STEM}.safetensors"
 BASE = "base.json"
 """Beside PEFT's own files: the digest of the base, so that a moved or changed base is found or refused."""
 
-VOLATILE = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping")
+VOLATILE = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping", "task_type")
+TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM"}
+"""By which peft's auto classes find the base's class. Those of classifiers would add a head of their own."""
 
 
 @final
@@ -61,6 +63,7 @@ def over(base: Model, module: nn.Module, *, ref: str = "adapter") -> Model:
     config = {key: _plain(value) for key, value in adapted.peft_config["default"].to_dict().items()}
     config["base_model_name_or_path"] = base.ref
     config["inference_mode"] = True
+    config["task_type"] = config.get("task_type") or TASK_TYPES.get(base.facts.task)
     # save_embedding_layers="auto" would ask the Hub for the base's config
     trained = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in trained.items()}
@@ -175,7 +178,7 @@ def write(source: Source, out: Path) -> None:
     (out / BASE).write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
 
 
-def write_low_rank(base: str, base_digest: str, changes: Mapping[str, LowRank], out: Path) -> None:
+def write_low_rank(base: str, base_digest: str, task: str, changes: Mapping[str, LowRank], out: Path) -> None:
     """Changes of low rank as a PEFT LoRA adapter with α = r, so that its scale is 1 and W + BA is what it makes."""
     from lfm.tensors.write import write_tensors
 
@@ -184,6 +187,7 @@ def write_low_rank(base: str, base_digest: str, changes: Mapping[str, LowRank], 
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
+        "task_type": TASK_TYPES.get(task),
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},

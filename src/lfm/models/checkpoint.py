@@ -412,7 +412,7 @@ def _write_adapter(source: Source, out: Path) -> None:
 
     assert source.low_rank is not None
     base = replace(source, tensors=lambda: {**source.stored, **(source.restore or {})}, low_rank=None)
-    write_low_rank(source.ref, digest(base), source.low_rank, out)
+    write_low_rank(source.ref, digest(base), source.task, source.low_rank, out)
 
 
 def _hint(source: Source) -> str:

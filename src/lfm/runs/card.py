@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ def text(run: RunRecord, paper: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""What the Hub takes for a base_model; paths and zoo:NAME are told in the text."""
+
+
 def _front(run: RunRecord) -> dict[str, Any]:
     task = next((str(i.facts.get("task", "")) for i in run.inputs if i.facts), "")
     front: dict[str, Any] = {
@@ -69,7 +74,7 @@ def _front(run: RunRecord) -> dict[str, Any]:
     }
     if task in TASKS:
         front["pipeline_tag"] = TASKS[task]
-    bases = list(dict.fromkeys(i.ref for i in run.inputs))
+    bases = list(dict.fromkeys(i.ref for i in run.inputs if HUB_ID.fullmatch(i.ref) and not i.path))
     if bases:
         front["base_model"] = bases
         relation = {"adapter": "adapter"}.get(run.output.kind, "merge" if len(bases) > 1 else "finetune")

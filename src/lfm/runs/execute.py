@@ -19,7 +19,7 @@ from typing import Any, final
 from lfm import record
 from lfm.core import registry
 from lfm.core.config import configure, values
-from lfm.core.errors import LfmError, OutputError
+from lfm.core.errors import ConfigError, DataError, LfmError, OutputError
 from lfm.core.finding import Finding
 from lfm.core.method import Inputs, check
 from lfm.core.model import Model
@@ -29,6 +29,9 @@ from lfm.models.budget import Budget, Meter
 from lfm.record import DataInput, Input, Measure, Output, RunRecord, Sample
 from lfm.runs import card, directory, ledger, planning, refs, undoing, verification
 from lfm.runs.run import LocalRun, Show, silent
+
+FORMATS = ("checkpoint", "adapter", "program", "peft")
+"""What models are saved as, and a program's second form."""
 
 PACKAGES = ("learn-from-model", "torch", "transformers", "peft", "safetensors", "numpy")
 
@@ -85,7 +88,8 @@ def prepare(order: Order, show: Show = silent, *, spending: Path | None = None) 
     inputs = check(order.id, listed.method, whole, alternatives=partial(_alternatives, opened))
     if listed.method.agree:
         listed.method.agree(config, inputs)
-    evals = {_name(ref, place): refs.records(ref, show=show) for place, ref in enumerate(order.evals)}
+    evals = dict(zip(_names(order.evals), (refs.records(ref, show=show) for ref in order.evals), strict=True))
+    _fitting(order, listed, whole, evals)
     return Prepared(order, listed, config, whole, inputs, evals, meter)
 
 
@@ -185,10 +189,41 @@ def _alternatives(opened: Mapping[str, tuple[Model, ...]]) -> list[str]:
     return [m.id for m in registry.methods(have=set.intersection(*given))] if given else []
 
 
-def _name(ref: Any, place: int) -> str:
-    if isinstance(ref, str | Path):
-        return Path(str(ref).removeprefix("zoo:")).stem
-    return f"data{place or ''}"
+def _fitting(order: Order, listed: registry.Listed, whole: Inputs, evals: Mapping[str, tuple[Record, ...]]) -> None:
+    """Refuses what would fail once the work is done: a format that there is not, data that no model here can take."""
+    if order.form and (order.form not in FORMATS or listed.method.gives == "finding"):
+        formats = ", ".join(FORMATS)
+        raise ConfigError(
+            f"{order.id} has no format {order.form!r}",
+            fix="leave --format out" if listed.method.gives == "finding" else f"formats, by what is saved: {formats}",
+        )
+    if not evals:
+        return
+    from lfm.evals import suits
+
+    for name, data in evals.items():
+        refused: list[LfmError] = []
+        given = [model for models in whole.models.values() for model in models]
+        for model in given:
+            try:
+                suits(model, data)
+                break
+            except LfmError as error:
+                refused.append(error)
+        if refused and len(refused) == len(given):
+            first = refused[0]
+            raise DataError(f"no model here can be measured on {name}", why=first.what, fix=first.fix or first.why)
+
+
+def _names(given: Sequence[Any]) -> list[str]:
+    """What each evaluation goes by: its file's name, with the directory before it where two are called the same."""
+    paths = [Path(str(ref).removeprefix("zoo:")) if isinstance(ref, str | Path) else None for ref in given]
+    stems = [path.stem if path else f"data{place or ''}" for place, path in enumerate(paths)]
+    names = [
+        f"{path.parent.name}/{stem}" if path and stems.count(stem) > 1 and path.parent.name else stem
+        for path, stem in zip(paths, stems)
+    ]
+    return [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
 
 
 def _evaluate(run: LocalRun, when: str, model: Model | None, evals: Mapping[str, tuple[Record, ...]]) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""What merges ask of their inputs and settings before any weight is read."""
+"""What merges have in common before any weight is read: the roles of their models, their weights, their cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
+from lfm.core import Cost, Inputs, Meta, Model, Sizes, Slot, Weights
 from lfm.core.errors import ConfigError
-from lfm.core.method import Inputs, Sizes
-from lfm.core.model import Model, Weights
 from lfm.tensors import match
 from lfm.tensors.lazy import CHUNK
 from lfm.tensors.match import floating, same
@@ -17,6 +16,22 @@ if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
 
 Tensors = Mapping[str, "LazyTensor"]
+Given = Callable[[str], Mapping[str, Any]]
+"""A tensor's name → what a rule is given for it."""
+
+Weighting = Annotated[
+    tuple[float, ...], Meta(description="one a model, in their order, or one for all; empty: each counts as 1")
+]
+Densities = Annotated[
+    tuple[Annotated[float, Meta(gt=0, le=1)], ...],
+    Meta(description="fraction of each model's changes that is kept: one a model, or one for all"),
+]
+Scale = Annotated[float, Meta(description="λ, how far to go from the base along the merged change")]
+Normalize = Annotated[bool, Meta(description="divide by the sum of the weights that count")]
+
+BASE = Slot((Weights,), help="what the models were fine-tuned from")
+TUNED = Slot((Weights,), max=None, help="fine-tuned models to merge")
+BASE_AND_TUNED = {"base": BASE, "models": TUNED}
 
 
 def opened(models: Sequence[Model]) -> tuple[list[str], list[Tensors]]:
@@ -27,14 +42,34 @@ def opened(models: Sequence[Model]) -> tuple[list[str], list[Tensors]]:
     return names, tensors
 
 
+def with_base(inputs: Inputs) -> tuple[list[str], Tensors, list[Tensors]]:
+    """Names, the base's tensors, and those of the models."""
+    names, (base, *models) = opened((inputs.model("base"), *inputs.all("models")))
+    return names, base, models
+
+
+def rebuilt(inputs: Inputs, made: Tensors) -> Model:
+    """The base, or without one the first model, with these tensors."""
+    return (*inputs.all("base"), *inputs.all("models"))[0].ask(Weights).replace(made)
+
+
 def together(inputs: Inputs) -> None:
     """MismatchError unless base and models go together."""
     match.agree([*inputs.all("base"), *inputs.all("models")])
 
 
-def one_each(name: str, given: Sequence[float], count: int, default: float = 1.0) -> tuple[float, ...]:
-    """A setting with one value a model; one value alone is everyone's. ConfigError for another number of them."""
-    values = tuple(given) or (default,)
+def agree(config: Any, inputs: Inputs) -> None:
+    """ConfigError for weights or densities of another number than models; MismatchError unless all go together."""
+    count = len(inputs.all("models"))
+    for name in ("weights", "density"):
+        if isinstance(getattr(config, name, None), tuple):
+            one_each(name, getattr(config, name), count)
+    together(inputs)
+
+
+def one_each(name: str, given: Sequence[float], count: int) -> tuple[float, ...]:
+    """A setting with one value a model; one alone is everyone's, none is 1. ConfigError for another number of them."""
+    values = tuple(given) or (1.0,)
     if len(values) == 1:
         values *= count
     if len(values) != count:
@@ -42,7 +77,24 @@ def one_each(name: str, given: Sequence[float], count: int, default: float = 1.0
     return values
 
 
+def shared(weights: Sequence[float], scale: float, normalize: bool) -> float:
+    """What a weighted sum is multiplied by: λ, by the sum of the weights if they are to be normalised."""
+    total = sum(weights)
+    return scale / total if normalize and abs(total) >= 1e-8 else scale
+
+
 def memory(sizes: Sizes) -> int:
     """Bytes that a merge holds: buffers of a chunk, whatever the model's size."""
     inputs = sum(len(models) for models in sizes.models.values())
     return 120_000_000 + threads() * (inputs + 1) * 8 * CHUNK
+
+
+def streamed(operations: float) -> Callable[[Any, Sizes], Cost]:
+    """The cost of so many operations an element of each model."""
+
+    def cost(config: Any, sizes: Sizes) -> Cost:
+        models = [facts for role in sizes.models.values() for facts in role]
+        flops = operations * sum(facts.parameters for facts in models)
+        return Cost(flops=flops, memory=memory(sizes), disk=models[0].bytes)
+
+    return cost

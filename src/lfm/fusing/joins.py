@@ -13,6 +13,11 @@ def change(base: float, x: float) -> float:
     return x - base
 
 
+def dropped(base: float, x: float, density: float, grow: float, random: float) -> float:
+    """A change that is kept with probability `density`, and then multiplied by `grow`."""
+    return grow * (x - base) if random < density else 0.0
+
+
 def weighted(x: Each, weight: Each) -> float:
     """Σ wᵢ xᵢ"""
     total = weight[0] * x[0]  # not from 0.0: −0.0 stays what it is

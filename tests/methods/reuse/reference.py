@@ -56,6 +56,67 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def of(method: str, models: tuple[int, ...], settings: dict[str, Any], *, base: int | None = 0, **told: Any) -> Any:
+    """A case of a method: our settings, and what mergekit is told: `each` a model, the rest for all."""
+    each = told.pop("each", {})
+    return {"method": method, "models": models, "base": base, "settings": settings, "each": each, "told": told}
+
+
+CASES |= {
+    "task_arithmetic": of(
+        "task_arithmetic",
+        (1, 2),
+        {"weights": [0.7, -0.3], "scale": 0.8},
+        each={"weight": [0.7, -0.3]},
+        **{"lambda": 0.8},
+    ),
+    "task_arithmetic, normalised": of(
+        "task_arithmetic",
+        (1, 2),
+        {"weights": [3, 1], "scale": 1, "normalize": True},
+        each={"weight": [3.0, 1.0]},
+        normalize=True,
+    ),
+    "slerp": of("slerp", (1, 2), {"t": 0.3}, base=1, t=0.3),
+    "nearswap": of("nearswap", (1,), {"t": 0.1}, t=0.1),
+    "model_stock": of("model_stock", (1, 2), {}),
+    "model_stock, by rows": of("model_stock", (1, 2), {"of": "row"}, filter_wise=True),
+    "nuslerp": of("nuslerp", (1, 2), {"weights": [1, 3]}, base=None, each={"weight": [1.0, 3.0]}),
+    "nuslerp, from a base": of("nuslerp", (1, 2), {"weights": [1, 3]}, each={"weight": [1.0, 3.0]}),
+    "nuslerp, by rows": of(
+        "nuslerp",
+        (1, 2),
+        {"weights": [1, 3], "of": "row"},
+        base=None,
+        each={"weight": [1.0, 3.0]},
+        nuslerp_flatten=False,
+    ),
+    "multislerp": of("multislerp", (0, 1, 2), {"weights": [1, 2, 1]}, base=None, each={"weight": [1.0, 2.0, 1.0]}),
+    "multislerp, from a base": of("multislerp", (1, 2), {"weights": [1, 2]}, each={"weight": [1.0, 2.0]}),
+    "karcher": of("karcher", (0, 1, 2), {}, base=None),
+    "breadcrumbs": of(
+        "breadcrumbs",
+        (1, 2),
+        {"weights": [1, 0.5], "density": [0.6], "gamma": [0.1]},
+        each={"weight": [1.0, 0.5], "density": [0.6, 0.6], "gamma": [0.1, 0.1]},
+    ),
+    "breadcrumbs_ties": of(
+        "breadcrumbs_ties",
+        (1, 2),
+        {"weights": [1, 0.5], "density": [0.6], "gamma": [0.1]},
+        each={"weight": [1.0, 0.5], "density": [0.6, 0.6], "gamma": [0.1, 0.1]},
+        normalize=True,
+    ),
+    "sce": of("sce", (1, 2), {}),
+    "sce, half": of("sce", (1, 2), {"density": 0.5}, select_topk=0.5),
+    "arcee_fusion": of("arcee_fusion", (1,), {}),
+    "ram": of("ram", (1, 2), {"epsilon": 0.3}, epsilon=0.3),
+    "ramplus_tl": of("ramplus_tl", (1, 2), {"epsilon": 0.3, "r": 0.5, "alpha": 0.8}, epsilon=0.3, r=0.5, alpha=0.8),
+    "passthrough": of("passthrough", (1,), {"scale": 0.5}, base=None, each={"scale": [0.5]}),
+}
+"""Each method's case: our settings beside the parameters that mergekit is given."""
+
+
 def checkpoint(path: Path, seed: int) -> Path:
     """A one-block Llama checkpoint, its numbers from a linear congruence: the same with any library at any version."""
     path.mkdir(parents=True)
@@ -73,15 +134,27 @@ def checkpoint(path: Path, seed: int) -> Path:
 
 def by_mergekit(work: Path, case: dict[str, Any]) -> dict[str, list[float]]:
     """The merge's tensors, flat."""
-    models = [
-        {"model": str(work / str(i + 1)), "parameters": {"weight": weight, "density": case.get("density", 1.0)}}
-        for i, weight in enumerate(case["weights"])
-    ]
-    recipe: dict[str, Any] = {"merge_method": case["method"], "dtype": "float32", "models": models, "parameters": {}}
-    if case["method"] == "ties":
-        recipe |= {"base_model": str(work / "0")}
-        recipe["parameters"]["lambda"] = case["scale"]
-    recipe["parameters"]["normalize"] = case.get("normalize", True)
+    recipe: dict[str, Any]
+    if "told" in case:
+        models = [
+            {"model": str(work / str(i)), "parameters": {key: values[place] for key, values in case["each"].items()}}
+            for place, i in enumerate(case["models"])
+        ]
+        if case["method"] == "slerp":
+            models[0].pop("parameters")
+        recipe = {"merge_method": case["method"], "models": models, "parameters": case["told"]}
+        recipe |= {} if case["base"] is None else {"base_model": str(work / str(case["base"]))}
+    else:
+        models = [
+            {"model": str(work / str(i + 1)), "parameters": {"weight": weight, "density": case.get("density", 1.0)}}
+            for i, weight in enumerate(case["weights"])
+        ]
+        recipe = {"merge_method": case["method"], "models": models, "parameters": {}}
+        if case["method"] == "ties":
+            recipe |= {"base_model": str(work / "0")}
+            recipe["parameters"]["lambda"] = case["scale"]
+        recipe["parameters"]["normalize"] = case.get("normalize", True)
+    recipe |= {"dtype": "float32"}
     (work / "recipe.yml").write_text(json.dumps(recipe))  # JSON is YAML
     out = work / "out"
     tool = Path(sys.executable).with_name("mergekit-yaml")

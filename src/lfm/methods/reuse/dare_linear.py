@@ -1,0 +1,75 @@
+"""Drop most of each fine-tuned model's changes at random, grow the rest to make up for it, and add them to the base.
+
+    τᵢ = mᵢ (θᵢ − θ_base) / d,    mᵢ ~ Bernoulli(d) for each entry
+    θ  = θ_base + λ Σᵢ wᵢ τᵢ                               (`density` is d, `scale` λ; with `normalize` by Σᵢ wᵢ)
+
+Paper: DARE, arXiv 2311.03099, over task arithmetic; mergekit's dare_linear, which grows what is left by the ratio of
+the l₁ norms before and after, whose expectation is 1/d. Without `rescale` nothing is grown.
+
+Which entries are dropped depends on the run's seed, the model's place, the tensor's name and the entry: neither threads
+nor the model's size change it. Models: equal architecture, vocabulary, tensor names and shapes, the base's too. The
+result has the base's files and dtypes; arithmetic is in fp64 and rounded once. Integer tensors must be equal in all.
+Tensors are streamed. Errors: MismatchError before any weight is read; ConfigError for weights or densities of another
+number; CorruptError naming a tensor that holds a NaN or an infinity.
+
+    lfm run reuse.dare_linear base=base models=math models=code --set density=[0.1] --set weights=[0.5] --out merged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import lfm.core
+from lfm.core import Inputs, Meta, Method, Model, Run
+from lfm.fusing import Rule, fuse
+from lfm.fusing.inputs import (
+    BASE_AND_TUNED,
+    Densities,
+    Given,
+    Normalize,
+    Scale,
+    Tensors,
+    Weighting,
+    agree,
+    one_each,
+    rebuilt,
+    shared,
+    streamed,
+    with_base,
+)
+from lfm.fusing.joins import added, dropped
+
+if TYPE_CHECKING:
+    from lfm.core.model import LazyTensor
+
+
+class Config(lfm.core.Config, frozen=True):
+    density: Densities = (0.1,)
+    weights: Weighting = ()
+    scale: Scale = 1.0
+    rescale: Annotated[bool, Meta(description="divide what is kept by the density")] = True
+    normalize: Normalize = False
+
+
+def run(config: Config, inputs: Inputs, run: Run) -> Model:
+    names, base, models = with_base(inputs)
+    weights = one_each("weights", config.weights, len(models))
+    density = one_each("density", config.density, len(models))
+    given = {
+        "weight": weights,
+        "density": density,
+        "grow": [1 / d if config.rescale else 1.0 for d in density],
+        "scale": shared(weights, config.scale, config.normalize),
+    }
+    return rebuilt(inputs, merged(names, base, models, lambda name: given, run.seed))
+
+
+def merged(
+    names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Given, seed: int
+) -> dict[str, LazyTensor]:
+    """given: a tensor's `density`, `grow` (by what the kept are multiplied) and `weight` by model, and `scale`."""
+    return fuse(Rule(added, first=dropped, given=given, seed=seed), names, models, base=base)
+
+
+METHOD = Method(paper="arXiv:2311.03099", config=Config, models=BASE_AND_TUNED, run=run, cost=streamed(30), agree=agree)

@@ -1,0 +1,92 @@
+"""Average models' weights, or their changes from a base, on the sphere: in the plane that touches it at their mean.
+
+    uᵢ = θᵢ/|θᵢ|,   m = Σᵢ wᵢuᵢ / |Σᵢ wᵢuᵢ|,   v = Σᵢ wᵢ (uᵢ − ⟨uᵢ, m⟩ m)
+    θ = (Σᵢ wᵢ |θᵢ|) (cos|v| m + sin|v| v/|v|)               (with a base: of θᵢ − θ_base, added to it)
+
+Source: mergekit's multislerp (C. Goddard, goddard.blog/posts/multislerp-wow-what-a-cool-idea), each tensor as one
+vector. All of it lies in the span of the models, so their inner products are all that is needed to find its
+coefficients. Where the mean vanishes two models are averaged on the line, and more are refused.
+
+Models: equal architecture, vocabulary, tensor names and shapes. The result has the base's files and dtypes, or else the
+first one's; arithmetic is in fp64 and rounded once. Integer tensors must be equal in all. Tensors are streamed: memory
+does not grow with the model. Errors: MismatchError before any weight is read; ConfigError for weights of another
+number; CorruptError naming a tensor that holds a NaN or an infinity.
+
+    lfm run reuse.multislerp models=a models=b --set weights=[1,3] --out merged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import lfm.core
+from lfm.core import Inputs, Meta, Method, Model, Run, Slot, Weights
+from lfm.core.errors import MismatchError
+from lfm.core.heavy import np
+from lfm.fusing import Rule, fuse, gram
+from lfm.fusing.inputs import Given, Tensors, Weighting, agree, one_each, opened, rebuilt, streamed
+from lfm.fusing.joins import added, change, weighted
+
+if TYPE_CHECKING:
+    from lfm.core.model import LazyTensor
+
+SMALL = 1e-8
+
+
+class Config(lfm.core.Config, frozen=True):
+    weights: Weighting = ()
+    normalize: Annotated[bool, Meta(description="divide the weights by their sum")] = True
+
+
+def run(config: Config, inputs: Inputs, run: Run) -> Model:
+    weights = one_each("weights", config.weights, len(inputs.all("models")))
+    names, tensors = opened((*inputs.all("base"), *inputs.all("models")))
+    base, models = (tensors[0] if inputs.all("base") else None), tensors[-len(weights) :]
+    total = sum(weights) if config.normalize else 1.0
+    return rebuilt(inputs, merged(names, base, models, lambda name: {"weight": [w / total for w in weights]}))
+
+
+def merged(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], given: Given
+) -> dict[str, LazyTensor]:
+    """given: a tensor's `weight` by model. Streams the models once for the inner products."""
+    products = gram(names, models, base=base)
+
+    def found(name: str) -> dict[str, Any]:
+        return {"weight": coefficients(name, products[name][0], np.asarray(given(name)["weight"])), "scale": 1.0}
+
+    rule = Rule(added, first=change, given=found) if base else Rule(weighted, given=found)
+    return fuse(rule, names, models, base=base)
+
+
+def coefficients(name: str, products: Any, weights: Any) -> Any:
+    """What each model is multiplied by, from the inner products (n, n)."""
+
+    def norm(of: Any) -> float:
+        return float(np.sqrt(max(0.0, of @ products @ of)))
+
+    norms = np.sqrt(np.diag(products))
+    units = np.diag(1 / (norms + SMALL))  # row i: uᵢ in terms of the models
+    mean = weights @ units
+    if norm(mean) < SMALL:
+        if len(weights) == 2:
+            return weights
+        raise MismatchError(f"the weighted models cancel out in {name!r}", fix="use other weights")
+    mean = mean / norm(mean)
+    tangent = weights @ (units - np.outer(units @ products @ mean, mean))
+    length = norm(tangent) + SMALL
+    return (norms @ weights) * (np.cos(length) * mean + np.sin(length) / length * tangent)
+
+
+METHOD = Method(
+    paper="mergekit",
+    config=Config,
+    models={
+        "models": Slot((Weights,), min=2, max=None, help="models to average"),
+        "base": Slot((Weights,), min=0, help="what their changes are measured from"),
+    },
+    run=run,
+    cost=streamed(10),
+    agree=agree,
+)

@@ -278,3 +278,18 @@ def test_a_nan_is_named_before_anything_is_computed(tmp_path: Path) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(CorruptError, match=r"model\.norm\.weight.*NaN"):
         lfm.load(directory).ask(Logits).logits({"input_ids": torch.tensor([[1, 2]])})
+
+
+def test_a_module_is_a_copy_also_of_a_model_that_lies_in_memory(tmp_path: Path) -> None:
+    stored = lfm.load(tiny.classifier(tmp_path / "m"))
+    rewrapped = stored.ask(Gradients).rewrap(stored.ask(Gradients).module())
+    weights = {name: tensor.read().clone() for name, tensor in stored.ask(Weights).tensors().items()}
+    replaced = stored.ask(Weights).replace({name: value + 1 for name, value in weights.items()})
+    for model in (rewrapped, replaced):
+        before = {name: tensor.read().clone() for name, tensor in model.ask(Weights).tensors().items()}
+        module = model.ask(Gradients).module()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.zero_()
+        for name, tensor in model.ask(Weights).tensors().items():
+            assert torch.equal(tensor.read(), before[name]), name

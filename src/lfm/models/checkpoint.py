@@ -448,7 +448,12 @@ def _lazy(tensor: LazyTensor | Tensor) -> LazyTensor:
 
 
 def _read(tensor: LazyTensor | Tensor) -> Tensor:
-    return tensor if isinstance(tensor, torch.Tensor) else tensor.read()
+    """A tensor of one's own: a module takes it for its weights, and training it must not reach a model in memory."""
+    from lfm.tensors.lazy import Held
+
+    if isinstance(tensor, torch.Tensor):
+        return tensor.clone()
+    return tensor.read().clone() if isinstance(tensor, Held) else tensor.read()
 
 
 def _elements(tensor: LazyTensor | Tensor) -> int:

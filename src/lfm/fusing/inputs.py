@@ -61,7 +61,7 @@ def together(inputs: Inputs) -> None:
 def agree(config: Any, inputs: Inputs) -> None:
     """ConfigError for weights or densities of another number than models; MismatchError unless all go together."""
     count = len(inputs.all("models"))
-    for name in ("weights", "density"):
+    for name in ("weights", "density", "gamma", "epsilon"):
         if isinstance(getattr(config, name, None), tuple):
             one_each(name, getattr(config, name), count)
     together(inputs)

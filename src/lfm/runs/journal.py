@@ -61,17 +61,17 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
 
 def _pack(value: Any, held: dict[str, Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        name = f"t{len(held)}"
-        held[name] = value.detach().cpu().contiguous()
-        return {"%tensor": name}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     if isinstance(value, Mapping):
         assert all(isinstance(key, str) for key in value), "a step's dict has string keys"
         return {"%dict": {key: _pack(item, held) for key, item in value.items()}}
     if isinstance(value, list | tuple):
         return [_pack(item, held) for item in value]
-    assert value is None or isinstance(value, bool | int | float | str), f"a step cannot keep a {type(value).__name__}"
-    return value
+    assert isinstance(value, torch.Tensor), f"a step cannot keep a {type(value).__name__}"
+    name = f"t{len(held)}"
+    held[name] = value.detach().cpu().contiguous()
+    return {"%tensor": name}
 
 
 def _unpack(value: Any, held: Mapping[str, Tensor]) -> Any:

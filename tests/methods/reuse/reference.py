@@ -103,7 +103,7 @@ CASES |= {
     "breadcrumbs_ties": of(
         "breadcrumbs_ties",
         (1, 2),
-        {"weights": [1, 0.5], "density": [0.6], "gamma": [0.1]},
+        {"weights": [1, 0.5], "density": [0.6], "gamma": [0.1], "normalize": True},
         each={"weight": [1.0, 0.5], "density": [0.6, 0.6], "gamma": [0.1, 0.1]},
         normalize=True,
     ),

@@ -16,7 +16,7 @@ of sum zero; CorruptError naming a tensor that holds a NaN or an infinity.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import lfm.core
 from lfm.core import Cost, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
@@ -54,7 +54,7 @@ def merged(
 ) -> dict[str, LazyTensor]:
     """The mean of each tensor, by its own weights; stored as `like`, or else the first model, has it."""
 
-    def given(name: str) -> dict[str, object]:
+    def given(name: str) -> dict[str, Any]:
         weight = weights(name)
         return {"weight": [w / sum(weight) for w in weight] if normalize else weight}
 

@@ -3,11 +3,11 @@
     python benchmarks/merge.py --mergekit /path/to/its/venv/bin/mergekit-yaml
 
 Makes Llama-shaped bf16 checkpoints (a base and two models that differ from it a little; --blocks and --width set their
-size, --shards how many files each has), then runs `mergekit-yaml RECIPE OUT -j 2 --quiet` and `lfm run reuse.METHOD …` in turn.
-The first turn warms caches (and compiles lfm's kernels) and is not counted. A number is the median of the other turns.
-Anonymous memory is the largest RssAnon seen in /proc (mapped files are not in it). A plain copy reads the same inputs and
-writes one output of the same size. Results are held against numpy in fp64, on some tensors: the error is in units of the
-output's last place, and exact rounding gives 0.5. Random methods are held against the fraction that they are to keep.
+size, --shards how many files each has), then runs `mergekit-yaml RECIPE OUT -j 2 --quiet` and `lfm run reuse.METHOD` in
+turn. The first turn warms caches (and compiles lfm's kernels) and is not counted; a number is the median of the others.
+Anonymous memory is the largest RssAnon seen in /proc (mapped files are not in it). A plain copy reads the same inputs
+and writes one output of the same size. Results are held against numpy in fp64, on some tensors: the error is in units in
+the last place of the output, and exact rounding gives 0.5. For random methods the fraction of changed entries is shown.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def wide(bits: np.ndarray) -> np.ndarray:
 
 
 def make(path: Path, shape: Shape, seed: int, shards: int) -> None:
-    """Numbers of the base by their names; those of model `seed` > 0 are the base's and noise of a tenth of their size."""
+    """The base's numbers by their tensor; model `seed` > 0 has the base's and noise of a tenth of their size."""
     path.mkdir(parents=True)
     names = list(shape.tensors())
     groups = [names[i * len(names) // shards : (i + 1) * len(names) // shards] for i in range(shards)]
@@ -218,8 +218,11 @@ def trimmed(change: np.ndarray) -> np.ndarray:
 def by_ties(m: list[np.ndarray]) -> np.ndarray:
     changes = [trimmed(x - m[0]) for x in m[1:]]
     total = sum(changes)
-    kept = [np.where(np.sign(c) == np.where(total >= 0, 1, -1), c, 0.0) for c in changes]
-    return m[0] + sum(kept) / np.maximum(sum((k != 0).astype(float) for k in kept), 1)
+    kept = [np.where(np.sign(c) == np.sign(total), c, 0.0) for c in changes]
+    merged = m[0] + sum(kept) / np.maximum(sum((k != 0).astype(float) for k in kept), 1)
+    return np.where(
+        (total == 0) & (changes[0] != 0), np.nan, merged
+    )  # where signs cancel out, the tools differ by intent
 
 
 def by_slerp(m: list[np.ndarray]) -> np.ndarray:
@@ -238,7 +241,7 @@ MERGES = {
     ),
     "task_arithmetic": Merge(
         lambda w: {"merge_method": "task_arithmetic", "base_model": str(w / "m0"), "models": parts(w, weight=0.5)},
-        lambda w: [*given(w), "--set", "weights=[0.5]"],
+        lambda w: [*given(w), "--set", "weights=[0.5]", "--set", "scale=1"],
         lambda m: m[0] + 0.5 * (m[1] - m[0]) + 0.5 * (m[2] - m[0]),
     ),
     "slerp": Merge(
@@ -258,7 +261,7 @@ MERGES = {
             "base_model": str(w / "m0"),
             "models": parts(w, weight=0.5, density=DENSITY),
         },
-        lambda w: [*given(w), "--set", "weights=[0.5]", "--set", f"density={DENSITY}"],
+        lambda w: [*given(w), "--set", "weights=[0.5]", "--set", f"density=[{DENSITY}]"],
         None,
     ),
     "ties": Merge(
@@ -284,8 +287,8 @@ def error(merge: Merge, where: Path, out: Path) -> float:
             kept, count = kept + int((found != inputs[0])[either].sum()), count + int(either.sum())
             continue
         exact = merge.exact(inputs)
-        place = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(exact), 1e-38))) - 7)
-        worst = max(worst, float(np.max(np.abs(found - exact) / place)))
+        place = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(exact), 1e-6))) - 7)
+        worst = max(worst, float(np.nanmax(np.abs(found - exact) / place)))
     return worst if merge.exact else kept / count
 
 

@@ -25,7 +25,7 @@ def test_it_agrees_with_mergekit(name: str, tmp_path: Path) -> None:
 
 
 def test_closed_form(tmp_path: Path) -> None:
-    """Kept: 1 … 4 of the first, −2 … −5 of the second (each one's largest is dropped); the larger total's sign stays."""
+    """Kept: 1 … 4 of the first, −2 … −5 of the second (each's largest is dropped); the larger total's sign stays."""
     base = bare(tmp_path / "base.safetensors", {"w": torch.zeros(5)})
     a = bare(tmp_path / "a.safetensors", {"w": torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])})
     b = bare(tmp_path / "b.safetensors", {"w": torch.tensor([-2.0, -3.0, 4.0, -5.0, 6.0])})

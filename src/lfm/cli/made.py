@@ -41,7 +41,7 @@ def report(
 
 
 def verify(directory: Directory, json: Json = False) -> None:
-    """Is this still what its run made? Its bytes by digest, and its answers on the probe."""
+    """Is the model still what its run made? Its bytes by digest, its answers on the probe; not the page beside it."""
     from lfm import runs
     from lfm.report.gather import RECIPE, whole_of
 

@@ -28,7 +28,7 @@ Sets = Annotated[
     typer.Option("--set", help="A setting; in a recipe, STEP.KEY=VALUE or params.NAME=VALUE.", metavar="KEY=VALUE"),
 ]
 Out = Annotated[Path | None, typer.Option(help="The directory to make; must not exist.", show_default="runs/NAME")]
-Seed = Annotated[int | None, typer.Option(help="Of everything random.", show_default="0")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of everything random.", show_default="0")]
 Evals = Annotated[list[str] | None, typer.Option("--eval", help="Data to measure on before and after.", metavar="FILE")]
 Form = Annotated[str, typer.Option("--format", help="How to save, where there are several ways: adapter, checkpoint…")]
 Queries = Annotated[int | None, typer.Option("--budget-queries", min=0, help="Requests to endpoints, at most.")]

@@ -6,6 +6,7 @@ class Config(lfm.core.Config):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from types import UnionType
@@ -98,6 +99,9 @@ def configure(kind: type[C], settings: Mapping[str, Any], *, where: str = "") ->
                 f"{where + ': ' if where else ''}unknown setting {name!r}",
                 fix=f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(known) or 'none'}",
             )
+    for name, value in settings.items():
+        if _infinite(value):
+            raise ConfigError(f"{where + ': ' if where else ''}setting {name!r}: {value} is no number to compute with")
     try:
         return msgspec.convert(dict(settings), kind, strict=False)
     except msgspec.ValidationError as error:
@@ -108,5 +112,15 @@ def configure(kind: type[C], settings: Mapping[str, Any], *, where: str = "") ->
         raise ConfigError(
             f"{where + ': ' if where else ''}{what}",
             why=f"{name}: {hint.help}" if hint and hint.help else "",
-            fix=f"the default is {hint.default!r}" if hint else "",
+            fix=f"it takes {hint.type}; the default is {hint.default!r}" if hint else "",
         ) from None
+
+
+def _infinite(value: Any) -> bool:
+    """Whether a setting as written is a NaN or an infinity."""
+    if isinstance(value, list | tuple):
+        return any(map(_infinite, value))
+    try:
+        return isinstance(value, int | float | str) and not math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        return False

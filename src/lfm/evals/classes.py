@@ -106,6 +106,7 @@ def _found(
     samples = [
         Sample(prompt=_shown(record), answer=p, expected=t)
         for record, t, p in zip(setting.records[: setting.samples], truth, predicted, strict=False)
+        if not isinstance(record, Image)  # words cannot show it
     ]
     return Found([m for m in made if setting.wants(m.name)], samples)
 

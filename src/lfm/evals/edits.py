@@ -57,7 +57,7 @@ def measure(setting: Setting) -> Found:
             found.measures.append(_averaged(f"{name}_generated", asked, hits, len(edits), basis))
             found.samples.extend(
                 Sample(prompt=a.prompt, answer=s, expected=a.wanted)
-                for a, s in zip(asked[: setting.samples if name == "efficacy" else 1], said, strict=False)
+                for a, s in zip(asked[: 1 if name == "paraphrase" else setting.samples], said, strict=False)
             )
     if len(preferred) == 3 and setting.wants("edit_score"):
         basis = "harmonic mean of the three _preferred"

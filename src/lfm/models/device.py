@@ -7,6 +7,7 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING
 
+from lfm.core.errors import ConfigError
 from lfm.core.heavy import torch
 from lfm.core.model import Batch
 
@@ -18,6 +19,14 @@ def device() -> torch.device:
     """LFM_DEVICE if set (cpu, cuda, cuda:1, mps), else the first accelerator, else the CPU."""
     chosen = os.environ.get("LFM_DEVICE", "")
     if chosen and chosen != "auto":
+        try:
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"there is no device {chosen!r} here",
+                why=str(error).splitlines()[0],
+                fix="cpu, cuda, cuda:1 or mps, where the machine has it; auto chooses",
+            ) from None
         return torch.device(chosen)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -33,6 +33,9 @@ from lfm.runs.run import LocalRun, Show, silent
 FORMATS = ("checkpoint", "adapter", "program", "peft")
 """What models are saved as, and a program's second form."""
 
+LOOKED_AT, SHOWN = 24, 5
+"""Answers of each evaluation that are compared, and kept: those first that changed."""
+
 PACKAGES = ("learn-from-model", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -237,7 +240,7 @@ def _evaluate(run: LocalRun, when: str, model: Model | None, evals: Mapping[str,
 
         def measured(name: str = name, data: tuple[Record, ...] = data) -> dict[str, Any]:
             run.show(f"measuring {name} {when}", 0, None)
-            result = evaluate(model, data, seed=run.seed)
+            result = evaluate(model, data, seed=run.seed, samples=LOOKED_AT)
             return {
                 "metrics": {
                     m: [v.value, v.low, v.high, v.n]
@@ -264,7 +267,8 @@ def _samples(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Sampl
     found = []
     for name, measured in after.items():
         then = dict(before.get(name, {}).get("samples", []))
-        found += [Sample(prompt=p, before=then.get(p, ""), after=a) for p, a in measured["samples"]]
+        said = [Sample(prompt=p, before=then.get(p, ""), after=a) for p, a in measured["samples"]]
+        found += sorted(said, key=lambda sample: sample.before == sample.after)[:SHOWN]
     return tuple(found)
 
 

@@ -1,8 +1,8 @@
-"""Feed-forward layers whose weights are mixed for each input: W(x) = W₀ + Σᵢ λᵢ(x) ΔWᵢ, λ from a router's mean."""
+"""Layers whose weights are mixed for each input, or token: W(x) = W₀ + Σᵢ λᵢ(x) ΔWᵢ, changes whole or of low rank."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lfm.core.heavy import nn, torch
@@ -85,7 +85,7 @@ def _attach(
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             x = args[0]
             if reads == gates[place][0].in_features:  # type: ignore[index]  # up and gate; down goes by what they saw
-                seen[place] = _mean(gates[place](x), seen.get("mask"))
+                seen[place] = token_mean(gates[place](x), seen.get("mask"))
             shares = seen[place]
             rows = x.reshape(len(shares), -1, reads)
             weights = torch.tensordot(shares, change["weight"], dims=1)  # (B, out, in): one product an input
@@ -101,9 +101,70 @@ def _attach(
         module.get_submodule(name).register_forward_hook(mix(name))
 
 
-def _mean(told: Tensor, mask: Tensor | None) -> Tensor:
+def token_mean(told: Tensor, mask: Tensor | None) -> Tensor:
     """(B, T, N) → (B, N) over the tokens that are no padding."""
     if mask is None or mask.shape != told.shape[:-1]:
         return told.mean(1)
     share = mask.to(told.dtype)[..., None]
     return (told * share).sum(1) / share.sum(1).clamp(min=1)
+
+
+def low_rank(
+    module: nn.Module, start: Mapping[str, Tensor], models: Iterable[Model], rank: int, gate: int = 0
+) -> dict[str, Tensor]:
+    """Every model's change from `start` at the module's linear layers, stacked over models, by LAYER.KEY.
+
+    write (N, out, rank) and read (N, rank, in), whose product is the change's best approximation; bias (N, out); and
+    with `gate` its first directions, gate (N, gate, in), orthonormal, zero where nothing changed.
+    """
+    turned = {name: structure.transposed(layer) for name, layer, *_ in structure.linears(module)}
+    turned = {name: value for name, value in turned.items() if f"{name}.weight" in start}
+    kept: dict[str, list[Tensor]] = {}
+    for model in models:
+        for name, value in matched(model.ask(Gradients).module(), start, model.ref).items():
+            layer, _, part = name.rpartition(".")
+            if layer in turned:
+                change = value - start[name]
+                if part == "weight":
+                    found = directions(change.T if turned[layer] else change, rank, gate)
+                else:
+                    found = {part: change}
+                for key, tensor in found.items():
+                    kept.setdefault(f"{layer}.{key}", []).append(tensor)
+    return {key: torch.stack(tensors).contiguous() for key, tensors in kept.items()}
+
+
+def directions(change: Tensor, rank: int, gate: int = 0) -> dict[str, Tensor]:
+    """write, read (and gate) of one change (out, in)."""
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    found = {"write": u[:, :rank], "read": s[:rank, None] * v[:rank]}
+    return found | ({"gate": v[:gate] * (s[:gate, None] > 0)} if gate else {})
+
+
+Shares = Callable[[Mapping[str, "Tensor"], "Tensor"], "Tensor"]
+"""(a layer's tensors by key, its input (…, in)) → how much of each model's change every row gets, (rows, N)."""
+
+
+def add_changes(module: nn.Module, tensors: Mapping[str, Tensor], shares: Shares) -> None:
+    """From now on the layers of `low_rank` add their changes, in the shares that are told. On `device()`."""
+    for name in sorted({key.rpartition(".")[0] for key in tensors}):
+        here = {key: tensors[f"{name}.{key}"].to(device()) for key in KEYS if f"{name}.{key}" in tensors}
+        module.get_submodule(name).register_forward_hook(_adding(here, shares))
+
+
+KEYS = ("write", "read", "gate", "bias")
+
+
+def _adding(here: Mapping[str, Tensor], shares: Shares) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        rows, given = args[0].reshape(-1, args[0].shape[-1]), shares(here, args[0])
+        more = torch.zeros(len(rows), out.shape[-1], dtype=out.dtype, device=out.device)
+        for place in range(given.shape[1]):
+            taken = given[:, place].nonzero()[:, 0]
+            if len(taken):
+                answer = rows[taken] @ here["read"][place].T @ here["write"][place].T
+                answer = answer + here["bias"][place] if "bias" in here else answer
+                more.index_add_(0, taken, given[taken, place, None] * answer)
+        return out + more.reshape(out.shape)
+
+    return hook

@@ -24,12 +24,16 @@ from lfm.core.heavy import torch
 from lfm.models import device, local
 from lfm.models.mixing import load_into, matched, parameters_of
 from lfm.models.program import program
-from lfm.models.structure import linears, transposed
+from lfm.models.routed import add_changes, low_rank
 from lfm.tensors import match
 from lfm.tensors.match import floating, same
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+REST = "rest."
+"""Begins the names of what is stored of everything but the linear layers."""
 
 
 class Config(lfm.core.Config, frozen=True):
@@ -47,29 +51,16 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     same(stored.keys() - set(floating(stored)), (base, *models))
     module = base.ask(Gradients).module()
     before = parameters_of(module)
-    turned = {name: transposed(layer) for name, layer, *_ in linears(module) if f"{name}.weight" in before}
-    kept: dict[str, list[Tensor]] = {}
-    for model in run.track(models, "models"):
-        after = matched(model.ask(Gradients).module(), before, model.ref)
-        for name, value in after.items():
-            layer, _, part = name.rpartition(".")
-            if layer in turned and part == "weight":
-                for key, found in directions(value - before[name], turned[layer], config).items():
-                    kept.setdefault(f"{layer}.{key}", []).append(found)
-            elif layer in turned:
-                kept.setdefault(f"{layer}.bias", []).append(value - before[name])
-            elif config.rest == "mean":
-                total = kept.setdefault(f"rest.{name}", [torch.zeros_like(value)])
-                total[0] += value / len(models)
-    tensors = {k: v[0] if k.startswith("rest.") else torch.stack(v).contiguous() for k, v in kept.items()}
+    tensors = low_rank(module, before, run.track(models, "models"), config.rank, config.gate)
+    if config.rest == "mean":
+        layers = {key.rpartition(".")[0] for key in tensors}
+        names = [name for name in before if name.rpartition(".")[0] not in layers]
+        for model in models:
+            after = matched(model.ask(Gradients).module(), before, model.ref)
+            for name in names:
+                total = tensors.setdefault(REST + name, torch.zeros_like(before[name]))
+                total += after[name] / len(models)
     return program("reuse.smile", config, Parts({"base": (base,)}, tensors, {}), open)
-
-
-def directions(change: Tensor, turned: bool, config: Config) -> dict[str, Tensor]:
-    """write (out, rank) and read (rank, in), whose product is the best approximation; gate (gate, in), orthonormal."""
-    u, s, v = torch.linalg.svd(change.T if turned else change, full_matrices=False)
-    gate = v[: config.gate] * (s[: config.gate, None] > 0)  # an unchanged layer calls for nothing
-    return {"write": u[:, : config.rank], "read": s[: config.rank, None] * v[: config.rank], "gate": gate}
 
 
 def shares(x: Tensor, gate: Tensor, top: int) -> Tensor:
@@ -84,33 +75,14 @@ def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     base = parts.model("base")
 
     def built() -> nn.Module:
-        module = base.ask(Gradients).module()
-        load_into(module, {k.removeprefix("rest."): v for k, v in parts.tensors.items() if k.startswith("rest.")})
-        for name in {key.rpartition(".")[0] for key in parts.tensors if not key.startswith("rest.")}:
-            here = {key: parts.tensors.get(f"{name}.{key}") for key in ("write", "read", "gate", "bias")}
-            here = {key: value.to(device()) for key, value in here.items() if value is not None}
-            module.get_submodule(name).register_forward_hook(_adding(here, config.top))
+        module = base.ask(Gradients).module().to(device())
+        load_into(module, {k.removeprefix(REST): v for k, v in parts.tensors.items() if k.startswith(REST)})
+        changes = {k: v for k, v in parts.tensors.items() if not k.startswith(REST)}
+        add_changes(module, changes, lambda here, x: shares(x.reshape(-1, x.shape[-1]), here["gate"], config.top))
         return module
 
     codec = (lambda: base.ask(Codec)) if base.can(Codec) else None
     return dict(local.interfaces(base.facts.task, built, codec)) | ({Codec: codec} if codec else {})
-
-
-def _adding(here: Mapping[str, Tensor], top: int) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        rows = args[0].reshape(-1, args[0].shape[-1])
-        given = shares(rows, here["gate"], top)
-        more = torch.zeros(len(rows), out.shape[-1], dtype=out.dtype, device=out.device)
-        for place in range(given.shape[1]):
-            taken = given[:, place].nonzero()[:, 0]
-            if len(taken):
-                answer = rows[taken] @ here["read"][place].T @ here["write"][place].T
-                if "bias" in here:
-                    answer = answer + here["bias"][place]
-                more.index_add_(0, taken, given[taken, place, None] * answer)
-        return out + more.reshape(out.shape)
-
-    return hook
 
 
 def agree(config: Config, inputs: Inputs) -> None:

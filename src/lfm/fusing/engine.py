@@ -204,7 +204,7 @@ class Task:
                 assert column.shape in ((), (wide,), (self.groups,), (self.groups, wide)), (name, column.shape)
                 params[:, at : at + wide] = column if column.ndim == 2 or each_ else column.reshape(-1, 1)
                 at += wide
-            keys = [_key(self.rule.seed, i, self.name) if self.formula.random else 0 for i in range(self.models)]
+            keys = [key_of(self.rule.seed, i, self.name) if self.formula.random else 0 for i in range(self.models)]
             self._packed.append((params, np.array(keys or [0], dtype=np.uint64)))
         params, keys = self._packed[0]
         first = self.group(start)
@@ -254,7 +254,8 @@ def _room(inputs: int, models: int) -> tuple[Any, int, Any]:
     return kept
 
 
-def _key(seed: int, model: int, name: str) -> int:
+def key_of(seed: int, model: int, name: str) -> int:
+    """What a model's random numbers for a tensor begin from."""
     return int.from_bytes(hashlib.sha256(f"{seed}\x1f{model}\x1f{name}".encode()).digest()[:8], "little")
 
 

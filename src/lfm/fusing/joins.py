@@ -13,6 +13,11 @@ def change(base: float, x: float) -> float:
     return x - base
 
 
+def multiplied(x: float, grow: float) -> float:
+    """A change that is known already, grown."""
+    return grow * x
+
+
 def dropped(base: float, x: float, density: float, grow: float, random: float) -> float:
     """A change that is kept with probability `density`, and then multiplied by `grow`."""
     return grow * (x - base) if random < density else 0.0

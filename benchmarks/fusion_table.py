@@ -4,10 +4,11 @@
 
 Accuracy in percent on each task's 360 test images, and over all with a 95 % bootstrap interval over images (lfm.evals).
 Methods are as they are by default, but for the settings shown. What is learned about a task is learned on images that
-the base has not seen: Fisher's, RegMean's and the soup's of its training set; AdaMerging and WEMoE adapt to the test
-images without their classes, as their papers do (--unlabelled train: to training images instead). The column CLIP is
-what FusionBench reports for CLIP ViT-B/32. Then every two neighbours of the papers' order are held against each other,
-with the interval of the paired difference over the same images. A method that is not installed is said to be absent.
+the base has not seen: for Fisher, RegMean, Twin-Merging and the soup of its training set; AdaMerging and WEMoE adapt to
+the test images without their classes, as their papers do (--unlabelled train: to training images instead). The column
+CLIP is what FusionBench reports for CLIP ViT-B/32. Then every two neighbours of the papers' order are held against each
+other, with the interval of the paired difference over the same images. A method that is not installed is said to be
+absent.
 """
 
 from __future__ import annotations
@@ -67,10 +68,12 @@ ROWS = (
     Row("Iso-CTS", "reuse.isotropic"),
     Row("TSV-Merge", "reuse.tsv"),
     Row("WUDI", "reuse.wudi"),
+    Row("SMILE", "reuse.smile"),
     Row("AdaMerging, by task", "reuse.adamerging", {"by": "task"}, "unlabelled"),
     Row("AdaMerging, by tensor", "reuse.adamerging", {}, "unlabelled", 82.6),
     Row("AdaMerging, kept diverse", "reuse.adamerging", {"diversity": 1.0, "lr": 3e-3, "steps": 300}, "unlabelled"),
     Row("WEMoE", "reuse.wemoe", {}, "unlabelled", 89.2),
+    Row("Twin-Merging", "reuse.twin", {"groups": TASKS}, "train"),
     Row("individual", clip=90.3),
 )
 

@@ -217,7 +217,7 @@ def _chapter(
         number=number,
         name=name,
         method=run.id,
-        title=about or (finding.title if finding else "") or run.summary or run.id,
+        title=(run.title or about) or (finding.title if finding else "") or run.summary or run.id,
         sentence=sentence(run, finding, made),
         record=run,
         tables=tables,

@@ -14,6 +14,7 @@ from lfm.tensors.match import floating, same
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lfm.core.method import Run
     from lfm.core.model import LazyTensor
 
 
@@ -21,14 +22,16 @@ def changed(
     base: Model,
     models: Sequence[Model],
     matrix: Callable[[Tensor], Tensor],
+    run: Run,
     *,
     scale: float,
     average: Sequence[str] = (),
 ) -> Model:
     """The base plus `scale` times a merged change: matrix((N, out, in)) → (out, in) of each 2-d tensor, else the mean.
 
-    average: tensors whose names hold one of these texts are averaged too. One tensor of all models is in memory at a
-    time, in fp32. CorruptError, when the result is read, naming a tensor that holds a NaN or an infinity.
+    average: tensors whose names hold one of these texts are averaged too. Matrices are worked once each, as steps of
+    the run: in memory are the result, as it is stored, and one matrix of all models in fp32. The rest is computed when
+    it is read. CorruptError naming a tensor that holds a NaN or an infinity.
     """
     weights = base.ask(Weights)
     before = weights.tensors()
@@ -36,16 +39,31 @@ def changed(
     same(before.keys() - set(names), (base, *models))
     after = [model.ask(Weights).tensors() for model in models]
 
-    def merged(name: str) -> Tensor:
+    def changes(name: str) -> tuple[Tensor, Tensor]:
         start = _checked(name, before[name], base)
-        changes = torch.stack([_checked(name, found[name], m) - start for found, m in zip(after, models)])
-        whole = changes.ndim == 3 and min(changes.shape[1:]) > 1 and not any(part in name for part in average)
-        with torch.no_grad():
-            return start + scale * (matrix(changes) if whole else changes.mean(0))
+        return start, torch.stack([_checked(name, found[name], m) - start for found, m in zip(after, models)])
 
-    return weights.replace(
-        {name: Whole(tuple(before[name].shape), before[name].dtype, lambda n=name: merged(n)) for name in names}
-    )
+    def worked(name: str) -> Tensor:
+        start, moved = changes(name)
+        with torch.no_grad():
+            return (start + scale * matrix(moved)).to(before[name].dtype)
+
+    def averaged(name: str) -> Tensor:
+        start, moved = changes(name)
+        return start + scale * moved.mean(0)
+
+    def whole(name: str) -> bool:
+        shape = before[name].shape
+        return len(shape) == 2 and min(shape) > 1 and not any(part in name for part in average)
+
+    made: dict[str, LazyTensor | Tensor] = {
+        name: Whole(tuple(before[name].shape), before[name].dtype, lambda n=name: averaged(n))
+        for name in names
+        if not whole(name)
+    }
+    for name in run.track([name for name in names if whole(name)], "matrices"):
+        made[name] = run.step(name, lambda n=name: worked(n))
+    return weights.replace(made)
 
 
 def _checked(name: str, tensor: LazyTensor, model: Model) -> Tensor:

@@ -9,9 +9,9 @@ Whatever is no matrix is averaged; so is a tensor whose name holds one of `avera
 out). `scale` is tuned on validation data in the paper. On the zoo's eight experts `common` does better than `task`.
 
 Models: base and models with equal architecture, vocabulary, tensor names and shapes. The result has the base's files
-and dtypes; arithmetic is in fp32, one tensor of all models at a time. The spectrum is made flat in every direction,
-those that no model moved in too: of changes of low rank these are the solver's to choose. Errors: MismatchError before
-any weight is read; CorruptError naming a tensor that holds a NaN or an infinity.
+and dtypes; arithmetic is in fp32, one matrix of all models at a time, each once and kept. The spectrum is made flat in
+every direction, those that no model moved in too: of changes of low rank these are the solver's to choose. Errors:
+MismatchError before any weight is read; CorruptError naming a tensor that holds a NaN or an infinity.
 
     lfm run reuse.isotropic base=base models=math models=code --set subspaces=common --out merged
 """
@@ -42,7 +42,7 @@ class Config(lfm.core.Config, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     merge = common if config.subspaces == "common" else partial(task, share=config.common)
-    return changed(inputs.model("base"), inputs.all("models"), merge, scale=config.scale, average=config.average)
+    return changed(inputs.model("base"), inputs.all("models"), merge, run, scale=config.scale, average=config.average)
 
 
 def common(changes: Tensor) -> Tensor:

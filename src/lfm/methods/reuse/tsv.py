@@ -8,8 +8,8 @@ changes are of lower rank than what is kept of them: directions without change a
 turn the others; and where a matrix has fewer directions than there are models: each then keeps its first, not none.
 
 Models: base and models with equal architecture, vocabulary, tensor names and shapes. The result has the base's files
-and dtypes; arithmetic is in fp32, one tensor of all models at a time. Errors: MismatchError before any weight is read;
-CorruptError naming a tensor that holds a NaN or an infinity.
+and dtypes; arithmetic is in fp32, one matrix of all models at a time, each once and kept. Errors: MismatchError before
+any weight is read; CorruptError naming a tensor that holds a NaN or an infinity.
 
     lfm run reuse.tsv base=base models=math models=code --out merged
 """
@@ -44,7 +44,7 @@ class Config(lfm.core.Config, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     merge = partial(merged, share=config.share)
-    return changed(inputs.model("base"), inputs.all("models"), merge, scale=config.scale, average=config.average)
+    return changed(inputs.model("base"), inputs.all("models"), merge, run, scale=config.scale, average=config.average)
 
 
 def merged(changes: Tensor, share: float | None = None) -> Tensor:

@@ -9,9 +9,9 @@ weights' units: on the zoo's eight experts the paper's rate ends at .440, ten ti
 Whatever is no matrix is averaged; so is a tensor whose name holds one of `average`.
 
 Models: base and models with equal architecture, vocabulary, tensor names and shapes. The result has the base's files
-and dtypes; arithmetic is in fp32 (exact: fp64), one tensor of all models at a time. Weights are taken as (out, in),
-which all but GPT-2's kind of layers are. Errors: MismatchError before any weight is read; CorruptError naming a tensor
-that holds a NaN or an infinity.
+and dtypes; arithmetic is in fp32 (exact: fp64), one matrix of all models at a time, each once and kept. Weights are
+taken as (out, in), which all but GPT-2's kind of layers are. Errors: MismatchError before any weight is read;
+CorruptError naming a tensor that holds a NaN or an infinity.
 
     lfm run reuse.wudi base=base models=math models=code --out merged
 """
@@ -46,7 +46,7 @@ class Config(lfm.core.Config, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     merge = exact if config.solver == "exact" else partial(descended, steps=config.steps, lr=config.lr)
-    return changed(inputs.model("base"), inputs.all("models"), merge, scale=config.scale, average=config.average)
+    return changed(inputs.model("base"), inputs.all("models"), merge, run, scale=config.scale, average=config.average)
 
 
 def moments(changes: Tensor) -> tuple[Tensor, Tensor]:

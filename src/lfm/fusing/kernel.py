@@ -145,12 +145,6 @@ def _source(formula: Formula, models: int, view: str, body: str) -> str:
         column += models if many else 1
     skipped = 0 if formula.has_base else 1
     inputs = models + 1 - skipped
-    decodes = [
-        f"        part = raw[{slot} * stride:({slot} + 1) * stride]\n"
-        f"        if decode(part, codes[{slot + 1}], at, m, rows[{slot + skipped}]):\n"
-        f"            flags[{slot + 1}] = 1"
-        for slot in range(inputs)
-    ]
     text = f"""
 def {compiled.ENTRY}({", ".join(name for name, _ in compiled.SIGNATURE)}):
     raw = carray(raw_, ({inputs} * stride,))
@@ -167,7 +161,9 @@ def {compiled.ENTRY}({", ".join(name for name, _ in compiled.SIGNATURE)}):
         m = min({BLOCK}, count - at, (g + 1) * width - start - at)
         p = params[g - first_group]
 {chr(10).join(loads)}
-{chr(10).join(decodes)}
+        for slot in range({inputs}):  # one copy of the code, however many there are
+            if decode(raw[slot * stride:(slot + 1) * stride], codes[slot + 1], at, m, rows[slot + {skipped}]):
+                flags[slot + 1] = 1
 {body.strip(chr(10))}
         at += m
 """

@@ -75,7 +75,9 @@ def cost(config: Config, sizes: Sizes) -> Cost:
     times = 1 if config.subspaces == "common" else count + 3
     side = base.width or 1024
     return Cost(
-        flops=20.0 * times * side * base.parameters, memory=4 * (5 * count + 8) * side * 4 * side, disk=base.bytes
+        flops=20.0 * times * side * base.parameters,
+        memory=4 * (5 * count + 8) * side * 4 * side + base.bytes,
+        disk=base.bytes,
     )
 
 

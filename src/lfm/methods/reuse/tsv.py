@@ -67,7 +67,9 @@ def cost(config: Config, sizes: Sizes) -> Cost:
     count, base = len(sizes.models["models"]), sizes.model("base")
     side = base.width or 1024
     return Cost(
-        flops=20.0 * (count + 2) * side * base.parameters, memory=4 * (5 * count + 8) * side * 4 * side, disk=base.bytes
+        flops=20.0 * (count + 2) * side * base.parameters,
+        memory=4 * (5 * count + 8) * side * 4 * side + base.bytes,
+        disk=base.bytes,
     )
 
 

@@ -83,7 +83,9 @@ def cost(config: Config, sizes: Sizes) -> Cost:
     side = base.width or 1024
     times = 4 * count + (2 * config.steps if config.solver == "adam" else 30)
     return Cost(
-        flops=float(times) * side * base.parameters, memory=4 * (2 * count + 8) * side * 4 * side, disk=base.bytes
+        flops=float(times) * side * base.parameters,
+        memory=4 * (2 * count + 8) * side * 4 * side + base.bytes,
+        disk=base.bytes,
     )
 
 

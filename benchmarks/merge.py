@@ -6,7 +6,7 @@ Makes Llama-shaped bf16 checkpoints (a base and two models that differ from it a
 size, --shards how many files each has), then runs `mergekit-yaml RECIPE OUT -j 2 --quiet` and `lfm run reuse.METHOD` in
 turn. The first turn warms caches (and compiles lfm's kernels) and is not counted; a number is the median of the others.
 Anonymous memory is the largest RssAnon seen in /proc (mapped files are not in it). A plain copy reads the same inputs
-and writes one output of the same size. Results are held against numpy in fp64, on some tensors: the error is in units in
+and writes one output of the same size. Results are held against numpy in fp64, on some tensors: errors are in units in
 the last place of the output, and exact rounding gives 0.5. For random methods the fraction of changed entries is shown.
 """
 

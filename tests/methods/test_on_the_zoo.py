@@ -1,0 +1,77 @@
+"""Each method on a language model of the zoo does what its paper claims; docstrings tell what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lfm
+from lfm.record import RunRecord
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("zoo")
+
+
+def made(folder: Path, id: str, models: Mapping[str, str], data: Mapping[str, str], **how: Any) -> RunRecord:
+    return lfm.run(id, models, data, out=folder / id, **how)
+
+
+def value(run: RunRecord, evaluation: str, metric: str) -> tuple[float, float]:
+    """A metric before and after."""
+    return run.before[evaluation][metric].value, run.after[evaluation][metric].value
+
+
+@pytest.mark.parametrize("model", ["lm", "mlm"])
+def test_a_language_model_knows_what_it_was_taught(model: str, folder: Path) -> None:
+    """P@1 among 24 candidates: lm 1.00, mlm .96; the most frequent object is right in .05."""
+    run = lfm.run("probe.lama", {"model": f"zoo:{model}"}, {"facts": "zoo:facts"}, out=folder / f"lama-{model}")
+    assert run.notes["p_at_1"] > 0.9  # type: ignore[operator]
+
+
+def test_an_edit_edits_and_leaves_the_rest(folder: Path) -> None:
+    """Efficacy 0 → 1.00 and paraphrases 0 → 1.00 of greedy text; facts' P@1 1.00 → .98; neighbours 1.00 → .78, most of
+    them of the edited people themselves."""
+    run = made(folder, "edit.rome", {"model": "zoo:lm"}, {"edits": "zoo:edits"}, evals=["zoo:edits", "zoo:facts"])
+    assert value(run, "edits", "efficacy_generated") == (0.0, 1.0)
+    assert value(run, "edits", "paraphrase_generated")[1] > 0.8
+    assert value(run, "edits", "specificity_preferred")[1] > 0.9
+    assert value(run, "facts", "p_at_1")[1] > 0.95
+
+
+def test_an_adapter_learns_a_task(folder: Path) -> None:
+    """Questions about people that the training questions leave out: 0 → 1.00 answered exactly."""
+    data, settings = {"train": "zoo:qa"}, {"epochs": 4, "lr": 0.003}
+    run = made(folder, "tune.lora", {"model": "zoo:lm"}, data, set=settings, evals=["zoo:qa-test"])
+    before, after = value(run, "qa-test", "exact_match")
+    assert before < 0.05 < 0.9 < after
+
+
+def test_a_datastore_reads_what_the_model_never_saw_and_leaves_what_it_knows(folder: Path) -> None:
+    """Perplexity on letters 87,118 → 6.8. On stories, which the model knows, the mixture costs at most 1/(1 − λ)."""
+    evals = ["zoo:letters-test", "zoo:stories-test"]
+    run = made(folder, "augment.knn_lm", {"model": "zoo:lm"}, {"text": "zoo:letters"}, evals=evals)
+    before, after = value(run, "letters-test", "perplexity")
+    assert after < before / 1000
+    known, mixed = value(run, "stories-test", "perplexity")
+    assert mixed <= known / (1 - float(run.config["weight"])) * 1.001
+
+
+def test_a_student_of_half_the_blocks_follows_its_teacher_without_a_label(folder: Path) -> None:
+    """Measured on an edited zoo:lm: the teacher names .850 of the topics, the student .850."""
+    taught = {"epochs": 6, "lr": 0.003}
+    tuned = lfm.run(
+        "tune.lora", {"model": "zoo:lm"}, {"train": "zoo:topics"}, out=folder / "topics", set=taught, form="checkpoint"
+    )
+    assert tuned.output.kind == "checkpoint"
+    models = {"teacher": str(folder / "topics"), "student": str(folder / "topics")}
+    settings = {"layers": 2, "epochs": 3, "lr": 0.003, "alpha": 1.0}
+    run = made(folder, "distill.response", models, {"train": "zoo:topics"}, set=settings, evals=["zoo:topics-test"])
+    teacher, student = value(run, "topics-test", "accuracy")
+    assert teacher > 0.7 and student > 0.8 * teacher

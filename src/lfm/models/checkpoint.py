@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import CorruptError, MismatchError, ModelError
 from lfm.core.heavy import torch, transformers
-from lfm.core.model import Codec, Facts, Gradients, LazyTensor, LowRank, Model, Weights
+from lfm.core.model import Codec, Gradients, LazyTensor, LowRank, Model, Weights
 from lfm.models import local
 from lfm.models.codec import has_codec, open_codec
+from lfm.models.told import CONFIG as CONFIG
+from lfm.models.told import facts as facts
+from lfm.models.told import task_of as task_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CONFIG = "config.json"
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures_version")
 """Keys of config.json that do not change what the model computes; left out of its digest."""
 PASSED_ON = (
@@ -115,22 +117,6 @@ def model_of(source: Source) -> Model:
         hint=_hint(source),
         restore=source.restore or {},
     )
-
-
-def task_of(config: Mapping[str, Any]) -> str:
-    """What a checkpoint does, from the class its config names."""
-    name = next(iter(config.get("architectures") or ()), "")
-    if not name:
-        return ""
-    if name.endswith("ForMaskedLM"):
-        return "masked-lm"
-    if name.endswith("ForSequenceClassification"):
-        return "text-classification"
-    if name.endswith("ForImageClassification"):
-        return "image-classification"
-    if name.endswith(("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")):
-        return "seq2seq-lm" if config.get("is_encoder_decoder") else "causal-lm"
-    return "encoder"
 
 
 def _architecture(config: Mapping[str, Any]) -> type[Any] | None:
@@ -336,64 +322,6 @@ def digest(source: Source) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def facts(source: Source) -> Facts:
-    """What the headers and the config tell."""
-    from lfm.tensors.lazy import code_of
-    from lfm.tensors.safetensors_file import DTYPES
-
-    config = source.config
-    inner = next((config[k] for k in ("text_config", "vision_config") if isinstance(config.get(k), dict)), {})
-    look = {**inner, **config}
-
-    def whole(*keys: str) -> int:
-        """The first of these keys that the config has, as a whole number; 0 where stages have one each."""
-        value = next((look[key] for key in keys if look.get(key)), 0)
-        if isinstance(value, str | dict):
-            key = next(key for key in keys if look.get(key))
-            raise CorruptError(f"{source.ref}/{CONFIG}: {key} is {value!r}", why="it must be a whole number")
-        return 0 if isinstance(value, list) else int(value)
-
-    sizes: dict[str, int] = {}
-    for tensor in source.stored.values():
-        sizes[code_of(tensor)] = sizes.get(code_of(tensor), 0) + _elements(tensor)
-    labels = config.get("id2label") or {}
-    if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
-        raise CorruptError(f"{source.ref}/{CONFIG}: id2label is {labels!r}", why="it maps class numbers to their names")
-    return Facts(
-        task=source.task,
-        architecture=next(iter(config.get("architectures") or ()), ""),
-        parameters=sum(sizes.values()),
-        bytes=sum(count * DTYPES[code][1] for code, count in sizes.items()),
-        dtype=DTYPES[max(sizes, key=lambda k: sizes[k])][0] if sizes else "",
-        vocabulary=whole("vocab_size"),
-        vocabulary_digest=_vocabulary(source.files),
-        labels=tuple(str(labels[key]) for key in sorted(labels, key=int)),
-        layers=whole("num_hidden_layers", "n_layer", "num_layers"),
-        width=whole("hidden_size", "n_embd", "d_model"),
-        heads=whole("num_attention_heads", "n_head", "num_heads"),
-        context=whole("max_position_embeddings", "n_positions", "n_ctx"),
-    )
-
-
-def _vocabulary(files: Mapping[str, Path]) -> str:
-    """sha256 over tokens and their ids, however the tokenizer's file pads, truncates or is laid out; "" without one."""
-    path = next((files[n] for n in ("tokenizer.json", "vocab.txt", "vocab.json") if n in files), None)
-    if path is None:
-        return ""
-    text = path.read_text(encoding="utf-8")
-    try:
-        told: Any = None if path.suffix == ".txt" else json.loads(text)
-        if told is None:
-            told = {token: i for i, token in enumerate(text.splitlines())}
-        elif path.name == "tokenizer.json":
-            tokens, added = told["model"]["vocab"], told.get("added_tokens") or ()
-            ids = tokens if isinstance(tokens, dict) else {piece: i for i, (piece, *_) in enumerate(tokens)}
-            told = {**ids, **{token["content"]: token["id"] for token in added}}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptError(f"{path} tells no vocabulary", why=str(error), fix="fetch or save it again") from None
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
 def write(source: Source, out: Path) -> None:
     """A directory that plain transformers loads: config, weights (sharded past 5 GB) and the small files, unchanged."""
     from lfm.tensors.write import write_tensors
@@ -454,10 +382,3 @@ def _read(tensor: LazyTensor | Tensor) -> Tensor:
     if isinstance(tensor, torch.Tensor):
         return tensor.clone()
     return tensor.read().clone() if isinstance(tensor, Held) else tensor.read()
-
-
-def _elements(tensor: LazyTensor | Tensor) -> int:
-    count = 1
-    for side in tensor.shape:
-        count *= side
-    return count

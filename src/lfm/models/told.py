@@ -1,0 +1,101 @@
+"""What a checkpoint's config, tokenizer and headers tell of it before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lfm.core.errors import CorruptError
+from lfm.core.model import Facts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lfm.core.model import LazyTensor
+    from lfm.models.checkpoint import Source
+
+CONFIG = "config.json"
+
+
+def task_of(config: Mapping[str, Any]) -> str:
+    """What a checkpoint does, from the class its config names."""
+    name = next(iter(config.get("architectures") or ()), "")
+    if not name:
+        return ""
+    if name.endswith("ForMaskedLM"):
+        return "masked-lm"
+    if name.endswith("ForSequenceClassification"):
+        return "text-classification"
+    if name.endswith("ForImageClassification"):
+        return "image-classification"
+    if name.endswith(("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")):
+        return "seq2seq-lm" if config.get("is_encoder_decoder") else "causal-lm"
+    return "encoder"
+
+
+def facts(source: Source) -> Facts:
+    """What the headers and the config tell. CorruptError naming a value of the wrong kind."""
+    from lfm.tensors.lazy import code_of
+    from lfm.tensors.safetensors_file import DTYPES
+
+    config = source.config
+    inner = next((config[k] for k in ("text_config", "vision_config") if isinstance(config.get(k), dict)), {})
+    look = {**inner, **config}
+
+    def whole(*keys: str) -> int:
+        """The first of these keys that the config has, as a whole number; 0 where stages have one each."""
+        value = next((look[key] for key in keys if look.get(key)), 0)
+        if isinstance(value, str | dict):
+            key = next(key for key in keys if look.get(key))
+            raise CorruptError(f"{source.ref}/{CONFIG}: {key} is {value!r}", why="it must be a whole number")
+        return 0 if isinstance(value, list) else int(value)
+
+    sizes: dict[str, int] = {}
+    for tensor in source.stored.values():
+        sizes[code_of(tensor)] = sizes.get(code_of(tensor), 0) + _elements(tensor)
+    labels = config.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
+        raise CorruptError(f"{source.ref}/{CONFIG}: id2label is {labels!r}", why="it maps class numbers to their names")
+    return Facts(
+        task=source.task,
+        architecture=next(iter(config.get("architectures") or ()), ""),
+        parameters=sum(sizes.values()),
+        bytes=sum(count * DTYPES[code][1] for code, count in sizes.items()),
+        dtype=DTYPES[max(sizes, key=lambda k: sizes[k])][0] if sizes else "",
+        vocabulary=whole("vocab_size"),
+        vocabulary_digest=_vocabulary(source.files),
+        labels=tuple(str(labels[key]) for key in sorted(labels, key=int)),
+        layers=whole("num_hidden_layers", "n_layer", "num_layers"),
+        width=whole("hidden_size", "n_embd", "d_model"),
+        heads=whole("num_attention_heads", "n_head", "num_heads"),
+        context=whole("max_position_embeddings", "n_positions", "n_ctx"),
+    )
+
+
+def _vocabulary(files: Mapping[str, Path]) -> str:
+    """sha256 over tokens and their ids, however the tokenizer's file pads, truncates or is laid out; "" without one."""
+    path = next((files[n] for n in ("tokenizer.json", "vocab.txt", "vocab.json") if n in files), None)
+    if path is None:
+        return ""
+    text = path.read_text(encoding="utf-8")
+    try:
+        told: Any = None if path.suffix == ".txt" else json.loads(text)
+        if told is None:
+            told = {token: i for i, token in enumerate(text.splitlines())}
+        elif path.name == "tokenizer.json":
+            tokens, added = told["model"]["vocab"], told.get("added_tokens") or ()
+            ids = tokens if isinstance(tokens, dict) else {piece: i for i, (piece, *_) in enumerate(tokens)}
+            told = {**ids, **{token["content"]: token["id"] for token in added}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"{path} tells no vocabulary", why=str(error), fix="fetch or save it again") from None
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _elements(tensor: LazyTensor | Tensor) -> int:
+    count = 1
+    for side in tensor.shape:
+        count *= side
+    return count

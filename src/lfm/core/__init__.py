@@ -13,11 +13,13 @@ from lfm.core.method import Parts as Parts
 from lfm.core.method import Run as Run
 from lfm.core.method import Sizes as Sizes
 from lfm.core.method import Slot as Slot
+from lfm.core.model import Adaptation as Adaptation
 from lfm.core.model import Codec as Codec
 from lfm.core.model import Embeddings as Embeddings
 from lfm.core.model import Facts as Facts
 from lfm.core.model import Features as Features
 from lfm.core.model import Gradients as Gradients
+from lfm.core.model import Layout as Layout
 from lfm.core.model import Logits as Logits
 from lfm.core.model import Logprobs as Logprobs
 from lfm.core.model import LowRank as LowRank

@@ -138,11 +138,17 @@ class LazyTensor(Protocol):
 
 
 class LowRank(NamedTuple):
-    """A change of a linear layer's weight: B (out, r) times A (r, in). transposed: the weight is stored (in, out)."""
+    """A change of a layer's weight: B (out, r) times A (r, in). transposed: the weight is stored (in, out).
+
+    An embedding's is stored (tokens, width), so it is transposed: B (width, r), A (r, tokens). A convolution's is
+    stored (out, in, *kernel): A (r, in · |kernel|), flat.
+    """
 
     b: Tensor
     a: Tensor
     transposed: bool = False
+    kernel: tuple[int, ...] = ()
+    embedding: bool = False
 
 
 class Weights(Protocol):
@@ -161,6 +167,41 @@ class Weights(Protocol):
         """The model with W + BA for each named module's weight; it can also be saved as a PEFT LoRA adapter."""
         ...
 
+    def layout(self) -> Layout:
+        """What kind of layer each weight belongs to, by the architecture. Nothing is read; ModelError if not known."""
+        ...
+
+    def adapt(self, changes: Mapping[str, LowRank], whole: Mapping[str, LazyTensor | Tensor] | None = None) -> Model:
+        """An adapter over this model: W + BA for each named module's weight, and whole tensors by their own names.
+
+        MismatchError for a whole tensor that no PEFT adapter can carry.
+        """
+        ...
+
+
+class Layout(NamedTuple):
+    """kinds: module → linear, conv1d (a linear one stored (in, out)), embedding, convolution. tied: tensor → stored."""
+
+    kinds: Mapping[str, str]
+    tied: Mapping[str, str]
+
+
+class Adaptation(Protocol):
+    """What a LoRA adapter changes, as it is stored: no module is built, and the base's weights are not read."""
+
+    @property
+    def base(self) -> Model:
+        """The model that it is over. MismatchError if that is not the one it was made for."""
+        ...
+
+    def changes(self) -> Mapping[str, LowRank]:
+        """Each adapted module's change, its scale in B: α/r, or α/√r. MismatchError for tensors that fit no LoRA."""
+        ...
+
+    def whole(self) -> Mapping[str, LazyTensor]:
+        """Tensors that it holds as a whole, by their names in the module: trained biases, modules_to_save."""
+        ...
+
 
 INTERFACES: Mapping[str, type] = {
     "text": Text,
@@ -171,6 +212,7 @@ INTERFACES: Mapping[str, type] = {
     "features": Features,
     "gradients": Gradients,
     "weights": Weights,
+    "adaptation": Adaptation,
 }
 """Every interface by the name that the command line uses, from the least access to the most."""
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import CorruptError, MismatchError, ModelError
 from lfm.core.heavy import nn, peft, torch
-from lfm.core.model import Codec, Gradients, LowRank, Model, Weights
-from lfm.models import local
+from lfm.core.model import Adaptation, Codec, Gradients, LazyTensor, LowRank, Model, Weights
+from lfm.models import local, lora
 from lfm.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -70,21 +70,34 @@ def over(base: Model, module: nn.Module, *, ref: str = "adapter") -> Model:
     return model_of(Source(f"{ref} over {base.ref}", base, config, lambda: state, ""))
 
 
+def of_changes(base: Model, changes: Mapping[str, LowRank], whole: Mapping[str, LazyTensor | Tensor]) -> Model:
+    """The LoRA adapter that makes these changes to the base; α = r, so that W + BA is what it makes."""
+    weights = base.ask(Weights)
+    config, tensors = lora.settings(changes, whole, weights.tensors())
+    config |= {"base_model_name_or_path": base.ref, "task_type": TASK_TYPES.get(base.facts.task)}
+    return model_of(Source(f"an adapter over {base.ref}", base, config, lambda: tensors))
+
+
 def model_of(source: Source) -> Model:
     """What the base gives, as the adapter changes it; weights where the adapter can be merged."""
     base = source.base
     gives: dict[type, Callable[[], Any]] = {}
+    hint = lora.inexpressible(source.config)
+    if not hint:
+        gives[Adaptation] = lambda: lora.StoredAdaptation(source)
     if Gradients in base.gives:
         codec = (lambda: base.ask(Codec)) if Codec in base.gives else None
         inside = set(base.gives)
         made = local.interfaces(base.facts.task or "module", partial(open_module, source), codec)
-        gives = {kind: opener for kind, opener in made.items() if kind in inside or Gradients in inside}
+        gives |= {kind: opener for kind, opener in made.items() if kind in inside or Gradients in inside}
         if codec:
             gives[Codec] = codec
         if source.config.get("peft_type") in MERGEABLE:
             gives[Gradients] = lambda: MergedGradients(source)
-            if Weights in base.gives:
-                gives[Weights] = lambda: _merged(source).ask(Weights)
+    else:
+        hint = f"its base {base.ref} gives no gradients"
+    if Weights in base.gives and (Gradients in gives or Adaptation in gives):
+        gives[Weights] = lambda: _merged(source).ask(Weights)
     return Model(
         ref=source.ref,
         kind="adapter",
@@ -92,29 +105,34 @@ def model_of(source: Source) -> Model:
         identify=partial(digest, source),
         formats={"adapter": partial(write, source), "checkpoint": lambda out: _merged(source).save(out)},
         look=lambda: base.facts,
-        hint="" if Gradients in base.gives else f"its base {base.ref} gives no gradients",
+        hint=hint,
     )
 
 
 MERGEABLE = ("LORA", "IA3", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "LN_TUNING")
 
 
-def open_peft(source: Source) -> Any:
-    """A fresh PeftModel over a fresh copy of the base. MismatchError where adapter and base do not fit."""
+def checked(source: Source) -> Model:
+    """The base. MismatchError where it is not the one that the adapter was made for."""
     if source.base_digest and source.base.digest != source.base_digest:
         raise MismatchError(
             f"the base of {source.ref} is not the one it was made for",
             why=f"{source.base.ref} has digest {source.base.digest[:12]}, recorded was {source.base_digest[:12]}",
         )
+    return source.base
+
+
+def open_peft(source: Source) -> Any:
+    """A fresh PeftModel over a fresh copy of the base. MismatchError where adapter and base do not fit."""
+    base = checked(source)
     kind = source.config.get("peft_type", "")
     mapping = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     if kind not in mapping:
         raise ModelError(f"{source.ref} is of an unknown adapter type {kind!r}", fix=f"peft has {', '.join(mapping)}")
     known = inspect.signature(mapping[kind].__init__).parameters
     config = mapping[kind](**{key: value for key, value in source.config.items() if key in known})
-    base = source.base.ask(Gradients).module()
     with quiet(), torch.random.fork_rng(devices=[]):
-        adapted: Any = peft.get_peft_model(base, config)  # type: ignore[arg-type]
+        adapted: Any = peft.get_peft_model(base.ask(Gradients).module(), config)  # type: ignore[arg-type]
     state = {name: t if isinstance(t, torch.Tensor) else t.read() for name, t in source.tensors().items()}
     try:
         result = peft.set_peft_model_state_dict(adapted, state)
@@ -130,10 +148,21 @@ def open_peft(source: Source) -> Any:
 def open_module(source: Source) -> nn.Module:
     """The adapted module: merged in fp32 where that is exact in form, else with the adapter beside it."""
     adapted = open_peft(source)
-    if source.config.get("peft_type") not in MERGEABLE:
+    if source.config.get("peft_type") not in MERGEABLE or _divides_tied(adapted):
         return adapted
     with quiet():
         return adapted.merge_and_unload().eval()
+
+
+def _divides_tied(adapted: Any) -> bool:
+    """Whether a layer is adapted whose weight another shares: merged, the change would reach both of them."""
+    module = adapted.get_base_model()
+    tied = getattr(module, "all_tied_weights_keys", None) or {}
+    owners = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
+    return any(
+        name in owners and (hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"))
+        for name, layer in module.named_modules()
+    )
 
 
 @final
@@ -144,15 +173,30 @@ class MergedGradients:
         self._source = source
 
     def module(self) -> nn.Module:
-        return open_module(self._source).requires_grad_(True)
+        module = open_module(self._source)
+        if hasattr(module, "peft_config"):
+            raise MismatchError(
+                f"{self._source.ref} cannot be merged into its base",
+                why="it adapts one of two layers whose weights the base ties",
+                fix="keep it as an adapter: served beside the base it means what it was trained to",
+            )
+        return module.requires_grad_(True)
 
     def rewrap(self, module: nn.Module) -> Model:
         return self._source.base.ask(Gradients).rewrap(module)
 
 
 def _merged(source: Source) -> Model:
-    """The base's checkpoint with the adapter's change in its weights, in the base's storage dtype."""
-    return source.base.ask(Gradients).rewrap(open_module(source))
+    """The base's checkpoint with the adapter's change in its weights, in the base's storage dtype.
+
+    A LoRA's is computed tensor by tensor as it is read; others' take a merged module.
+    """
+    if not lora.inexpressible(source.config):
+        adaptation = lora.StoredAdaptation(source)
+        base, changes, whole = adaptation.base, adaptation.changes(), adaptation.whole()
+        if lora.placed(base, changes, whole) or Gradients not in base.gives:
+            return base.ask(Weights).replace(lora.patched(base, changes, whole, source.ref))
+    return source.base.ask(Gradients).rewrap(MergedGradients(source).module())
 
 
 def digest(source: Source) -> str:
@@ -182,26 +226,8 @@ def write_low_rank(base: str, base_digest: str, task: str, changes: Mapping[str,
     """Changes of low rank as a PEFT LoRA adapter with α = r, so that its scale is 1 and W + BA is what it makes."""
     from lfm.tensors.write import write_tensors
 
-    ranks = {name: int(change.a.shape[0]) for name, change in changes.items()}
-    rank = max(ranks.values())
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base,
-        "task_type": TASK_TYPES.get(task),
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(changes),
-        "fan_in_fan_out": any(change.transposed for change in changes.values()),
-        "inference_mode": True,
-    }
-    tensors: dict[str, Tensor] = {}
-    for name, change in changes.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = change.a.float().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = change.b.float().contiguous()
+    config, tensors = lora.settings(changes, {}, {})
+    config |= {"base_model_name_or_path": base, "task_type": TASK_TYPES.get(task)}
     write_tensors(out, tensors, stem=STEM)
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (out / BASE).write_text(json.dumps({"digest": base_digest, "ref": base}, indent=2) + "\n", encoding="utf-8")

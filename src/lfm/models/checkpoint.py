@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import CorruptError, MismatchError, ModelError
 from lfm.core.heavy import torch, transformers
-from lfm.core.model import Codec, Gradients, LazyTensor, LowRank, Model, Weights
+from lfm.core.model import Codec, Gradients, Layout, LazyTensor, LowRank, Model, Weights
 from lfm.models import local
 from lfm.models.codec import has_codec, open_codec
 from lfm.models.told import CONFIG as CONFIG
 from lfm.models.told import facts as facts
+from lfm.models.told import layout as layout
 from lfm.models.told import task_of as task_of
 
 if TYPE_CHECKING:
@@ -209,6 +210,16 @@ def _state(source: Source) -> dict[str, Tensor]:
     return state
 
 
+def _skeleton(source: Source) -> nn.Module:
+    """The architecture's module; on the meta device nothing is allocated for its weights."""
+    if source.build is not None:
+        return source.build()
+    architecture = _architecture(source.config)
+    if architecture is None:
+        raise ModelError(f"the layers of {source.ref} are not known", why=_hint(source) or "it is a bare state dict")
+    return architecture(transformers.AutoConfig.for_model(**source.config))
+
+
 def _named(key: Any) -> str:
     """A key of transformers' loading report; where sizes differ it comes with both."""
     if not isinstance(key, tuple):
@@ -257,6 +268,14 @@ class StoredWeights:
         model = self.replace(changed)
         source: Source = model.ask(Weights)._source  # type: ignore[attr-defined]
         return model_of(replace(source, low_rank=dict(changes)))
+
+    def layout(self) -> Layout:
+        return layout(partial(_skeleton, self._source))
+
+    def adapt(self, changes: Mapping[str, LowRank], whole: Mapping[str, LazyTensor | Tensor] | None = None) -> Model:
+        from lfm.models.adapter import of_changes
+
+        return of_changes(model_of(self._source), changes, whole or {})
 
 
 @final

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm.core.errors import CorruptError
-from lfm.core.model import Facts
+from lfm.core.heavy import nn, torch
+from lfm.core.model import Facts, Layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +74,24 @@ def facts(source: Source) -> Facts:
         heads=whole("num_attention_heads", "n_head", "num_heads"),
         context=whole("max_position_embeddings", "n_positions", "n_ctx"),
     )
+
+
+def layout(build: Callable[[], nn.Module]) -> Layout:
+    """What the architecture tells of its layers: it is built on the meta device, where weights take no memory."""
+    from lfm.models import structure
+    from lfm.models.quiet import quiet
+
+    with quiet(), torch.device("meta"):
+        module: Any = build()
+    kinds: dict[str, str] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Embedding):
+            kinds[name] = "embedding"
+        elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            kinds[name] = "convolution" if layer.groups == 1 else "grouped convolution"
+    for name, layer, *_ in structure.linears(module):
+        kinds[name] = "conv1d" if structure.transposed(layer) else "linear"
+    return Layout(kinds, dict(getattr(module, "all_tied_weights_keys", None) or {}))
 
 
 def _vocabulary(files: Mapping[str, Path]) -> str:

@@ -1,0 +1,326 @@
+"""LoRA adapters as they are stored: what they change, without a module, and how a change is stored as one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, final
+
+from lfm.core.errors import MismatchError
+from lfm.core.heavy import torch
+from lfm.core.model import Layout, LazyTensor, LowRank, Model, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lfm.models.adapter import Source
+
+PREFIX = "base_model.model."
+VARIANTS = {
+    "use_dora": "DoRA's magnitudes scale each row of the sum",
+    "use_qalora": "QA-LoRA pools its inputs",
+    "alora_invocation_tokens": "aLoRA acts on some tokens only",
+    "arrow_config": "Arrow routes among adapters",
+    "kasa_config": "KaSA changes the base's spectrum",
+    "monteclora_config": "MonteCLoRA samples",
+    "use_bdlora": "BD-LoRA's factors are blocks",
+    "layer_replication": "its layers are not the base's",
+    "target_parameters": "its targets are parameters, not modules",
+    "trainable_token_indices": "it replaces single rows of the embeddings",
+}
+"""Settings of peft's LoRA → why W + BA does not say what they do."""
+
+REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+"""Initialisations that change the base's weights as well: peft repeats them whenever it loads the adapter."""
+
+
+def inexpressible(config: Mapping[str, Any]) -> str:
+    """Why an adapter is no change of low rank; empty where it is one."""
+    kind = str(config.get("peft_type") or "an unknown type")
+    if kind != "LORA":
+        return f"no adaptation: {kind} is not W + BA"
+    for name, why in VARIANTS.items():
+        if config.get(name):
+            return f"no adaptation: {name}: {why}, which W + BA does not say"
+    started = str(config.get("init_lora_weights"))
+    if started.startswith(REBASED):
+        return f"no adaptation: init_lora_weights={started!r} changes the base's weights too; save it converted to LoRA"
+    return ""
+
+
+def scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """α/r, or α/√r. alpha_pattern as peft matches it: the first key that, as an expression, ends the module's name."""
+    pattern = config.get("alpha_pattern") or {}
+    key = next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
+    alpha = config.get("lora_alpha", 8) if key is None else pattern[key]
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+@final
+class StoredAdaptation:
+    """The change that an adapter's file holds."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._parsed: tuple[dict[str, LowRank], dict[str, LazyTensor]] | None = None
+
+    @property
+    def base(self) -> Model:
+        from lfm.models.adapter import checked
+
+        return checked(self._source)
+
+    def changes(self) -> Mapping[str, LowRank]:
+        return self._read()[0]
+
+    def whole(self) -> Mapping[str, LazyTensor]:
+        return self._read()[1]
+
+    def _read(self) -> tuple[dict[str, LowRank], dict[str, LazyTensor]]:
+        if self._parsed is None:
+            self._parsed = _parse(self._source)
+        return self._parsed
+
+
+def _parse(source: Source) -> tuple[dict[str, LowRank], dict[str, LazyTensor]]:
+    """The file's tensors by what they are. MismatchError naming one that is none of a LoRA's."""
+    from lfm.tensors.lazy import lazy
+
+    halves: dict[str, dict[str, LazyTensor]] = {}
+    whole: dict[str, LazyTensor] = {}
+    offsets: dict[str, LazyTensor] = {}
+    for stored, tensor in source.tensors().items():
+        name = stored.removeprefix(PREFIX)
+        found = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(\.weight|\.bias)?", name)
+        if found and found[3] == ".bias" and found[2] == "B":
+            offsets[found[1]] = lazy(tensor)
+        elif found and found[3] != ".bias":
+            halves.setdefault(found[1], {})[f"{found[2]}{'' if found[3] else ' of an embedding'}"] = lazy(tensor)
+        elif "lora_" in name or not stored.startswith(PREFIX):
+            raise MismatchError(f"{source.ref} holds {stored!r}", why="that is no part of W + BA, nor of the base")
+        else:
+            whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = lazy(tensor)
+    ranked = {name: _change(source, name, given) for name, given in halves.items()}
+    changes = _oriented(source, ranked)
+    for name, offset in offsets.items():
+        whole[f"{name}.bias"] = _shifted(source, name, offset, whole)
+    return changes, whole
+
+
+def _change(source: Source, name: str, given: Mapping[str, LazyTensor]) -> LowRank:
+    embedding = any("embedding" in half for half in given)
+    a, b = (given.get(half + (" of an embedding" if embedding else "")) for half in "AB")
+    if a is None or b is None or len(a.shape) < 2 or len(b.shape) < 2 or b.shape[1] != a.shape[0]:
+        shapes = ", ".join(f"{half} {list(tensor.shape)}" for half, tensor in given.items())
+        raise MismatchError(
+            f"the change of {name!r} in {source.ref} is not a product of two factors",
+            why=f"it holds {shapes}" + ("; groups of a convolution are not W + BA" if len(given) == 2 else ""),
+        )
+    kernel = tuple(a.shape[2:])
+    rank = a.shape[0]
+    factor = b.read()
+    scaling = scale(source.config, name, rank)
+    wide = factor.reshape(factor.shape[0], rank)
+    if scaling != 1:
+        wide = wide.double() * scaling
+    return LowRank(wide, a.read().reshape(rank, -1), embedding, kernel, embedding)
+
+
+def _oriented(source: Source, changes: dict[str, LowRank]) -> dict[str, LowRank]:
+    """Linear changes as their weights are stored. A square one in a model that stores some (in, out) is looked up."""
+    base = source.base
+    if Weights not in base.gives:
+        asked = bool(source.config.get("fan_in_fan_out"))
+        return {n: c._replace(transposed=asked) if not c.embedding and not c.kernel else c for n, c in changes.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in base.ask(Weights).tensors().items()}
+    some = any(_stored_in_out(shapes, name) for name in shapes)
+    made: dict[str, LowRank] = {}
+    layout: Layout | None = None
+    for name, change in changes.items():
+        made[name] = change
+        stored = stored_name(f"{name}.weight", shapes)
+        if change.embedding or change.kernel or stored is None:
+            continue
+        size = (int(change.b.shape[0]), int(change.a.shape[1]))
+        turned = shapes[stored] == size[::-1]
+        if turned and size[0] == size[1]:
+            turned = False
+            if some:
+                layout = layout or base.ask(Weights).layout()
+                turned = layout.kinds.get(name) == "conv1d"
+        made[name] = change._replace(transposed=turned)
+    return made
+
+
+def _stored_in_out(shapes: Mapping[str, tuple[int, ...]], name: str) -> bool:
+    """Whether the bias beside a matrix is as long as its second side, and not its first."""
+    bias = shapes.get(f"{name.removesuffix('.weight')}.bias")
+    shape = shapes[name]
+    return name.endswith(".weight") and len(shape) == 2 and bias is not None and shape[0] != bias[0] == shape[1]
+
+
+def _shifted(source: Source, name: str, offset: LazyTensor, whole: Mapping[str, LazyTensor]) -> LazyTensor:
+    """The layer's bias with what lora_bias adds to it, scaled as BA is."""
+    from lfm.tensors.lazy import Whole
+
+    bias = whole.get(f"{name}.bias")
+    if bias is None and Weights in source.base.gives:
+        tensors = source.base.ask(Weights).tensors()
+        bias = tensors.get(stored_name(f"{name}.bias", tensors) or "")
+    if bias is None:
+        raise MismatchError(
+            f"{source.ref} adds a bias to {name!r}, which has none",
+            why="lora_bias=true over a layer without a bias cannot be said in the base's weights",
+        )
+    before, rank = bias, next(t.shape[1] for n, t in source.tensors().items() if n.endswith(f"{name}.lora_B.weight"))
+    scaling = scale(source.config, name, int(rank))
+    return Whole(tuple(before.shape), offset.dtype, lambda: before.read().double() + scaling * offset.read().double())
+
+
+def stored_name(name: str, stored: Mapping[str, Any]) -> str | None:
+    """Under which name a checkpoint stores a module's tensor: its own, or without the head model's prefix."""
+    if name in stored:
+        return name
+    short = name.partition(".")[2]
+    return short if short in stored else None
+
+
+def placed(base: Model, *given: Mapping[str, Any]) -> bool:
+    """Whether the base stores, under names of its own, all that an adapter names: modules, or tensors."""
+    tensors = base.ask(Weights).tensors()
+    absent = [
+        n for names in given for n in names if not stored_name(n, tensors) and not stored_name(f"{n}.weight", tensors)
+    ]
+    if not absent:
+        return True
+    tied = base.ask(Weights).layout().tied
+    return all(f"{name}.weight" in tied or name in tied for name in absent)
+
+
+def patched(
+    base: Model, changes: Mapping[str, LowRank], whole: Mapping[str, LazyTensor], ref: str
+) -> dict[str, LazyTensor]:
+    """The base's tensors that an adapter changes, each computed as it is read. MismatchError where they do not fit."""
+    from lfm.tensors.lazy import cast
+    from lfm.tensors.lowrank import Plus, shape_of
+
+    tensors = base.ask(Weights).tensors()
+    tied: Mapping[str, str] = {}
+    absent = [name for name in changes if stored_name(f"{name}.weight", tensors) is None]
+    if absent or any(change.embedding for change in changes.values()):
+        tied = base.ask(Weights).layout().tied
+    made: dict[str, LazyTensor] = {}
+    for name, change in changes.items():
+        stored = stored_name(tied.get(f"{name}.weight", f"{name}.weight"), tensors)
+        if stored is None:
+            raise MismatchError(f"{ref} does not fit {base.ref}", why=f"that has no tensor '{name}.weight'")
+        shape = tuple(tensors[stored].shape)
+        if shape != shape_of(change):
+            raise MismatchError(
+                f"{ref} does not fit {base.ref}", why=f"{stored} is {list(shape)}, its change {list(shape_of(change))}"
+            )
+        _whole_tie(name, changes, tied, ref, base.ref)
+        if stored not in made:
+            made[stored] = Plus(stored, tensors[stored], change)
+    for name, tensor in whole.items():
+        stored = stored_name(name, tensors)
+        if stored is None or tuple(tensors[stored].shape) != tuple(tensor.shape):
+            has = "has no such tensor" if stored is None else f"has it as {list(tensors[stored].shape)}"
+            raise MismatchError(f"{ref} does not fit {base.ref}", why=f"{name} {list(tensor.shape)}: that {has}")
+        if stored in made:
+            raise MismatchError(f"{ref} both replaces and changes {stored!r}")
+        if name in tied or name in tied.values():
+            raise _tie(ref, base.ref, name)
+        made[stored] = cast(tensor, tensors[stored].dtype)
+    return made
+
+
+def _whole_tie(name: str, changes: Mapping[str, LowRank], tied: Mapping[str, str], ref: str, base: str) -> None:
+    """MismatchError where a change is made to one of two tied layers, or another to each."""
+    from lfm.tensors.lowrank import shape_of
+
+    weight = f"{name}.weight"
+    home = tied.get(weight, weight)
+    group = {home, *(other for other, stored in tied.items() if stored == home)}
+    if len(group) == 1:
+        return
+    others = [changes.get(other.removesuffix(".weight")) for other in group]
+    first = changes[name]
+    if any(o is None or shape_of(o) != shape_of(first) or not _equal(o, first) for o in others):
+        raise _tie(ref, base, weight)
+
+
+def _tie(ref: str, base: str, name: str) -> MismatchError:
+    return MismatchError(
+        f"{ref} cannot be merged into {base}",
+        why=f"the base ties {name!r} to another layer's weight, and the adapter changes one of the two",
+        fix="keep it as an adapter: served beside the base it means what it was trained to",
+    )
+
+
+def _equal(a: LowRank, b: LowRank) -> bool:
+    from lfm.tensors.lowrank import delta
+
+    return bool(torch.equal(delta(a), delta(b)))
+
+
+def settings(
+    changes: Mapping[str, LowRank], whole: Mapping[str, Any], stored: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor | LazyTensor]]:
+    """peft's config and tensors that make these changes, with α = r everywhere. MismatchError for what peft cannot say.
+
+    stored: the base's tensors, of which those beside a whole one go along: peft keeps modules, not tensors.
+    """
+    ranks = {name: int(change.a.shape[0]) for name, change in changes.items()}
+    rank = max(ranks.values(), default=1)
+    pattern = {f"^{name}": r for name, r in sorted(ranks.items()) if r != rank}
+    tensors: dict[str, Tensor | LazyTensor] = {}
+    for name, change in changes.items():
+        a, b = change.a.float(), change.b.float()
+        if change.kernel:
+            a, b = a.reshape(len(a), -1, *change.kernel), b.reshape(*b.shape, *(1 for _ in change.kernel))
+        for half, value in (("A", a), ("B", b)):
+            key = f"lora_embedding_{half}" if change.embedding else f"lora_{half}.weight"
+            tensors[f"{PREFIX}{name}.{key}"] = value.contiguous()
+    modules = {n.rpartition(".")[0] for n in whole if not n.endswith(".bias")}
+    biased = [n for n in whole if n.rpartition(".")[0] not in modules]
+    for name in whole:
+        if why := unsayable(name, changes, stored):
+            raise MismatchError(f"no PEFT adapter holds {name!r}", why=why)
+    for module in sorted(modules):
+        for name in sorted({n for n in (*whole, *stored) if n.rpartition(".")[0] == module}):
+            tensors[f"{PREFIX}{name}"] = whole.get(name, stored.get(name))
+    for name in biased:
+        module = name.removesuffix(".bias")
+        tensors[f"{PREFIX}{module}.base_layer.bias" if module in changes else f"{PREFIX}{name}"] = whole[name]
+    alone = all(name.removesuffix(".bias") in changes for name in biased)
+    linear = [c for c in changes.values() if not c.embedding and not c.kernel]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": ("lora_only" if alone else "all") if biased else "none",
+        "modules_to_save": sorted(modules) or None,
+        "target_modules": sorted(changes),
+        "fan_in_fan_out": any(change.transposed for change in linear),
+        "inference_mode": True,
+    }, tensors
+
+
+def unsayable(name: str, changes: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    """Why no PEFT adapter holds this tensor whole; empty where one can."""
+    module, _, last = name.rpartition(".")
+    if not module:
+        return "it belongs to no module within the model"
+    if last == "bias":
+        return ""
+    if module in changes:
+        return "its module has a change of low rank too"
+    if any(other.startswith(f"{module}.") and "." in other[len(module) + 1 :] for other in (*stored, *changes)):
+        return f"{module} holds other modules"
+    return ""

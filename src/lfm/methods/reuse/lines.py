@@ -16,8 +16,8 @@ dtypes; arithmetic is in fp64 and rounded once. Integer tensors must be equal in
 `merged`. Errors: MismatchError before any weight is read, also where no name has a block's number; ConfigError for a
 part of a name that none has; CorruptError naming a tensor that holds a NaN or an infinity.
 
-On the zoo's experts, of three blocks, one model's change at α = 0.5 keeps 93 to 96 % of its accuracy and gains 1.5 to
-3.4 points on the other tasks, about what scaling all of it by 0.65 does; the sum of eight is worse than an even scale.
+On three of the zoo's experts, of three blocks, α = 0.5 of one's change keeps 94 to 96 % of its accuracy and gains 1.5
+to 3.4 points on the other tasks, about what scaling all of it by 0.65 does; a sum of eight it makes worse.
 
     lfm run reuse.lines base=base models=math models=code --set beta=0.6 --out merged
 """

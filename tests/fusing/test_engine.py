@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -206,10 +207,38 @@ def test_a_run_that_merges_imports_neither_torch_nor_transformers(tmp_path: Path
         "    assert done.verified.max_abs == 0\n"
         "assert not {'torch', 'transformers', 'numba'} & set(sys.modules), sorted(sys.modules)"
     ).replace("from lfm import runs\n", "from pathlib import Path; from lfm import runs; runs_path = Path('out')\n")
-    for _ in range(2):  # the first compiles
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-        (tmp_path / "out").rename(tmp_path / f"out-{_}")
+    done = twice(code, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_kept_code_that_calls_the_c_library_runs_where_nothing_was_compiled(tmp_path: Path) -> None:
+    """The compiler tells the linker where exp and log are: without it they were at address 0."""
+    code = (
+        "import numpy as np, sys, math; from lfm.fusing import Rule, sums; from lfm.methods.reuse import arcee_fusion\n"
+        "import torch; from lfm.tensors.lazy import Held\n"
+        "x = [{'t': Held(torch.zeros(8))}]\n"
+        "one = sums(Rule(arcee_fusion.exponential), ['t'], x, [(1,)], base={'t': Held(torch.ones(8))})['t'][0, 0]\n"
+        "given = lambda name: {'total': math.e, 'base_total': 1.0}\n"
+        "two = sums(Rule(arcee_fusion.divergence, given=given), ['t'], x, base={'t': Held(torch.ones(8))})['t'][0, 0]\n"
+        "print(one, two, 'numba' in sys.modules)"
+    )
+    done = twice(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two, compiler = done.stdout.split()
+    assert float(one) == pytest.approx(8 * np.e) and compiler == "False"
+    assert float(two) == pytest.approx(8 / np.e * np.log(1 / np.e / np.e), rel=1e-6)
+
+
+def twice(code: str, here: Path) -> subprocess.CompletedProcess[str]:
+    """Python code in a process that compiles, and then in one that does not have to: what the second says."""
+    environment = {**os.environ, "LFM_HOME": str(here / "home")}
+    for place in ("first", "second"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False, env=environment
+        )
+        if (here / "out").exists():
+            (here / "out").rename(here / f"out-{place}")
+    return done
 
 
 def test_a_rule_reads_only_what_it_names(tmp_path: Path) -> None:

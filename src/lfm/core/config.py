@@ -102,8 +102,10 @@ def configure(kind: type[C], settings: Mapping[str, Any], *, where: str = "") ->
     for name, value in settings.items():
         if _infinite(value):
             raise ConfigError(f"{where + ': ' if where else ''}setting {name!r}: {value} is no number to compute with")
+    lists = {field.name for field in msgspec.structs.fields(kind) if get_origin(_bare(field.type)) is tuple}
+    given = {name: (value,) if name in lists and _single(value) else value for name, value in settings.items()}
     try:
-        return msgspec.convert(dict(settings), kind, strict=False)
+        return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
         text = str(error)
         name = text.rsplit("$.", 1)[-1].split("`")[0].split("[")[0] if "$." in text else ""
@@ -114,6 +116,16 @@ def configure(kind: type[C], settings: Mapping[str, Any], *, where: str = "") ->
             why=f"{name}: {hint.help}" if hint and hint.help else "",
             fix=f"it takes {hint.type}; the default is {hint.default!r}" if hint else "",
         ) from None
+
+
+def _bare(type_: Any) -> Any:
+    """A type without the notes that come with it."""
+    return get_args(type_)[0] if get_origin(type_) is Annotated else type_
+
+
+def _single(value: Any) -> bool:
+    """One value where a list may stand: the list of it."""
+    return isinstance(value, bool | int | float | str)
 
 
 def _infinite(value: Any) -> bool:

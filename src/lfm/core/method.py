@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lfm.core.model import LazyTensor
+
 C = TypeVar("C", bound=Config)
 T = TypeVar("T")
 
@@ -158,6 +160,7 @@ class Method(Generic[C]):
 
     agree: raises before any weight is read if the inputs cannot go together.
     open: the interfaces of a program that run made, from its parts; they are all that is needed to bring it back.
+    merge: what run does to weights, with settings by tensor (lfm.fusing.inputs.Merge): recipes of slices drive it.
     """
 
     paper: str
@@ -169,6 +172,7 @@ class Method(Generic[C]):
     agree: Callable[[C, Inputs], None] | None = None
     open: Callable[[C, Parts], Mapping[type, Callable[[], Any]]] | None = None
     gives: str = "model"  # or "finding"
+    merge: Callable[..., dict[str, LazyTensor]] | None = None
 
     @property
     def level(self) -> Data:

@@ -35,8 +35,19 @@ SIGNATURE = (
 """What every kernel takes: pointers and whole numbers."""
 
 DIGEST = 32
-UNCALLED = ("NRT_MemInfo_call_dtor", "numba_gil_ensure", "numba_gil_release")
+UNCALLED = (
+    "NRT_Free",
+    "NRT_MemInfo_call_dtor",
+    "numba_do_raise",
+    "numba_gil_ensure",
+    "numba_gil_release",
+    "numba_runtime_build_excinfo_struct",
+    "numba_unpickle",
+)
 """Named by object code for errors and for memory of its own; kernels have neither."""
+
+MATHS = ("cos", "exp", "exp2", "fmod", "log", "log10", "log2", "pow", "sin", "tan", "tanh")
+"""Functions of the C library that kernels call: numba tells the linker where they are, and it may not be there."""
 
 _lock = Lock()
 
@@ -80,9 +91,11 @@ def _start() -> None:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    stop = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
+    process = ctypes.CDLL(None)
     for name in UNCALLED:
-        llvm.add_symbol(name, stop)
+        llvm.add_symbol(name, ctypes.cast(process.abort, ctypes.c_void_p).value)
+    for name in MATHS:
+        llvm.add_symbol(name, ctypes.cast(getattr(process, name), ctypes.c_void_p).value)
 
 
 def _kept(place: Path) -> tuple[str, bytes] | None:

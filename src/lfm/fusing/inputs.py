@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from lfm.core import Cost, Inputs, Meta, Model, Sizes, Slot, Weights
+from lfm.core import Config, Cost, Inputs, Meta, Model, Run, Sizes, Slot, Weights
 from lfm.core.errors import ConfigError
 from lfm.tensors import match
 from lfm.tensors.lazy import CHUNK
@@ -19,6 +19,13 @@ Tensors = Mapping[str, "LazyTensor"]
 Given = Callable[[str], Mapping[str, Any]]
 """A tensor's name → what a rule is given for it."""
 
+C = TypeVar("C", bound=Config)
+K = TypeVar("K")
+T = TypeVar("T")
+
+Merge = Callable[[Sequence[str], "Tensors | None", Sequence[Tensors], Callable[[str], C], Run], "dict[str, LazyTensor]"]
+"""merge(names, base, models, configs, run): these tensors merged lazily, each by the settings configs(name)."""
+
 Weighting = Annotated[
     tuple[float, ...], Meta(description="one a model, in their order, or one for all; empty: each counts as 1")
 ]
@@ -28,6 +35,13 @@ Densities = Annotated[
 ]
 Scale = Annotated[float, Meta(description="λ, how far to go from the base along the merged change")]
 Normalize = Annotated[bool, Meta(description="divide by the sum of the weights that count")]
+Regrow = Annotated[bool, Meta(description="grow what is kept to the l₁ norm of all of the tensor's changes")]
+Cancelled = Annotated[
+    Literal["base", "positive"],
+    Meta(
+        description="what an entry becomes whose weighted changes cancel exactly: the base's, or by the positive ones"
+    ),
+]
 
 BASE = Slot((Weights,), help="what the models were fine-tuned from")
 TUNED = Slot((Weights,), max=None, help="fine-tuned models to merge")
@@ -48,6 +62,33 @@ def with_base(inputs: Inputs) -> tuple[list[str], Tensors, list[Tensors]]:
     return names, base, models
 
 
+def whole(merge: Merge[C]) -> Callable[[C, Inputs, Run], Model]:
+    """The run of a method that merges tensor by tensor: every floating tensor, with the same settings for all."""
+
+    def run(config: C, inputs: Inputs, run: Run) -> Model:
+        given = inputs.all("base")
+        names, tensors = opened((*given, *inputs.all("models")))
+        base = tensors[0] if given else None
+        return rebuilt(inputs, merge(names, base, tensors[len(given) :], lambda name: config, run))
+
+    return run
+
+
+def known(run: Run, step: str, names: Sequence[str], fn: Callable[[], dict[str, T]]) -> dict[str, T]:
+    """What is found of these tensors before they are merged, kept as a step of the run."""
+    return run.step(f"{step} {names[0]}", fn) if names else {}
+
+
+def by_setting(
+    names: Sequence[str], setting: Callable[[str], K], fn: Callable[[K, list[str]], dict[str, T]]
+) -> dict[str, T]:
+    """fn(setting, names) of the tensors that share it, for each of its values."""
+    groups: dict[K, list[str]] = {}
+    for name in names:
+        groups.setdefault(setting(name), []).append(name)
+    return {name: made for value, group in groups.items() for name, made in fn(value, group).items()}
+
+
 def rebuilt(inputs: Inputs, made: Tensors) -> Model:
     """The base, or without one the first model, with these tensors."""
     return (*inputs.all("base"), *inputs.all("models"))[0].ask(Weights).replace(made)
@@ -59,7 +100,7 @@ def together(inputs: Inputs) -> None:
 
 
 def agree(config: Any, inputs: Inputs) -> None:
-    """ConfigError for weights or densities of another number than models; MismatchError unless all go together."""
+    """ConfigError for weights or densities of another number; MismatchError unless all go together."""
     count = len(inputs.all("models"))
     for name in ("weights", "density", "gamma", "epsilon"):
         if isinstance(getattr(config, name, None), tuple):
@@ -77,10 +118,24 @@ def one_each(name: str, given: Sequence[float], count: int) -> tuple[float, ...]
     return values
 
 
-def shared(weights: Sequence[float], scale: float, normalize: bool) -> float:
-    """What a weighted sum is multiplied by: λ, by the sum of the weights if they are to be normalised."""
+def summed(config: Any, count: int) -> dict[str, Any]:
+    """What a sum of changes is given (lfm.fusing.joins.added), by a config's weights, scale and normalize."""
+    weights = one_each("weights", config.weights, count)
     total = sum(weights)
-    return scale / total if normalize and abs(total) >= 1e-8 else scale
+    return {
+        "weight": weights,
+        "scale": config.scale / total if config.normalize and abs(total) >= 1e-8 else config.scale,
+    }
+
+
+def elected(config: Any, count: int) -> dict[str, Any]:
+    """What a sum of changes of one sign is given (lfm.fusing.joins.agreed), by a config that says `cancelled` too."""
+    return {
+        "weight": one_each("weights", config.weights, count),
+        "scale": config.scale,
+        "divide": config.normalize,
+        "cancelled": 1.0 if config.cancelled == "positive" else 0.0,
+    }
 
 
 def memory(sizes: Sizes) -> int:

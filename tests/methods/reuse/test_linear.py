@@ -182,7 +182,11 @@ def test_one_vocabulary_saved_in_two_ways_goes_together(tmp_path: Path) -> None:
 
 def test_settings_that_make_no_sense(tmp_path: Path) -> None:
     a = bare(tmp_path / "a.safetensors", {"w": W})
-    for weights, says in (([1], "1 values for 2 models"), ([0, 0], "all weights are zero"), ([1, -1], "sum to zero")):
+    for weights, says in (
+        ([1, 1, 1], "3 values for 2 models"),
+        ([0, 0], "all weights are zero"),
+        ([1, -1], "sum to zero"),
+    ):
         with pytest.raises(ConfigError, match=says):
             merge(linear, tmp_path, {"models": [a, a]}, weights=weights)
     with pytest.raises(SlotError, match="needs 2 models"):

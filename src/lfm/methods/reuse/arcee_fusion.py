@@ -17,14 +17,14 @@ an infinity.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lfm.core
-from lfm.core import Inputs, Method, Model, Run, Slot, Weights
+from lfm.core import Method, Run, Slot, Weights
 from lfm.core.heavy import np
 from lfm.fusing import Each, Rule, fuse, kth_largest, sums
-from lfm.fusing.inputs import BASE, Tensors, agree, rebuilt, streamed, with_base
+from lfm.fusing.inputs import BASE, Tensors, agree, streamed, whole
 from lfm.fusing.rows import row_width
 from lfm.tensors.lazy import size
 
@@ -55,13 +55,10 @@ def taken(base: float, x: Each, kl: float, limit: float) -> float:
     return x[0] if np.float32(score(base, x, kl)) >= limit else base
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, base, models = with_base(inputs)
-    return rebuilt(inputs, merged(names, base, models))
-
-
-def merged(names: Sequence[str], base: Tensors, models: Sequence[Tensors]) -> dict[str, LazyTensor]:
-    """Streams both models twice for the rows' divergences and four times for the quartiles."""
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
+) -> dict[str, LazyTensor]:
+    assert base is not None
     width = row_width(base)
     totals = sums(Rule(exponential, width=width), names, models, [(0,), (1,)], base=base)
 
@@ -89,7 +86,8 @@ METHOD = Method(
     paper="mergekit",
     config=Config,
     models={"base": BASE, "models": Slot((Weights,), help="the model to take from")},
-    run=run,
+    run=whole(merge),
     cost=streamed(100),
     agree=agree,
+    merge=merge,
 )

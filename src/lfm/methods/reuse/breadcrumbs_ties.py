@@ -19,28 +19,28 @@ CorruptError naming a tensor that holds a NaN or an infinity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run
+from lfm.core import Meta, Method, Run
 from lfm.fusing import Rule, fuse
 from lfm.fusing.inputs import (
     BASE_AND_TUNED,
+    Cancelled,
     Densities,
-    Given,
     Normalize,
+    Regrow,
     Scale,
     Tensors,
     Weighting,
     agree,
-    one_each,
-    rebuilt,
+    elected,
     streamed,
-    with_base,
+    whole,
 )
 from lfm.fusing.joins import agreed
-from lfm.fusing.masks import between, middle
+from lfm.fusing.masks import between, middles
 
 if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
@@ -54,28 +54,30 @@ class Config(lfm.core.Config, frozen=True):
     ] = (0.01,)
     weights: Weighting = ()
     scale: Scale = 1.0
+    rescale: Regrow = False
     normalize: Normalize = False
+    cancelled: Cancelled = "base"
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, base, models = with_base(inputs)
-    weights = one_each("weights", config.weights, len(models))
-    density, gamma = (one_each(s, getattr(config, s), len(models)) for s in ("density", "gamma"))
-    bounds = [
-        run.step(f"bounds-{i}", lambda i=i: middle(names, base, models[i], lambda name: (density[i], gamma[i])))
-        for i in run.track(range(len(models)), "thresholds", len(models))
-    ]
-    settings = {"weight": weights, "scale": config.scale, "divide": config.normalize, "cancelled": 0.0}
-
-    def given(name: str) -> dict[str, Any]:
-        return settings | {"low": [bound[name][0] for bound in bounds], "high": [bound[name][1] for bound in bounds]}
-
-    return rebuilt(inputs, merged(names, base, models, given))
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
+) -> dict[str, LazyTensor]:
+    assert base is not None
+    kept = middles(names, base, models, configs, run)
+    return fuse(
+        Rule(agreed, first=between, given=lambda n: elected(configs(n), len(models)) | kept(n)),
+        names,
+        models,
+        base=base,
+    )
 
 
-def merged(names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Given) -> dict[str, LazyTensor]:
-    """given: a tensor's `low` and `high` (bounds of the magnitudes that are kept) and `weight`; agreed's others."""
-    return fuse(Rule(agreed, first=between, given=given), names, models, base=base)
-
-
-METHOD = Method(paper="arXiv:2312.06795", config=Config, models=BASE_AND_TUNED, run=run, cost=streamed(20), agree=agree)
+METHOD = Method(
+    paper="arXiv:2312.06795",
+    config=Config,
+    models=BASE_AND_TUNED,
+    run=whole(merge),
+    cost=streamed(20),
+    agree=agree,
+    merge=merge,
+)

@@ -19,25 +19,25 @@ number; CorruptError naming a tensor that holds a NaN or an infinity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run
+from lfm.core import Meta, Method, Run
 from lfm.fusing import Rule, fuse
 from lfm.fusing.inputs import (
     BASE_AND_TUNED,
+    Cancelled,
     Densities,
-    Given,
     Normalize,
     Scale,
     Tensors,
     Weighting,
     agree,
+    elected,
     one_each,
-    rebuilt,
     streamed,
-    with_base,
+    whole,
 )
 from lfm.fusing.joins import agreed, dropped
 
@@ -51,28 +51,27 @@ class Config(lfm.core.Config, frozen=True):
     scale: Scale = 1.0
     rescale: Annotated[bool, Meta(description="divide what is kept by the density")] = True
     normalize: Normalize = True
+    cancelled: Cancelled = "base"
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, base, models = with_base(inputs)
-    weights = one_each("weights", config.weights, len(models))
-    density = one_each("density", config.density, len(models))
-    given = {
-        "weight": weights,
-        "density": density,
-        "grow": [1 / d if config.rescale else 1.0 for d in density],
-        "scale": config.scale,
-        "divide": config.normalize,
-        "cancelled": 0.0,
-    }
-    return rebuilt(inputs, merged(names, base, models, lambda name: given, run.seed))
-
-
-def merged(
-    names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Given, seed: int
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
-    """given: a tensor's `density`, `grow` (by what the kept are multiplied) and `weight` by model; agreed's others."""
-    return fuse(Rule(agreed, first=dropped, given=given, seed=seed), names, models, base=base)
+    def given(name: str) -> dict[str, Any]:
+        config = configs(name)
+        density = one_each("density", config.density, len(models))
+        grow = [1 / d if config.rescale and d else 1.0 for d in density]
+        return elected(config, len(models)) | {"density": density, "grow": grow}
+
+    return fuse(Rule(agreed, first=dropped, given=given, seed=run.seed), names, models, base=base)
 
 
-METHOD = Method(paper="arXiv:2311.03099", config=Config, models=BASE_AND_TUNED, run=run, cost=streamed(30), agree=agree)
+METHOD = Method(
+    paper="arXiv:2311.03099",
+    config=Config,
+    models=BASE_AND_TUNED,
+    run=whole(merge),
+    cost=streamed(30),
+    agree=agree,
+    merge=merge,
+)

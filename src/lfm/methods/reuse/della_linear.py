@@ -19,25 +19,22 @@ within (0, 1); CorruptError naming a tensor that holds a NaN or an infinity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lfm.core
-from lfm.core import Inputs, Method, Model, Run
+from lfm.core import Inputs, Method, Run
 from lfm.fusing import Rule, della, fuse
 from lfm.fusing.inputs import (
     BASE_AND_TUNED,
     Densities,
-    Given,
     Normalize,
     Scale,
     Tensors,
     Weighting,
-    one_each,
-    rebuilt,
-    shared,
     streamed,
-    with_base,
+    summed,
+    whole,
 )
 from lfm.fusing.joins import added, multiplied
 
@@ -54,29 +51,16 @@ class Config(lfm.core.Config, frozen=True):
     normalize: Normalize = False
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, base, models = with_base(inputs)
-    weights = one_each("weights", config.weights, len(models))
-    given = {
-        "density": one_each("density", config.density, len(models)),
-        "epsilon": one_each("epsilon", config.epsilon, len(models)),
-        "weight": weights,
-        "scale": shared(weights, config.scale, config.normalize),
-    }
-    return rebuilt(inputs, merged(names, base, models, lambda name: given, run.seed, config.rescale))
-
-
-def merged(
-    names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Given, seed: int, rescale: della.Rescale
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
-    """given: a tensor's `density`, `epsilon` and `weight` by model, and `scale`."""
-    changes = della.dropped(names, base, models, given, seed, own=rescale == "probability")
-    grow = della.ratios(names, base, models, changes) if rescale == "norm" else {}
+    assert base is not None
+    changes, grown = della.dropped(names, base, models, configs, run.seed)
 
-    def found(name: str) -> dict[str, Any]:
-        return {**given(name), "grow": grow.get(name, 1.0)}
+    def given(name: str) -> dict[str, Any]:
+        return summed(configs(name), len(models)) | {"grow": grown(name)}
 
-    return fuse(Rule(added, first=multiplied, given=found), names, changes, base=base)
+    return fuse(Rule(added, first=multiplied, given=given), names, changes, base=base)
 
 
 def agree(config: Config, inputs: Inputs) -> None:
@@ -84,5 +68,11 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 
 METHOD = Method(
-    paper="arXiv:2406.11617", config=Config, models=BASE_AND_TUNED, run=run, cost=streamed(200), agree=agree
+    paper="arXiv:2406.11617",
+    config=Config,
+    models=BASE_AND_TUNED,
+    run=whole(merge),
+    cost=streamed(200),
+    agree=agree,
+    merge=merge,
 )

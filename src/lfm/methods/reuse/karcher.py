@@ -17,14 +17,14 @@ naming a tensor that holds a NaN or an infinity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run, Slot, Weights
+from lfm.core import Meta, Method, Run, Slot, Weights
 from lfm.core.heavy import np
 from lfm.fusing import Rule, fuse, gram
-from lfm.fusing.inputs import Given, Tensors, Weighting, agree, one_each, opened, rebuilt, streamed
+from lfm.fusing.inputs import Tensors, Weighting, agree, one_each, streamed, whole
 from lfm.fusing.joins import weighted
 
 if TYPE_CHECKING:
@@ -37,20 +37,15 @@ class Config(lfm.core.Config, frozen=True):
     tol: Annotated[float, Meta(gt=0, description="length of a step that is the last; smaller norms count as 0")] = 1e-5
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, models = opened(inputs.all("models"))
-    weights = one_each("weights", config.weights, len(models))
-    given = {"weight": [w / sum(weights) for w in weights], "max_iter": config.max_iter, "tol": config.tol}
-    return rebuilt(inputs, merged(names, models, lambda name: given))
-
-
-def merged(names: Sequence[str], models: Sequence[Tensors], given: Given) -> dict[str, LazyTensor]:
-    """given: a tensor's `weight` by model (of sum 1), `max_iter`, `tol`. Streams the models once for the products."""
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
+) -> dict[str, LazyTensor]:
     products = gram(names, models)
 
     def found(name: str) -> dict[str, Any]:
-        told = given(name)
-        return {"weight": coefficients(products[name][0], np.asarray(told["weight"]), told["max_iter"], told["tol"])}
+        config = configs(name)
+        weights = np.asarray(one_each("weights", config.weights, len(models)))
+        return {"weight": coefficients(products[name][0], weights / weights.sum(), config.max_iter, config.tol)}
 
     return fuse(Rule(weighted, given=found), names, models)
 
@@ -88,7 +83,8 @@ METHOD = Method(
     paper="arXiv:2603.04972",
     config=Config,
     models={"models": Slot((Weights,), min=2, max=None, help="models to average")},
-    run=run,
+    run=whole(merge),
     cost=streamed(8),
     agree=agree,
+    merge=merge,
 )

@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import lfm.core
-from lfm.core import Cost, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
+from lfm.core import Cost, Inputs, Meta, Method, Run, Sizes, Slot, Weights
 from lfm.core.errors import ConfigError
-from lfm.fusing import Each, Rule, fuse
-from lfm.fusing.inputs import Tensors, memory, opened, together
+from lfm.fusing import Rule, fuse
+from lfm.fusing import inputs as shared
+from lfm.fusing.inputs import Tensors, Weighting, memory, one_each, whole
 from lfm.fusing.joins import weighted
 
 if TYPE_CHECKING:
@@ -30,53 +31,29 @@ if TYPE_CHECKING:
 
 
 class Config(lfm.core.Config, frozen=True):
-    weights: Annotated[tuple[float, ...], Meta(description="one a model, in their order; empty: all equal")] = ()
+    weights: Weighting = ()
     normalize: Annotated[bool, Meta(description="divide by the sum of the weights")] = True
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    models = inputs.all("models")
-    weights = _weights(config, len(models))
-    names, tensors = opened(models)
-    used = [i for i, weight in enumerate(weights) if weight]
-    made = merged(
-        names, [tensors[i] for i in used], lambda name: tuple(weights[i] for i in used), tensors[0], config.normalize
-    )
-    return models[0].ask(Weights).replace(made)
-
-
-def merged(
-    names: Sequence[str],
-    models: Sequence[Tensors],
-    weights: Callable[[str], Each],
-    like: Tensors | None = None,
-    normalize: bool = True,
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
-    """The mean of each tensor, by its own weights; stored as `like`, or else the first model, has it."""
+    weights = {name: one_each("weights", configs(name).weights, len(models)) for name in names}
+    used = [i for i in range(len(models)) if any(weight[i] for weight in weights.values())]
 
     def given(name: str) -> dict[str, Any]:
-        weight = weights(name)
-        return {"weight": [w / sum(weight) for w in weight] if normalize else weight}
+        weight = [weights[name][i] for i in used]
+        return {"weight": [w / sum(weight) for w in weight] if configs(name).normalize else weight}
 
-    return fuse(Rule(weighted, given=given), names, models, like=like)
+    return fuse(Rule(weighted, given=given), names, [models[i] for i in used], like=models[0])
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    _weights(config, len(inputs.all("models")))
-    together(inputs)
-
-
-def _weights(config: Config, count: int) -> tuple[float, ...]:
-    weights = config.weights or (1.0,) * count
-    if len(weights) != count:
-        raise ConfigError(
-            f"weights has {len(weights)} values for {count} models", fix="give one a model, in their order"
-        )
-    if not any(weights):
-        raise ConfigError("all weights are zero")
-    if config.normalize and not sum(weights):
+    shared.agree(config, inputs)
+    if config.weights and not any(config.weights):
+        raise ConfigError("all weights are zero", fix="leave out the models that should not count")
+    if config.normalize and config.weights and not sum(config.weights):
         raise ConfigError("the weights sum to zero", fix="set normalize=false to add and subtract models")
-    return weights
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
@@ -88,7 +65,8 @@ METHOD = Method(
     paper="arXiv:2203.05482",
     config=Config,
     models={"models": Slot((Weights,), min=2, max=None, help="models to average")},
-    run=run,
+    run=whole(merge),
     cost=cost,
     agree=agree,
+    merge=merge,
 )

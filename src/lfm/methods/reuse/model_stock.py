@@ -17,19 +17,20 @@ or an infinity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run, Slot, Weights
+from lfm.core import Meta, Method, Run, Slot, Weights
 from lfm.core.heavy import np
 from lfm.fusing import Rule, fuse, gram
-from lfm.fusing.inputs import BASE, Tensors, agree, rebuilt, streamed, with_base
+from lfm.fusing.inputs import BASE, Tensors, agree, by_setting, streamed, whole
 from lfm.fusing.joins import added, change
 from lfm.fusing.rows import row_width
 
 if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
+
 
 SMALL = 1e-6
 
@@ -38,20 +39,19 @@ class Config(lfm.core.Config, frozen=True):
     of: Annotated[Literal["tensor", "row"], Meta(description="what has an angle of its own")] = "tensor"
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, base, models = with_base(inputs)
-    return rebuilt(inputs, merged(names, base, models, by_row=config.of == "row"))
-
-
-def merged(
-    names: Sequence[str], base: Tensors, models: Sequence[Tensors], *, by_row: bool = False
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
-    """Streams the models once for the angles."""
-    width = row_width(base) if by_row else None
-    products = gram(names, models, base=base, width=width)
-    weight = [1 / len(models)] * len(models)
-    given = {name: {"weight": weight, "scale": ratio(found)} for name, found in products.items()}
-    return fuse(Rule(added, first=change, given=given.__getitem__, width=width), names, models, base=base)
+    assert base is not None
+
+    def drawn(of: str, names: Sequence[str]) -> dict[str, LazyTensor]:
+        width = row_width(base) if of == "row" else None
+        products = gram(names, models, base=base, width=width)
+        weight = [1 / len(models)] * len(models)
+        given = {name: {"weight": weight, "scale": ratio(found)} for name, found in products.items()}
+        return fuse(Rule(added, first=change, given=given.__getitem__, width=width), names, models, base=base)
+
+    return by_setting(names, lambda name: configs(name).of, drawn)
 
 
 def ratio(products: Any) -> Any:
@@ -70,7 +70,8 @@ METHOD = Method(
     paper="arXiv:2403.19522",
     config=Config,
     models={"base": BASE, "models": Slot((Weights,), min=2, max=None, help="models fine-tuned from it alike")},
-    run=run,
+    run=whole(merge),
     cost=streamed(10),
     agree=agree,
+    merge=merge,
 )

@@ -17,19 +17,20 @@ number; CorruptError naming a tensor that holds a NaN or an infinity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run, Slot, Weights
+from lfm.core import Meta, Method, Run, Slot, Weights
 from lfm.core.errors import MismatchError
 from lfm.core.heavy import np
 from lfm.fusing import Rule, fuse, gram
-from lfm.fusing.inputs import Given, Tensors, Weighting, agree, one_each, opened, rebuilt, streamed
+from lfm.fusing.inputs import Tensors, Weighting, agree, one_each, streamed, whole
 from lfm.fusing.joins import added, change, weighted
 
 if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
+
 
 SMALL = 1e-8
 
@@ -39,24 +40,18 @@ class Config(lfm.core.Config, frozen=True):
     normalize: Annotated[bool, Meta(description="divide the weights by their sum")] = True
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    weights = one_each("weights", config.weights, len(inputs.all("models")))
-    names, tensors = opened((*inputs.all("base"), *inputs.all("models")))
-    base, models = (tensors[0] if inputs.all("base") else None), tensors[-len(weights) :]
-    total = sum(weights) if config.normalize else 1.0
-    return rebuilt(inputs, merged(names, base, models, lambda name: {"weight": [w / total for w in weights]}))
-
-
-def merged(
-    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], given: Given
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
-    """given: a tensor's `weight` by model. Streams the models once for the inner products."""
     products = gram(names, models, base=base)
 
     def found(name: str) -> dict[str, Any]:
-        return {"weight": coefficients(name, products[name][0], np.asarray(given(name)["weight"])), "scale": 1.0}
+        config = configs(name)
+        weights = np.asarray(one_each("weights", config.weights, len(models)))
+        weights = weights / weights.sum() if config.normalize else weights
+        return {"weight": coefficients(name, products[name][0], weights), "scale": 1.0}
 
-    rule = Rule(added, first=change, given=found) if base else Rule(weighted, given=found)
+    rule = Rule(weighted, given=found) if base is None else Rule(added, first=change, given=found)
     return fuse(rule, names, models, base=base)
 
 
@@ -86,7 +81,8 @@ METHOD = Method(
         "models": Slot((Weights,), min=2, max=None, help="models to average"),
         "base": Slot((Weights,), min=0, help="what their changes are measured from"),
     },
-    run=run,
+    run=whole(merge),
     cost=streamed(10),
     agree=agree,
+    merge=merge,
 )

@@ -14,13 +14,13 @@ or an infinity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run, Slot, Weights
+from lfm.core import Meta, Method, Run, Slot, Weights
 from lfm.fusing import Each, Rule, fuse
-from lfm.fusing.inputs import BASE, Given, Tensors, agree, rebuilt, streamed, with_base
+from lfm.fusing.inputs import BASE, Tensors, agree, streamed, whole
 
 if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
@@ -36,21 +36,19 @@ def swapped(base: float, x: Each, t: float) -> float:
     return weight * x[0] + (1.0 - weight) * base
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, base, models = with_base(inputs)
-    return rebuilt(inputs, merged(names, base, models, lambda name: {"t": config.t}))
-
-
-def merged(names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Given) -> dict[str, LazyTensor]:
-    """given: a tensor's `t`."""
-    return fuse(Rule(swapped, given=given), names, models, base=base)
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
+) -> dict[str, LazyTensor]:
+    assert base is not None
+    return fuse(Rule(swapped, given=lambda name: {"t": configs(name).t}), names, models, base=base)
 
 
 METHOD = Method(
     paper="mergekit",
     config=Config,
     models={"base": BASE, "models": Slot((Weights,), help="the model to move towards")},
-    run=run,
+    run=whole(merge),
     cost=streamed(8),
     agree=agree,
+    merge=merge,
 )

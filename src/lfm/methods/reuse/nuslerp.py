@@ -15,19 +15,20 @@ number; CorruptError naming a tensor that holds a NaN or an infinity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run, Slot, Weights
+from lfm.core import Meta, Method, Run, Slot, Weights
 from lfm.core.heavy import np
 from lfm.fusing import Rule, fuse, gram
-from lfm.fusing.inputs import Given, Tensors, Weighting, agree, one_each, opened, rebuilt, streamed
+from lfm.fusing.inputs import Tensors, Weighting, agree, by_setting, one_each, streamed, whole
 from lfm.fusing.joins import added, change, weighted
 from lfm.fusing.rows import row_width
 
 if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
+
 
 SMALL = 1e-7
 PARALLEL = 1e-16
@@ -38,26 +39,23 @@ class Config(lfm.core.Config, frozen=True):
     of: Annotated[Literal["tensor", "row"], Meta(description="what is turned as one vector")] = "tensor"
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    weights = one_each("weights", config.weights, 2)
-    names, tensors = opened((*inputs.all("base"), *inputs.all("models")))
-    base, models = (tensors[0] if len(tensors) == 3 else None), tensors[-2:]
-    made = merged(names, base, models, lambda name: {"weight": weights}, by_row=config.of == "row")
-    return rebuilt(inputs, made)
-
-
-def merged(
-    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], given: Given, *, by_row: bool = False
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
-    """given: a tensor's `weight` by model. Streams the models once for the angles."""
-    width = row_width(models[0]) if by_row else None
-    products = gram(names, models, base=base, width=width)
+    def turned(of: str, names: Sequence[str]) -> dict[str, LazyTensor]:
+        width = row_width(models[0]) if of == "row" else None
+        products = gram(names, models, base=base, width=width)
 
-    def found(name: str) -> dict[str, Any]:
-        return {"weight": coefficients(products[name], *given(name)["weight"]), "scale": 1.0}
+        def found(name: str) -> dict[str, Any]:
+            weights = one_each("weights", configs(name).weights, 2)
+            return {"weight": coefficients(products[name], *weights), "scale": 1.0}
 
-    rule = Rule(added, first=change, given=found, width=width) if base else Rule(weighted, given=found, width=width)
-    return fuse(rule, names, models, base=base)
+        rule = Rule(weighted, given=found, width=width)
+        if base is not None:
+            rule = Rule(added, first=change, given=found, width=width)
+        return fuse(rule, names, models, base=base)
+
+    return by_setting(names, lambda name: configs(name).of, turned)
 
 
 def coefficients(products: Any, first: float, second: float) -> Any:
@@ -79,7 +77,8 @@ METHOD = Method(
         "models": Slot((Weights,), min=2, max=2, help="the two to interpolate between, in order"),
         "base": Slot((Weights,), min=0, help="what their changes are measured from"),
     },
-    run=run,
+    run=whole(merge),
     cost=streamed(8),
     agree=agree,
+    merge=merge,
 )

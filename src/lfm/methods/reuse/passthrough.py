@@ -12,13 +12,13 @@ are streamed: memory does not grow with the model. Errors: CorruptError naming a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run, Slot, Weights
+from lfm.core import Meta, Method, Run, Slot, Weights
 from lfm.fusing import Rule, fuse
-from lfm.fusing.inputs import Given, Tensors, agree, opened, rebuilt, streamed
+from lfm.fusing.inputs import Tensors, agree, streamed, whole
 from lfm.fusing.joins import weighted
 
 if TYPE_CHECKING:
@@ -29,21 +29,18 @@ class Config(lfm.core.Config, frozen=True):
     scale: Annotated[float, Meta(description="what every weight is multiplied by")] = 1.0
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, models = opened(inputs.all("models"))
-    return rebuilt(inputs, merged(names, models, lambda name: {"weight": [config.scale]}))
-
-
-def merged(names: Sequence[str], models: Sequence[Tensors], given: Given) -> dict[str, LazyTensor]:
-    """given: a tensor's `weight`, one number."""
-    return fuse(Rule(weighted, given=given), names, models)
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
+) -> dict[str, LazyTensor]:
+    return fuse(Rule(weighted, given=lambda name: {"weight": [configs(name).scale]}), names, models)
 
 
 METHOD = Method(
     paper="mergekit",
     config=Config,
     models={"models": Slot((Weights,), help="the model to pass on")},
-    run=run,
+    run=whole(merge),
     cost=streamed(1),
     agree=agree,
+    merge=merge,
 )

@@ -14,13 +14,13 @@ MismatchError before any weight is read; CorruptError naming a tensor that holds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run
+from lfm.core import Meta, Method, Run
 from lfm.fusing import Each, Rule, fuse
-from lfm.fusing.inputs import BASE_AND_TUNED, Given, Tensors, agree, rebuilt, streamed, with_base
+from lfm.fusing.inputs import BASE_AND_TUNED, Tensors, agree, streamed, whole
 from lfm.fusing.joins import moved
 
 if TYPE_CHECKING:
@@ -40,14 +40,19 @@ def shared_out(base: float, x: Each, epsilon: float) -> float:
     return moved(base, total / max(count, 1.0))
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, base, models = with_base(inputs)
-    return rebuilt(inputs, merged(names, base, models, lambda name: {"epsilon": config.epsilon}))
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
+) -> dict[str, LazyTensor]:
+    assert base is not None
+    return fuse(Rule(shared_out, given=lambda name: {"epsilon": configs(name).epsilon}), names, models, base=base)
 
 
-def merged(names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Given) -> dict[str, LazyTensor]:
-    """given: a tensor's `epsilon`."""
-    return fuse(Rule(shared_out, given=given), names, models, base=base)
-
-
-METHOD = Method(paper="arXiv:2601.13572", config=Config, models=BASE_AND_TUNED, run=run, cost=streamed(6), agree=agree)
+METHOD = Method(
+    paper="arXiv:2601.13572",
+    config=Config,
+    models=BASE_AND_TUNED,
+    run=whole(merge),
+    cost=streamed(6),
+    agree=agree,
+    merge=merge,
+)

@@ -15,14 +15,14 @@ MismatchError before any weight is read; CorruptError naming a tensor that holds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run
+from lfm.core import Meta, Method, Run
 from lfm.core.heavy import np
 from lfm.fusing import Each, Rule, fuse, sums
-from lfm.fusing.inputs import BASE_AND_TUNED, Given, Tensors, agree, rebuilt, streamed, with_base
+from lfm.fusing.inputs import BASE_AND_TUNED, Tensors, agree, streamed, whole
 from lfm.fusing.joins import moved
 
 if TYPE_CHECKING:
@@ -58,23 +58,27 @@ def grown(base: float, x: Each, epsilon: float, grow: Each) -> float:
     return moved(base, total)
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, base, models = with_base(inputs)
-    given = {"epsilon": config.epsilon, "r": config.r, "alpha": config.alpha}
-    return rebuilt(inputs, merged(names, base, models, lambda name: given))
-
-
-def merged(names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Given) -> dict[str, LazyTensor]:
-    """given: a tensor's `epsilon`, `r` and `alpha`. Streams the models once to count."""
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
+) -> dict[str, LazyTensor]:
+    assert base is not None
     which = [(i, alone) for i in range(len(models)) for alone in (0, 1)]
-    counts = sums(Rule(tallied, given=given), names, models, which, base=base)
+    counts = sums(Rule(tallied, given=lambda n: {"epsilon": configs(n).epsilon}), names, models, which, base=base)
 
     def found(name: str) -> dict[str, Any]:
-        told, (several, one) = given(name), counts[name][0].reshape(-1, 2).T
-        ratio = several / np.maximum(one, told["epsilon"]) if told["epsilon"] else several / np.maximum(one, 1e-300)
-        return {"epsilon": told["epsilon"], "grow": 1 + told["r"] * np.minimum(ratio, told["alpha"])}
+        config, (several, one) = configs(name), counts[name][0].reshape(-1, 2).T
+        ratio = several / np.maximum(one, config.epsilon or 1e-300)
+        return {"epsilon": config.epsilon, "grow": 1 + config.r * np.minimum(ratio, config.alpha)}
 
     return fuse(Rule(grown, given=found), names, models, base=base)
 
 
-METHOD = Method(paper="arXiv:2601.13572", config=Config, models=BASE_AND_TUNED, run=run, cost=streamed(14), agree=agree)
+METHOD = Method(
+    paper="arXiv:2601.13572",
+    config=Config,
+    models=BASE_AND_TUNED,
+    run=whole(merge),
+    cost=streamed(14),
+    agree=agree,
+    merge=merge,
+)

@@ -17,14 +17,14 @@ streamed. Errors: MismatchError before any weight is read; CorruptError naming a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run
+from lfm.core import Meta, Method, Run
 from lfm.core.heavy import np
 from lfm.fusing import Each, Rule, fuse, kth_largest, sums
-from lfm.fusing.inputs import BASE_AND_TUNED, Given, Tensors, agree, rebuilt, streamed, with_base
+from lfm.fusing.inputs import BASE_AND_TUNED, Tensors, agree, streamed, whole
 from lfm.fusing.joins import moved
 
 if TYPE_CHECKING:
@@ -70,18 +70,15 @@ def fused(base: float, x: Each, limit: float, weight: Each) -> float:
     return moved(base, total / max(mass, 1e-6) if selected(base, x, limit) else 0.0)
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, base, models = with_base(inputs)
-    return rebuilt(inputs, merged(names, base, models, lambda name: {"density": config.density}))
-
-
-def merged(names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Given) -> dict[str, LazyTensor]:
-    """given: a tensor's `density`. Streams the models once for the weights, three times more to select."""
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
+) -> dict[str, LazyTensor]:
+    assert base is not None
     limits = dict.fromkeys(names, 0.0)
-    some = [name for name in names if given(name)["density"] < 1]
+    some = [name for name in names if configs(name).density < 1]
     if some:
         counts = sums(Rule(varies), some, models, base=base)
-        keep = [int(counts[name][0, 0] * given(name)["density"]) for name in some]
+        keep = [int(counts[name][0, 0] * configs(name).density) for name in some]
         ranks = [[k] if k else [] for k in keep]
         found = kth_largest(Rule(variance), [[name] for name in some], models, ranks, base=base)
         limits |= {name: limit[0] if limit else np.inf for name, limit in zip(some, found)}
@@ -97,4 +94,12 @@ def merged(names: Sequence[str], base: Tensors, models: Sequence[Tensors], given
     return fuse(Rule(fused, given=settings), names, models, base=base)
 
 
-METHOD = Method(paper="arXiv:2408.07990", config=Config, models=BASE_AND_TUNED, run=run, cost=streamed(40), agree=agree)
+METHOD = Method(
+    paper="arXiv:2408.07990",
+    config=Config,
+    models=BASE_AND_TUNED,
+    run=whole(merge),
+    cost=streamed(40),
+    agree=agree,
+    merge=merge,
+)

@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import lfm.core
-from lfm.core import Inputs, Meta, Method, Model, Run, Slot, Weights
+from lfm.core import Meta, Method, Run, Slot, Weights
 from lfm.fusing import Rule, fuse, gram
-from lfm.fusing.inputs import Tensors, agree, opened, rebuilt, streamed
+from lfm.fusing.inputs import Tensors, agree, known, streamed, whole
 from lfm.fusing.joins import weighted
 
 if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
+
 
 PARALLEL = 0.9995
 SMALL = 1e-8
@@ -37,18 +38,11 @@ class Config(lfm.core.Config, frozen=True):
     t: Annotated[float, Meta(ge=0, le=1, description="how far to go from the first model to the second")] = 0.5
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, models = opened(inputs.all("models"))
-    products = run.step("products", lambda: {n: g[0].tolist() for n, g in gram(names, models).items()})
-    return rebuilt(inputs, merged(names, models, lambda name: config.t, products))
-
-
-def merged(
-    names: Sequence[str], models: Sequence[Tensors], t: Callable[[str], float], products: dict[str, Any] | None = None
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
-    """Each tensor by its own t. products: their inner products, if they are known."""
-    known = products or {name: found[0] for name, found in gram(names, models).items()}
-    return fuse(Rule(weighted, given=lambda n: {"weight": coefficients(known[n], t(n))}), names, models)
+    products = known(run, "products", names, lambda: {n: g[0].tolist() for n, g in gram(names, models).items()})
+    return fuse(Rule(weighted, given=lambda n: {"weight": coefficients(products[n], configs(n).t)}), names, models)
 
 
 def coefficients(products: Any, t: float) -> tuple[float, float]:
@@ -65,7 +59,8 @@ METHOD = Method(
     paper="Shoemake, SIGGRAPH 1985",
     config=Config,
     models={"models": Slot((Weights,), min=2, max=2, help="the two to interpolate between, in order")},
-    run=run,
+    run=whole(merge),
     cost=streamed(6),
     agree=agree,
+    merge=merge,
 )

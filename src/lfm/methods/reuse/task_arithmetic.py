@@ -15,26 +15,13 @@ CorruptError naming a tensor that holds a NaN or an infinity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import lfm.core
-from lfm.core import Inputs, Method, Model, Run
+from lfm.core import Method, Run
 from lfm.fusing import Rule, fuse
-from lfm.fusing.inputs import (
-    BASE_AND_TUNED,
-    Given,
-    Normalize,
-    Scale,
-    Tensors,
-    Weighting,
-    agree,
-    one_each,
-    rebuilt,
-    shared,
-    streamed,
-    with_base,
-)
+from lfm.fusing.inputs import BASE_AND_TUNED, Normalize, Scale, Tensors, Weighting, agree, streamed, summed, whole
 from lfm.fusing.joins import added, change
 
 if TYPE_CHECKING:
@@ -47,16 +34,18 @@ class Config(lfm.core.Config, frozen=True):
     normalize: Normalize = False
 
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    names, base, models = with_base(inputs)
-    weights = one_each("weights", config.weights, len(models))
-    given = {"weight": weights, "scale": shared(weights, config.scale, config.normalize)}
-    return rebuilt(inputs, merged(names, base, models, lambda name: given))
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
+) -> dict[str, LazyTensor]:
+    return fuse(Rule(added, first=change, given=lambda n: summed(configs(n), len(models))), names, models, base=base)
 
 
-def merged(names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Given) -> dict[str, LazyTensor]:
-    """given: a tensor's `weight` by model, and `scale`."""
-    return fuse(Rule(added, first=change, given=given), names, models, base=base)
-
-
-METHOD = Method(paper="arXiv:2212.04089", config=Config, models=BASE_AND_TUNED, run=run, cost=streamed(4), agree=agree)
+METHOD = Method(
+    paper="arXiv:2212.04089",
+    config=Config,
+    models=BASE_AND_TUNED,
+    run=whole(merge),
+    cost=streamed(4),
+    agree=agree,
+    merge=merge,
+)

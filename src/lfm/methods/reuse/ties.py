@@ -23,103 +23,103 @@ an infinity.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import lfm.core
-from lfm.core import Cost, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
-from lfm.core.errors import ConfigError
-from lfm.core.heavy import np
+from lfm.core import Meta, Method, Run
 from lfm.fusing import Rule, fuse, kth_largest
-from lfm.fusing.inputs import Tensors, memory, opened, together
+from lfm.fusing.inputs import (
+    BASE_AND_TUNED,
+    Cancelled,
+    Densities,
+    Normalize,
+    Regrow,
+    Scale,
+    Tensors,
+    Weighting,
+    agree,
+    by_setting,
+    elected,
+    known,
+    one_each,
+    streamed,
+    whole,
+)
 from lfm.fusing.joins import agreed, change, magnitude
+from lfm.fusing.masks import between, regrown
 from lfm.tensors.lazy import size
 
 if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
 
+
 Scope = Literal["model", "tensor"]
 
 
 class Config(lfm.core.Config, frozen=True):
-    density: Annotated[float, Meta(gt=0, le=1, description="fraction of each model's changes that is kept")] = 0.2
-    scale: Annotated[float, Meta(ge=0, description="λ, how far to go from the base along the merged change")] = 1.0
+    density: Densities = (0.2,)
+    scale: Scale = 1.0
     scope: Annotated[Scope, Meta(description="what the largest changes are chosen from: the model, or each tensor")] = (
         "model"
     )
-    weights: Annotated[
-        tuple[Annotated[float, Meta(ge=0)], ...], Meta(description="one a model, in their order; empty: all equal")
-    ] = ()
+    weights: Weighting = ()
+    rescale: Regrow = False
+    normalize: Normalize = True
+    cancelled: Cancelled = "base"
 
 
-def trimmed(base: float, x: float, limit: float) -> float:
-    """τᵢ: a model's change where it is large enough, else 0."""
-    change = x - base
-    return change if abs(np.float32(change)) >= limit else 0.0
+def merge(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
+) -> dict[str, LazyTensor]:
+    assert base is not None
+    count = len(models)
+    kept, grown = [], []
+    for i, model in run.track(enumerate(models), "trim", count):
+        trims: dict[str, tuple[Scope, float]] = {
+            name: (configs(name).scope, one_each("density", configs(name).density, count)[i]) for name in names
+        }
+        kept.append(known(run, f"trim-{i}", names, partial(limits, names, base, model, trims)))
+        to_norm = [name for name in names if configs(name).rescale]
+        grown.append(
+            regrown(to_norm, base, model, {n: (kept[-1][n], float("inf")) for n in to_norm}) if to_norm else {}
+        )
 
+    def given(name: str) -> dict[str, Any]:
+        mine = {
+            "low": [limit[name] for limit in kept],
+            "high": [float("inf")] * count,
+            "grow": [of.get(name, 1.0) for of in grown],
+        }
+        return elected(configs(name), count) | mine
 
-def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    models = inputs.all("models")
-    weights = _weights(config, len(models))
-    names, (base, *sources) = opened((inputs.model("base"), *models))
-
-    def trim(i: int) -> dict[str, float]:
-        return limits(names, base, sources[i], lambda name: config.density, config.scope)
-
-    found = [run.step(f"trim-{i}", lambda i=i: trim(i)) for i in run.track(range(len(models)), "trim", len(models))]
-    settings = {"weight": weights, "scale": config.scale, "divide": 1.0, "cancelled": 0.0}
-    made = merged(names, base, sources, lambda name: settings | {"limit": [limit[name] for limit in found]})
-    return inputs.model("base").ask(Weights).replace(made)
+    return fuse(Rule(agreed, first=between, given=given), names, models, base=base)
 
 
 def limits(
-    names: Sequence[str], base: Tensors, model: Tensors, density: Callable[[str], float], scope: Scope
+    names: Sequence[str], base: Tensors, model: Tensors, trims: Mapping[str, tuple[Scope, float]]
 ) -> dict[str, float]:
-    """By name, the magnitude that a fraction of the changes reaches: of the tensor's own, or of all (one density)."""
-    groups = [list(names)] if scope == "model" else [[name] for name in names]
-    counts = [sum(size(base[name]) for name in group) for group in groups]
-    keep = [max(1, int(density(group[0]) * count)) if group else 1 for group, count in zip(groups, counts)]
-    asked = [[] if kept >= count else [kept] for kept, count in zip(keep, counts)]
-    found = kth_largest(Rule(magnitude, first=change), groups, [model], asked, base=base)
-    return {name: limit[0] if limit else 0.0 for group, limit in zip(groups, found) for name in group}
+    """By name, the magnitude that a fraction of the changes reaches: the tensor's own, or all with that fraction."""
 
+    def least(trim: tuple[Scope, float], some: list[str]) -> dict[str, float]:
+        scope, density = trim
+        groups = [some] if scope == "model" else [[name] for name in some]
+        counts = [sum(size(base[name]) for name in group) for group in groups]
+        keep = [max(1, int(density * count)) if density else 0 for count in counts]
+        asked = [[kept] if 0 < kept < count else [] for kept, count in zip(keep, counts)]
+        found = kth_largest(Rule(magnitude, first=change), groups, [model], asked, base=base)
+        every = 0.0 if density else float("inf")
+        return {name: limit[0] if limit else every for group, limit in zip(groups, found) for name in group}
 
-def merged(
-    names: Sequence[str], base: Tensors, models: Sequence[Tensors], given: Callable[[str], Mapping[str, Any]]
-) -> dict[str, LazyTensor]:
-    """Trimmed changes, merged by sign. given: a tensor's `limit` and `weight` by model, and agreed's other numbers."""
-    return fuse(Rule(agreed, first=trimmed, given=given), names, models, base=base)
-
-
-def agree(config: Config, inputs: Inputs) -> None:
-    _weights(config, len(inputs.all("models")))
-    together(inputs)
-
-
-def _weights(config: Config, count: int) -> tuple[float, ...]:
-    weights = config.weights or (1.0,) * count
-    if len(weights) != count:
-        raise ConfigError(
-            f"weights has {len(weights)} values for {count} models", fix="give one a model, in their order"
-        )
-    if not any(weights):
-        raise ConfigError("all weights are zero", fix="leave out the models that should not count")
-    return weights
-
-
-def cost(config: Config, sizes: Sizes) -> Cost:
-    count, base = len(sizes.models["models"]), sizes.model("base")
-    # two histogram passes and the merge, elementwise operations each
-    return Cost(flops=30.0 * count * base.parameters, memory=memory(sizes), disk=base.bytes)
+    return by_setting(names, trims.__getitem__, least)
 
 
 METHOD = Method(
     paper="arXiv:2306.01708",
     config=Config,
-    models={
-        "base": Slot((Weights,), help="what the models were fine-tuned from"),
-        "models": Slot((Weights,), max=None, help="fine-tuned models to merge"),
-    },
-    run=run,
-    cost=cost,
+    models=BASE_AND_TUNED,
+    run=whole(merge),
+    cost=streamed(30),
     agree=agree,
+    merge=merge,
 )

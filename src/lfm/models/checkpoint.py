@@ -254,6 +254,19 @@ class StoredWeights:
         restore = {name: before[name] for name in tensors}
         return model_of(replace(self._source, tensors=lambda: after, restore=restore, low_rank=None))
 
+    def config(self) -> Mapping[str, Any]:
+        return self._source.config
+
+    def files(self) -> Mapping[str, Path]:
+        return self._source.files
+
+    def assemble(
+        self, tensors: Mapping[str, LazyTensor | Tensor], config: Mapping[str, Any], files: Mapping[str, Path]
+    ) -> Model:
+        made = {name: _lazy(tensor) for name, tensor in tensors.items()}
+        written = self._source.written if config == self._source.config else ""
+        return model_of(Source(self._source.ref, dict(config), lambda: made, dict(files), written=written))
+
     def update(self, changes: Mapping[str, LowRank]) -> Model:
         before = self.tensors()
         changed: dict[str, Tensor] = {}

@@ -91,7 +91,20 @@ def layout(build: Callable[[], nn.Module]) -> Layout:
             kinds[name] = "convolution" if layer.groups == 1 else "grouped convolution"
     for name, layer, *_ in structure.linears(module):
         kinds[name] = "conv1d" if structure.transposed(layer) else "linear"
-    return Layout(kinds, dict(getattr(module, "all_tied_weights_keys", None) or {}))
+    tied = dict(getattr(module, "all_tied_weights_keys", None) or {})
+    return Layout(kinds, tied, tuple(module.state_dict()), _by_token(module))
+
+
+def _by_token(module: Any) -> frozenset[str]:
+    """Names of the parameters of the embeddings that the module declares as its input's and its output's."""
+    if not hasattr(module, "get_input_embeddings"):
+        return frozenset()
+    try:
+        tables = [module.get_input_embeddings(), module.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):
+        return frozenset()
+    rows = {id(p) for table in tables if table is not None for p in table.parameters(recurse=False)}
+    return frozenset(name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in rows)
 
 
 def _vocabulary(files: Mapping[str, Path]) -> str:

@@ -22,7 +22,7 @@ def adapter_over(base: Path, out: Path, *, seed: int = 1, dtype: torch.dtype = t
     with quiet(), warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        made: Any = peft.get_peft_model(_open(base), peft.LoraConfig(**(default | settings)))
+        made: Any = peft.get_peft_model(opened(base), peft.LoraConfig(**(default | settings)))
         with torch.no_grad():
             for parameter in made.parameters():
                 if parameter.requires_grad:
@@ -33,7 +33,7 @@ def adapter_over(base: Path, out: Path, *, seed: int = 1, dtype: torch.dtype = t
 
 def adapted(base: Path, adapter: Path) -> Any:
     with quiet():
-        return peft.PeftModel.from_pretrained(_open(base), adapter).eval()
+        return peft.PeftModel.from_pretrained(opened(base), adapter).eval()
 
 
 def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
@@ -57,6 +57,6 @@ def gpt2(path: Path) -> Path:
     return path
 
 
-def _open(base: Path) -> Any:
+def opened(base: Path) -> Any:
     name = transformers.AutoConfig.from_pretrained(base).architectures[0]
     return getattr(transformers, name).from_pretrained(base, dtype=torch.float32)

@@ -1,6 +1,9 @@
 """Gradient-free search."""
 
+from lfm.search.box import Box as Box
+from lfm.search.box import box as box
 from lfm.search.cma import Best as Best
 from lfm.search.cma import Generation as Generation
 from lfm.search.cma import generations as generations
 from lfm.search.cma import minimise as minimise
+from lfm.search.trial import Trial as Trial

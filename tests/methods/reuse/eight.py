@@ -45,6 +45,7 @@ def accuracy(model: Model, reader: Model | None = None) -> float:
 
 def fuse(
     method: ModuleType,
+    /,
     work: Path,
     roles: Mapping[str, Sequence[Model]],
     data: Mapping[str, Sequence[Any]] | None = None,

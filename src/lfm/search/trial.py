@@ -1,0 +1,54 @@
+"""A run inside a run: what a method that is only being tried gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, final
+
+from lfm.core.method import Run
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+@final
+@dataclass(frozen=True)
+class Trial:
+    """A Run that keeps and shows nothing: its steps are computed each time, whatever other trials call theirs.
+
+    Its randomness is the run's own, the same in every trial, so that they differ by their settings alone. What a trial
+    comes to is for the run to keep: as one step, under a name of the trial's own.
+    """
+
+    of: Run
+    name: str
+
+    @property
+    def seed(self) -> int:
+        return self.of.seed
+
+    @property
+    def work(self) -> Path:
+        return self.of.work / "trials" / self.name
+
+    def step(self, name: str, fn: Callable[[], T]) -> T:
+        return fn()
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        return iter(items)
+
+    def note(self, **numbers: float | str) -> None:
+        """Not kept."""
+
+    def curve(self, name: str, value: float) -> None:
+        """Not kept."""
+
+    def seed_for(self, *key: object) -> int:
+        return self.of.seed_for(*key)
+
+    def generator(self, *key: object) -> torch.Generator:
+        return self.of.generator(*key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import MismatchError
@@ -230,7 +230,7 @@ def patched(
             raise MismatchError(f"{ref} does not fit {base.ref}", why=f"{name} {list(tensor.shape)}: that {has}")
         if stored in made:
             raise MismatchError(f"{ref} both replaces and changes {stored!r}")
-        if name in tied or name in tied.values():
+        if (name in tied or name in tied.values()) and not name.endswith(".bias"):  # a bias is set in place, for both
             raise _tie(ref, base.ref, name)
         made[stored] = cast(tensor, tensors[stored].dtype)
     return made
@@ -262,6 +262,10 @@ def _tie(ref: str, base: str, name: str) -> MismatchError:
 def _equal(a: LowRank, b: LowRank) -> bool:
     from lfm.tensors.lowrank import delta
 
+    if torch.equal(a.b, b.b) and torch.equal(a.a, b.a) and a.transposed == b.transposed:
+        return True
+    if torch.equal(a.b, b.a.T) and torch.equal(a.a, b.b.T) and a.transposed != b.transposed:
+        return True  # an embedding's, and a linear layer's
     return bool(torch.equal(delta(a), delta(b)))
 
 
@@ -312,7 +316,7 @@ def settings(
     }, tensors
 
 
-def unsayable(name: str, changes: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+def unsayable(name: str, changes: Iterable[str], stored: Iterable[str]) -> str:
     """Why no PEFT adapter holds this tensor whole; empty where one can."""
     module, _, last = name.rpartition(".")
     if not module:

@@ -146,12 +146,12 @@ def factored(
     """
     matrix = matrix.double()
     total, short = float(matrix.square().sum()), min(matrix.shape)
-    wanted = rank or 16
+    wanted = rank or (16 if energy else short)
     while iterations and wanted + OVERSAMPLED < short // 4:
         u, s, vh = _randomised(matrix, wanted + OVERSAMPLED, iterations, generator)
-        if not energy or float(s[:wanted].square().sum()) >= energy * total:
+        if rank or float(s[:wanted].square().sum()) >= energy * total:
             break
-        wanted = short if rank else 2 * wanted
+        wanted *= 2
     else:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     keep = kept_rank(s, rank, energy, total)

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from math import prod
-from typing import final
+from typing import TYPE_CHECKING, final
+
+from lfm.core.heavy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UnclearError(Exception):
+    """What an operation does to its axes does not fit their sizes."""
 
 
 @final
@@ -20,7 +29,8 @@ class Axis:
 
     def __init__(self, size: int, pinned: bool = False) -> None:
         self.size, self.pinned = size, pinned or size == 1
-        self.kind, self.parts = "leaf", ()  # type: tuple[str, tuple[Axis, ...]]
+        self.kind = "leaf"
+        self.parts: tuple[Axis, ...] = ()
         self.forward: Axis | None = None
 
 
@@ -98,7 +108,8 @@ def unify(a: Axis, b: Axis) -> None:
     a, b = find(a), find(b)
     if a is b:
         return
-    assert a.size == b.size, f"axes of {a.size} and {b.size} elements cannot be one"
+    if a.size != b.size:
+        raise UnclearError
     if a.kind == "leaf" or b.kind == "leaf":
         leaf, other = (a, b) if a.kind == "leaf" else (b, a)
         leaf.forward = other
@@ -159,7 +170,8 @@ def _marks(axis: Axis) -> list[int]:
 def cut(axis: Axis, ends: Sequence[int]) -> list[Axis]:
     """The pieces of an axis that end at these places, in order; the last is its size."""
     axis = find(axis)
-    assert ends[-1] == axis.size
+    if ends[-1] != axis.size:
+        raise UnclearError
     sizes = [end - start for start, end in pairwise([0, *ends])]
     if len(ends) == 1:
         return [axis]
@@ -187,6 +199,8 @@ def cut(axis: Axis, ends: Sequence[int]) -> list[Axis]:
 
 def viewed(axes: Sequence[Axis], shape: Sequence[int]) -> tuple[Axis, ...]:
     """The axes of the same elements in another row-major shape."""
+    if 0 in shape:
+        return fixed(shape)
     left = [factor for axis in axes for factor in factors(axis)]
     made = []
     for size in shape:
@@ -234,19 +248,28 @@ def _terms(axis: Axis) -> list[list[Axis]]:
     return terms(axis.parts)
 
 
-def positions(axis: Axis) -> list[tuple[tuple[tuple[Axis, int], ...], int]]:
-    """Each element of the axis, in order, as (the leaves it lies on and where on each, its place)."""
-    return [(where, place) for place, where in enumerate(_positions(axis))]
+def places(axis: Axis) -> dict[Axis, Tensor]:
+    """For each leaf: where on it each element of the axis lies, (size,) int64; -1 where it does not lie on it.
 
-
-def _positions(axis: Axis) -> list[tuple[tuple[Axis, int], ...]]:
+    A leaf that the axis varies over twice at once (a flattened square) is pinned.
+    """
     axis = find(axis)
     if axis.kind == "leaf":
-        return [((axis, i),) for i in range(axis.size)]
-    parts = [_positions(part) for part in axis.parts]
-    if axis.kind == "sum":
-        return [where for part in parts for where in part]
-    found: list[tuple[tuple[Axis, int], ...]] = [()]
-    for part in parts:
-        found = [(*outer, *inner) for outer in found for inner in part]
+        return {axis: torch.arange(axis.size)}
+    found: dict[Axis, Tensor] = {}
+    start, inner = 0, axis.size
+    for part in axis.parts:
+        size = find(part).size
+        inner //= size if axis.kind == "product" else 1
+        for leaf, own in places(part).items():
+            if axis.kind == "product":
+                own = own.repeat_interleave(inner).repeat(axis.size // (inner * size))
+                if leaf in found:
+                    leaf.pinned = True
+            else:
+                whole = torch.full((axis.size,), -1)
+                whole[start : start + size] = own
+                own = whole
+            found[leaf] = torch.maximum(found[leaf], own) if leaf in found else own
+        start += size
     return found

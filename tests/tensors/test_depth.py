@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from lfm.tensors.depth import Depth, depths
+from lfm.core.errors import MismatchError
+from lfm.tensors.depth import Depth, blocks, depths, groups, moved
 
 
 def test_the_first_number_tells_the_block_and_what_has_none_is_outside() -> None:
@@ -39,3 +41,27 @@ def test_numbers_may_have_gaps_and_ten_comes_after_nine() -> None:
     }
     assert depths({"only.3.w": torch.zeros(1), "w": torch.zeros(1)})["only.3.w"].fraction == 1.0
     assert depths({"w": torch.zeros(1), "conv2.w": torch.zeros(1)}) == {}
+
+
+def test_groups_are_of_equally_many_blocks_and_one_of_what_is_outside() -> None:
+    tensors = {name: torch.zeros(2) for name in ("emb", *(f"h.{i}.w" for i in range(5)))}
+    part, count = groups(tensors, 2)
+    assert count == 3
+    assert [part(name) for name in tensors] == [2, 0, 0, 0, 1, 1]
+    assert groups({"h.0.w": torch.zeros(1), "h.1.w": torch.zeros(1)}, 2)[1] == 2
+
+
+def test_a_block_takes_anothers_place_within_its_stack() -> None:
+    names = ["emb", *(f"{stack}.{i}.w" for stack in ("dec", "enc") for i in range(3)), "norm"]
+    tensors = {name: torch.tensor([float(place)]) for place, name in enumerate(names)}
+    assert blocks(tensors) == ["dec.0", "dec.1", "dec.2", "enc.0", "enc.1", "enc.2"]
+    assert moved(tensors, [0] * 6) == tensors
+    found = moved(tensors, [1, -1, 0, 0, 5, -5])
+    assert [int(found[name]) for name in names] == [
+        0, 2, 1, 3, 4, 6, 4, 7,
+    ]  # fmt: skip
+
+
+def test_blocks_that_are_not_alike_have_no_order() -> None:
+    with pytest.raises(MismatchError, match=r"h\.1 is not like h\.0"):
+        blocks({"h.0.w": torch.zeros(2), "h.1.w": torch.zeros(3)})

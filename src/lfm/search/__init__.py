@@ -1,5 +1,6 @@
 """Gradient-free search."""
 
+from lfm.search.box import Axis as Axis
 from lfm.search.box import Box as Box
 from lfm.search.box import box as box
 from lfm.search.cma import Best as Best

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from lfm.core.errors import MismatchError
 from lfm.tensors.lazy import size
 
 if TYPE_CHECKING:
@@ -53,3 +54,49 @@ def depths(tensors: Mapping[str, LazyTensor]) -> dict[str, Depth]:
         for name, match in found.items()
         if (stack := name[: match.start()]) in order
     }
+
+
+def groups(tensors: Mapping[str, LazyTensor], count: int) -> tuple[Callable[[str], int], int]:
+    """Each tensor's group by name, and how many there are: `count` of equally many blocks, then what is outside any."""
+    found = {name: depth.block * count // depth.blocks for name, depth in depths(tensors).items()}
+    outside = any(name not in found for name in tensors)
+    return lambda name: found.get(name, count), count + outside
+
+
+def blocks(tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """The blocks' names, stack by stack from the input on. MismatchError where one stack's blocks are not all alike."""
+    inside: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
+    named: dict[tuple[str, int], str] = {}
+    for name, depth in depths(tensors).items():
+        place = (_stack(depth.name), depth.block)
+        named[place] = depth.name
+        inside.setdefault(place, {})[name[len(depth.name) :]] = tuple(tensors[name].shape)
+    for (stack, block), shapes in inside.items():
+        if shapes != inside[stack, 0]:
+            raise MismatchError(
+                f"{named[stack, block]} is not like {named[stack, 0]}",
+                why="a block can take another one's place where their tensors have the same names and shapes",
+            )
+    return [named[place] for place in sorted(named)]
+
+
+def moved(tensors: Mapping[str, LazyTensor], moves: Sequence[int]) -> dict[str, LazyTensor]:
+    """In each block's place the one so many further on (back, below 0), ends being ends. moves: in that order."""
+    names = blocks(tensors)
+    assert len(moves) == len(names), f"{len(moves)} moves of {len(names)} blocks"
+    stacks: dict[str, list[str]] = {}
+    for name in names:
+        stacks.setdefault(_stack(name), []).append(name)
+    source = {}
+    for name, move in zip(names, moves):
+        stack = stacks[_stack(name)]
+        source[name] = stack[min(max(stack.index(name) + move, 0), len(stack) - 1)]
+    inside = depths(tensors)
+    return {
+        name: tensors[source[inside[name].name] + name[len(inside[name].name) :]] if name in inside else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _stack(block: str) -> str:
+    return block.rpartition(".")[0]

@@ -110,6 +110,32 @@ def test_groups_of_blocks_are_searched_by_themselves(
     assert told[2].notes["valid_loss_evolved"] < float(told[1].notes["valid_loss_evolved"]) / 5  # type: ignore[operator]
 
 
+def test_the_order_of_the_blocks_is_found(three: list[Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target whose two blocks have changed places: no weight of any model makes it."""
+    base, other, _ = three
+    start = tensors(base)
+    swap = {".layer.0.": ".layer.1.", ".layer.1.": ".layer.0."}
+    swapped = {name: start[name.replace(a, b)] for a, b in swap.items() for name in start if a in name}
+    monkeypatch.setattr(evolve, "examiner", towards(base.ask(Weights).replace(swapped)))
+    made, run = eight.fuse(
+        evolve,
+        tmp_path,
+        {"base": [base], "models": [other]},
+        {"dev": DEV, "valid": VALID},
+        by="loss",
+        budget=90,
+        order=1,
+        sigma=0.5,
+        space={"scale": (0.0, 0.4)},
+    )
+    assert json.loads(str(run.notes["moves"])) == [1, -1]
+    scale = json.loads(str(run.notes["settings"]))["scale"]
+    plain = tensors(merge(task_arithmetic, tmp_path, {"base": [base], "models": [other]}, scale=scale))
+    for name, value in tensors(made).items():
+        known = next((plain[name.replace(a, b)] for a, b in swap.items() if a in name), plain[name])
+        assert torch.equal(value, known)
+
+
 def test_what_is_told_is_measured_on_records_that_took_no_part(three: list[Model], tmp_path: Path) -> None:
     base, *others = three
     roles = {"base": [base], "models": others}

@@ -4,12 +4,14 @@
 
 `method` is any merge by weights alone (reuse.task_arithmetic, reuse.dare_ties, …), `space` names its settings that are
 searched and their limits; one that is a list has a number for each model. With `groups` the blocks are parted by depth
-into as many groups with settings of their own, and what lies outside blocks is one more. `settings` are fixed.
+into as many groups with settings of their own, and what lies outside blocks is one more. `settings` are fixed. `order`
+searches the merged blocks' places too: at each depth stands the block from there, or from up to so many before or after
+it. The depth stays.
 
-Paper: Evolutionary optimization of model merging recipes, arXiv 2403.13187, its merging in parameter space (mergekit's
-`mergekit-evolve`). Differs: it begins at the defaults, not at random, so that a small budget is no loss; walls mirror;
-random merges draw the same numbers in every try. With accuracy the loss decides between equals. The layers' order (data
-flow space) is not searched.
+Paper: Evolutionary optimization of model merging recipes, arXiv 2403.13187: merging in parameter space, and of its data
+flow space the part that keeps the depth. Differs: it begins at the defaults, not at random, so that a small budget is
+no loss; the limits are mirrors; random merges draw the same numbers in every try. With accuracy the loss decides
+between equals. A block that stands elsewhere is not scaled (the paper's W).
 
 The best of many tries on few records is flattered by them: what is told of it is measured on `valid`, which takes no
 part; without it, on a part of `dev` that is set aside (`held_out`). The defaults, the base and the model that alone is
@@ -30,7 +32,7 @@ import json
 import random
 from collections.abc import Callable
 from math import log
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -55,14 +57,12 @@ from lfm.core import (
 from lfm.core.config import configure
 from lfm.core.errors import ConfigError, CorruptError, DataError
 from lfm.core.method import check
-from lfm.fusing.inputs import memory
-from lfm.tensors import match
-from lfm.tensors.depth import depths
-from lfm.tensors.match import floating
+from lfm.fusing.inputs import memory, opened, rebuilt
+from lfm.tensors import depth, match
 from lfm.train.examine import Criterion, Score, examiner
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from numpy.typing import NDArray
 
 WORST = 1e30
 """Loss of a candidate whose weights leave the range of their dtype."""
@@ -70,11 +70,12 @@ WORST = 1e30
 TIE = 1e-6
 """What the loss counts where accuracy decides; less than one answer in a million."""
 
-Settings = list[dict[str, Any]]
-"""A candidate: the method's settings by group."""
 
-Part = Callable[[str], int]
-"""A tensor's name → its group."""
+class Recipe(NamedTuple):
+    """A candidate: the method's settings by group, and from how far each block comes; empty: all stay."""
+
+    settings: list[dict[str, Any]]
+    moves: list[int]
 
 
 class Config(lfm.core.Config, frozen=True):
@@ -86,6 +87,7 @@ class Config(lfm.core.Config, frozen=True):
         dict[str, Any], Meta(description="the method's settings that are fixed, beside its defaults")
     ] = msgspec.field(default_factory=dict)
     groups: Annotated[int, Meta(ge=1, description="parts of the depth with settings of their own; 1: all alike")] = 1
+    order: Annotated[int, Meta(ge=0, description="places a block may come from before or after its own; 0: none")] = 0
     budget: Annotated[int, Meta(ge=2, description="candidates that are tried")] = 200
     population: Annotated[
         Annotated[int, Meta(ge=2)] | None, Meta(description="candidates a generation; null: 4 + 3 ln(numbers searched)")
@@ -101,45 +103,48 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     base, models = inputs.all("base"), inputs.all("models")
     records = parted(inputs, config.held_out, run.seed_for("held out"))
     exams = {where: examiner(part, models[0]) for where, part in records.items()}
-    part, copies = groups(inputs, config.groups)
-    box = search.box(_method(config).config, config.space, config.settings, len(models), copies=copies)
+    box, order = boxes(config, inputs)
     tried: dict[str, Score] = {}
 
-    def make(settings: Settings, name: str) -> Model:
-        return merged(config, inputs, settings, part, search.Trial(run, name))
+    def at(point: NDArray[Any]) -> Recipe:
+        return Recipe(box.at(point[: box.dim]), order.at(point[box.dim :])[0]["moves"] if order else [])
+
+    def make(recipe: Recipe, name: str) -> Model:
+        return merged(config, inputs, recipe, search.Trial(run, name))
 
     def measured(where: str, what: str, model: Callable[[], Model]) -> Score:
         return Score(*run.step(f"{what} on {where}", lambda: list(exams[where](model().ask(Logits).logits))))
 
-    def score(settings: Settings, name: str) -> list[float]:
+    def score(recipe: Recipe, name: str) -> list[float]:
         try:
-            return list(exams["dev"](make(settings, name).ask(Logits).logits))
+            return list(exams["dev"](make(recipe, name).ask(Logits).logits))
         except CorruptError:  # the defaults read every input: it is this candidate that leaves the dtype's range
             return [0.0, WORST]
 
-    def candidate(settings: Settings) -> Score:
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    def candidate(recipe: Recipe) -> Score:
+        key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
         if key not in tried:
-            tried[key] = Score(*run.step(f"candidate {key}", lambda: score(settings, key)))
+            tried[key] = Score(*run.step(f"candidate {key}", lambda: score(recipe, key)))
         return tried[key]
 
-    start: Settings = [dict(config.settings)] * copies
+    start = Recipe([dict(config.settings)] * box.copies, [])
+    dim = box.dim + (order.dim if order else 0)
     before = measured("dev", "defaults", lambda: make(start, "defaults"))
-    best, reached, popsize = start, before, population(config, box.dim)
+    best, reached, popsize = start, before, population(config, dim)
     run.curve(f"best {config.by} on dev", getattr(reached, config.by))
     for generation in search.generations(
-        lambda points: [_cost(candidate(box.at(point)), config.by) for point in points],
-        box.dim,
+        lambda points: [_cost(candidate(at(point)), config.by) for point in points],
+        dim,
         sigma=config.sigma,
         popsize=popsize,
         budget=max(config.budget, popsize),
         run=run,
         seed=run.seed_for("search"),
     ):
-        settings = box.at(generation.points[generation.best])
-        found = candidate(settings)
+        recipe = at(generation.points[generation.best])
+        found = candidate(recipe)
         if found.beats(reached, config.by):
-            best, reached = settings, found
+            best, reached = recipe, found
         run.curve(f"best {config.by} on dev", getattr(reached, config.by))
 
     evolved = make(best, "evolved")
@@ -156,34 +161,46 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         run.note(**{f"valid_accuracy_{what}": value.accuracy, f"valid_loss_{what}": value.loss})
     for what, value in (("evolved", reached), ("defaults", before)):
         run.note(**{f"dev_accuracy_{what}": value.accuracy, f"dev_loss_{what}": value.loss})
-    run.note(settings=json.dumps(best if copies > 1 else best[0]), candidates=len(tried), valid=len(records["valid"]))
+    run.note(settings=json.dumps(best.settings if box.copies > 1 else best.settings[0]), candidates=len(tried))
+    if order:
+        run.note(moves=json.dumps(best.moves))
     return evolved
 
 
-def merged(config: Config, inputs: Inputs, settings: Settings, part: Part, trial: Run) -> Model:
-    """What the method makes with these settings: of each tensor that which its group's settings give."""
-    method, given = _method(config), _given(config, inputs)
-    results: list[Model] = []
-    for place, each in enumerate(settings):
-        same = next((results[i] for i in range(place) if settings[i] == each), None)
-        made = same or method.run(configure(method.config, each), given, trial)
-        assert isinstance(made, Model)
-        results.append(made)
-    if all(result is results[0] for result in results):
-        return results[0]
-    tensors = [result.ask(Weights).tensors() for result in results]
-    chosen: dict[str, LazyTensor] = {name: tensors[part(name)][name] for name in floating(tensors[0])}
-    return (*inputs.all("base"), *inputs.all("models"))[0].ask(Weights).replace(chosen)
+def merged(config: Config, inputs: Inputs, recipe: Recipe, run: Run) -> Model:
+    """What the method makes with these settings: of all tensors, or of each with its group's; and then the order."""
+    method = _method(config)
+    given = check(config.method, method, Inputs(inputs.models))
+    configs = [configure(method.config, settings) for settings in recipe.settings]
+    if len(configs) == 1:
+        model = method.run(configs[0], given, run)
+        assert isinstance(model, Model)
+        if not any(recipe.moves):
+            return model
+        made = dict(model.ask(Weights).tensors())
+    else:
+        assert method.merge is not None
+        names, tensors = opened((*given.all("base"), *given.all("models")))
+        base, models = (tensors[0], tensors[1:]) if given.all("base") else (None, tensors)
+        part, _ = depth.groups(tensors[0], config.groups)
+        made = {**tensors[0], **method.merge(names, base, models, lambda name: configs[part(name)], run)}
+    if any(recipe.moves):
+        made = depth.moved(made, recipe.moves)
+    return rebuilt(inputs, {name: made[name] for name in match.floating(made)})
 
 
-def groups(inputs: Inputs, count: int) -> tuple[Part, int]:
-    """Each tensor's group, and how many there are: of equally many blocks from the first on, then what is outside."""
-    if count == 1:
-        return lambda name: 0, 1
+def boxes(config: Config, inputs: Inputs) -> tuple[search.Box, search.Box | None]:
+    """What is searched: the method's settings for each group, and the blocks' order."""
     tensors = inputs.all("models")[0].ask(Weights).tensors()
-    found = {name: depth.block * count // depth.blocks for name, depth in depths(tensors).items()}
-    outside = any(name not in found for name in tensors)
-    return lambda name: found.get(name, count), count + outside
+    copies = depth.groups(tensors, config.groups)[1] if config.groups > 1 else 1
+    settings = search.box(
+        _method(config).config, config.space, config.settings, len(inputs.all("models")), copies=copies
+    )
+    if not config.order:
+        return settings, None
+    places = len(depth.blocks(tensors))
+    axis = search.Axis("moves", -config.order, config.order, whole=True, length=places, start=(0.0,) * places)
+    return settings, search.Box((axis,), {})
 
 
 def parted(inputs: Inputs, share: float, seed: int) -> dict[str, list[Any]]:
@@ -227,24 +244,24 @@ def _fits(method: Method[Any]) -> bool:
     return takes and not method.data and method.gives == "model" and method.open is None
 
 
-def _given(config: Config, inputs: Inputs) -> Inputs:
-    return check(config.method, _method(config), Inputs(inputs.models))
-
-
 def agree(config: Config, inputs: Inputs) -> None:
-    method, given = _method(config), _given(config, inputs)
-    box = search.box(method.config, config.space, config.settings, len(inputs.all("models")))
+    method = _method(config)
+    given = check(config.method, method, Inputs(inputs.models))
+    match.agree((*inputs.all("base"), *inputs.all("models")))
+    if config.groups > 1:
+        if method.merge is None:
+            raise ConfigError(f"{config.method} takes no settings by tensor", fix="leave groups at 1")
+        found = depth.depths(inputs.all("models")[0].ask(Weights).tensors()).values()
+        blocks = max((place.blocks for place in found), default=0)
+        if config.groups > blocks:
+            raise ConfigError(f"{config.groups} groups of {blocks} blocks", fix="a group has one block or more")
+    box, _ = boxes(config, inputs)
     for settings in box.corners():
         configured = configure(method.config, settings, where=config.method)
         if method.agree:
             method.agree(configured, given)
-    match.agree((*inputs.all("base"), *inputs.all("models")))
     if not inputs.records("valid") and len(inputs.records("dev")) < 2:
         raise DataError("dev has one record", why="it is parted into what chooses and what measures", fix="add valid=")
-    if config.groups > 1:
-        blocks = max((d.blocks for d in depths(inputs.all("models")[0].ask(Weights).tensors()).values()), default=0)
-        if config.groups > blocks:
-            raise ConfigError(f"{config.groups} groups of {blocks} blocks", fix="a group has one block or more")
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

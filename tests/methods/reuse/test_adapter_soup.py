@@ -85,8 +85,10 @@ def test_a_mixture_takes_both_and_averages_their_changes(choose: str, given: lis
     assert {change.a.shape[0] for change in cut.ask(Adaptation).changes().values()} == {3}
 
 
-def test_clusters_take_no_more_than_are_like_the_text(given: list[Model], tmp_path: Path) -> None:
-    _, notes = soup(given, [f"{WORDS['sums']} {i}" for i in range(20, 28)], tmp_path / "work", count=3)
+@pytest.mark.parametrize("choose", ["clusters", "similarity"])
+def test_no_more_than_are_like_the_text(choose: str, given: list[Model], tmp_path: Path) -> None:
+    new = [f"{WORDS['sums']} {i}" for i in range(20, 28)]
+    _, notes = soup(given, new, tmp_path / "work", choose=choose, count=3)
     assert notes["chosen"] == "sums"
 
 

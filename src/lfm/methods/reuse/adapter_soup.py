@@ -1,15 +1,16 @@
 """Average the adapters of those domains that a new domain's text is like: no labels, and no training.
 
     ΔW = 1/|S| Σ_{i∈S} sᵢ BᵢAᵢ
-    clusters     S: the domains with Σ_c p(c | text) p(i | c) > 1/n, the `count` first of them; at least the best
-    similarity   S: the `count` domains with the highest cos(mean embedding of i, mean embedding of the text)
+    similarity   S: the `count` domains with the highest cos(mean embedding of i, mean embedding of the text) above 0
+    clusters     S: the `count` with the highest Σ_c p(c | text) p(i | c) above 1/n;   either way at least the best one
 
-Paper: AdapterSoup, arXiv 2302.07027, which chooses once for a new domain, by clusters of a Gaussian mixture over all
-domains' sentences, or by the similarity of sentence embeddings. Differs from the paper: LoRA instead of bottleneck
-adapters, so the average is that of the changes ΔW, exactly (of rank Σ rᵢ, or cut to `rank`), where averaging A and B
-apart would give another; embeddings are the mean of an encoder's last hidden states (the adapters' base, without an
-encoder) less their mean over all domains, instead of a sentence encoder's; p(c | ·) is the mean over texts of the
-mixture's posterior, p(i | c) is that of equal numbers of each domain's texts.
+Paper: AdapterSoup, arXiv 2302.07027, which chooses once for a new domain, by the similarity of sentence embeddings or
+by clusters of a Gaussian mixture over all domains' sentences, and finds clusters the better. Here similarity is the
+default: domains need be no clusters of the encoder's (measured in docs/areas/reuse.md). Differs from the paper: LoRA
+instead of bottleneck adapters, so that the average is that of the changes ΔW, exactly (of rank Σ rᵢ, or cut to
+`rank`), where averaging A and B apart would give another; embeddings are the mean of an encoder's last hidden states
+(the adapters' base, without an encoder) less their mean over all domains, instead of a sentence encoder's. p(c | ·) is
+the mean over texts of the mixture's posterior, p(i | c) that of equal numbers of each domain's texts.
 
 Models: LoRA adapters over one base. Data: `domains`, texts whose `group` names their domain, one an adapter, in the
 order in which the adapters are given; `text`, of the new domain. The result is a PEFT adapter over that base. Measured:
@@ -54,8 +55,8 @@ TOGETHER = 32
 
 
 class Config(lfm.core.Config, frozen=True):
-    choose: Annotated[Literal["clusters", "similarity"], Meta(description="how adapters are chosen")] = "clusters"
-    count: Annotated[int, Meta(ge=1, description="how many to average: clusters at most, similarity exactly")] = 3
+    choose: Annotated[Literal["similarity", "clusters"], Meta(description="how adapters are chosen")] = "similarity"
+    count: Annotated[int, Meta(ge=1, description="how many to average, at most")] = 3
     clusters: Annotated[int, Meta(ge=0, description="components of the mixture; 0: as many as domains")] = 0
     texts: Annotated[int, Meta(ge=1, description="texts of each domain, and of the new one, that are looked at")] = 100
     length: Annotated[int, Meta(ge=1, description="tokens of a text that are looked at")] = 128
@@ -75,12 +76,11 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     kept = run.step("embed", embedded)
     centre = torch.cat([kept[str(i)] for i in range(len(domains))]).mean(0)
     *known, asked = (kept[str(i)] - centre for i in range(len(domains) + 1))
-    if config.choose == "similarity":
-        scores = _similar(known, asked)
-        chosen = _first(scores, config.count)
-    else:
-        scores = _clustered(known, asked, config, run)
-        chosen = [i for i in _first(scores, config.count) if scores[i] > 1 / len(scores)] or _first(scores, 1)
+    similar = config.choose == "similarity"
+    scores = _similar(known, asked) if similar else _clustered(known, asked, config, run)
+    chance = 0 if similar else 1 / len(scores)
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    chosen = [i for i in order[: config.count] if scores[i] > chance] or order[:1]
     run.note(**{f"score of {name}": score for name, score in zip(domains, scores)})
     run.note(chosen=", ".join(list(domains)[i] for i in sorted(chosen)))
     changes, whole = combine.added([models[i] for i in sorted(chosen)], [1 / len(chosen)] * len(chosen))
@@ -140,10 +140,6 @@ def _clustered(known: Sequence[Tensor], asked: Tensor, config: Config, run: Run)
     of_cluster = held / held.sum(0).clamp_min(1e-12)
     text = torch.from_numpy(mixture.predict_proba((asked.double() @ directions.T).numpy())).mean(0)
     return (of_cluster @ text).tolist()
-
-
-def _first(scores: Sequence[float], count: int) -> list[int]:
-    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
 
 
 def agree(config: Config, inputs: Inputs) -> None:

@@ -74,3 +74,38 @@ def test_tensors_that_the_first_model_lacks_move_with_the_others(tmp_path: Path)
     copy = sym.permuted(own, sym.drawn(found, random))
     back = sym.permuted(copy, align({k: own[k] for k, _ in module.named_parameters()}, copy, found.groups, random))
     assert all(torch.equal(back[key], own[key]) for key in own)
+
+
+def test_networks_of_two_seeds_have_no_barrier_once_aligned() -> None:
+    """Two layers of 64 units on the digits. Measured: halfway 1.37 nats as they are, .42 permuted; .43 at both ends."""
+    from sklearn.datasets import load_digits
+    from torch import nn
+    from torch.nn import functional as F
+
+    from lfm.models.mixing import load_into
+
+    digits = load_digits()
+    x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)  # type: ignore[attr-defined]
+
+    def trained(seed: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[:1400]), y[:1400]).backward()
+            optimizer.step()
+        return net
+
+    def loss(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float(F.cross_entropy(net(x[1400:]), y[1400:]))
+
+    one, two, between = trained(0), trained(1), trained(2)
+    a, b = parameters_of(one), parameters_of(two)
+    found = sym.symmetry(one, {"x": x[:8]})
+    aligned = sym.permuted(b, align(a, b, found.groups, torch.Generator().manual_seed(0)))
+    ends = (loss(one) + loss(two)) / 2
+    plain, met = (loss(load_into(between, {k: v.lerp(q[k], 0.5) for k, v in a.items()})) for q in (b, aligned))
+    assert met - ends < 0.1 * (plain - ends) and plain - ends > 0.5

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.heavy import torch
-from lfm.models.symmetry import Group, activations
+from lfm.models.symmetry import Group, activations, key
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,6 +35,12 @@ class Together(NamedTuple):
         found = self.covariance
         spread = found.diagonal().clamp(min=0).sqrt()
         return found / torch.outer(spread, spread).clamp(min=1e-7)
+
+
+def across(pairs: Sequence[Together]) -> Callable[[Group], Tensor | None]:
+    """For each group that is read and has none inside: (n, n), how the first module's units vary with the second's."""
+    told = {key(p.group): p.covariance[: p.group.size, p.group.size :] for p in pairs if p.reads and not p.group.inner}
+    return lambda group: told.get(key(group))
 
 
 def together(modules: Sequence[nn.Module], batches: Iterable[Batch]) -> list[Together]:

@@ -20,6 +20,7 @@ def measured_anew(module: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     norms = [child for child in module.modules() if isinstance(child, kinds) and child.running_mean is not None]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    before = [(momentum, None if tracked is None else tracked.clone()) for momentum, tracked in before]
     try:
         for norm in norms:
             norm.reset_running_stats()

@@ -200,6 +200,12 @@ class _Found:
         return not any(parent in over and leaf in whole and leaf not in over for over, whole in self.mixed)
 
 
+def key(group: Group) -> tuple[str, int, int]:
+    """What tells an outermost group from the others of its module, the same in every pass."""
+    place = group.places[0]
+    return place.name, place.dim, int(place.at[0, 0])
+
+
 def groups(found: Sequence[Group]) -> Iterator[Group]:
     """All groups, those within others before them."""
     for group in found:

@@ -21,13 +21,14 @@ def test_the_first_number_tells_the_block_and_what_has_none_is_outside() -> None
     }
 
 
-def test_each_stack_is_counted_by_itself_and_a_small_list_is_none() -> None:
-    tensors = {f"encoder.block.{i}.layer.{j}.w": torch.zeros(10) for i in range(12) for j in range(2)}
-    tensors |= {f"decoder.block.{i}.w": torch.zeros(20) for i in range(4)}
-    tensors |= {f"head.{i}.w": torch.zeros(3) for i in (0, 2)}
+def test_each_stack_is_counted_by_itself_and_a_head_of_single_layers_is_none() -> None:
+    tensors = {f"encoder.block.{i}.layer.{j}.w": torch.zeros(10, 3) for i in range(12) for j in range(2)}
+    tensors |= {f"decoder.block.{i}.{part}": torch.zeros(1, 2) for i in range(4) for part in ("a", "b")}
+    tensors |= {f"head.{i}.weight": torch.zeros(9, 9) for i in (0, 2)}
+    tensors |= {f"head.{i}.bias": torch.zeros(9) for i in (0, 2)}
     found = depths(tensors)
     assert found["encoder.block.11.layer.0.w"] == Depth(11, 12, "encoder.block.11")
-    assert found["decoder.block.1.w"].fraction == 1 / 3
+    assert found["decoder.block.1.a"].fraction == 1 / 3, "however small it is"
     assert not any(name.startswith("head") for name in found)
 
 
@@ -52,14 +53,23 @@ def test_groups_are_of_equally_many_blocks_and_one_of_what_is_outside() -> None:
 
 
 def test_a_block_takes_anothers_place_within_its_stack() -> None:
-    names = ["emb", *(f"{stack}.{i}.w" for stack in ("dec", "enc") for i in range(3)), "norm"]
-    tensors = {name: torch.tensor([float(place)]) for place, name in enumerate(names)}
-    assert blocks(tensors) == ["dec.0", "dec.1", "dec.2", "enc.0", "enc.1", "enc.2"]
-    assert moved(tensors, [0] * 6) == tensors
-    found = moved(tensors, [1, -1, 0, 0, 5, -5])
-    assert [int(found[name]) for name in names] == [
-        0, 2, 1, 3, 4, 6, 4, 7,
-    ]  # fmt: skip
+    def of(dec: str, enc: str) -> dict[str, torch.Tensor]:
+        """Two stacks of three blocks with two matrices each; a letter a block says what is in it."""
+        made = {"emb": torch.tensor([[0]]), "norm": torch.tensor([1])}
+        for stack, letters in (("dec", dec), ("enc", enc)):
+            for i, letter in enumerate(letters):
+                made |= {f"{stack}.{i}.{k}": torch.tensor([[ord(letter), place]]) for place, k in enumerate("kv")}
+        return made
+
+    before = of("abc", "xyz")
+    assert blocks(before) == ["dec.0", "dec.1", "dec.2", "enc.0", "enc.1", "enc.2"]
+    for moves, after in (
+        ([0] * 6, of("abc", "xyz")),
+        ([1, -1, 0, 0, 5, -5], of("bac", "xzx")),
+    ):
+        found = moved(before, moves)
+        assert found.keys() == after.keys()
+        assert all(torch.equal(found[name], after[name]) for name in after)
 
 
 def test_blocks_that_are_not_alike_have_no_order() -> None:

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
 
 NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
-SHARE = 10
-"""A numbered list with less than one SHAREth of the largest one's weights is no stack: a head of two layers, say."""
 
 
 class Depth(NamedTuple):
@@ -34,20 +32,22 @@ def depths(tensors: Mapping[str, LazyTensor]) -> dict[str, Depth]:
     """The depth of every tensor that lies in a block; those outside (embeddings, last norm, head) are left out.
 
     The first number in a name tells the block, so that experts or stages' inner blocks do not. Each stack (an
-    encoder's, a decoder's) is counted by itself, in the order of its numbers, whatever they are.
+    encoder's, a decoder's) is counted by itself, in the order of its numbers, whatever they are. A list of single
+    layers beside it, as in a head, is none.
     """
     found = {name: match for name in tensors if (match := NUMBER.search(name))}
-    stacks: dict[str, set[int]] = {}
+    stacks: dict[str, dict[int, int]] = {}  # of each block how many matrices it has
     weight: dict[str, int] = {}
     for name, match in found.items():
-        stack = name[: match.start()]
-        stacks.setdefault(stack, set()).add(int(match[0]))
+        stack, number = name[: match.start()], int(match[0])
+        inside = stacks.setdefault(stack, {})
+        inside[number] = inside.get(number, 0) + (len(tensors[name].shape) > 1)
         weight[stack] = weight.get(stack, 0) + size(tensors[name])
-    largest = max(weight.values(), default=0)
+    largest = max(weight, key=lambda stack: weight[stack], default="")
     order = {
-        stack: {number: place for place, number in enumerate(sorted(numbers))}
-        for stack, numbers in stacks.items()
-        if weight[stack] * SHARE >= largest
+        stack: {number: place for place, number in enumerate(sorted(matrices))}
+        for stack, matrices in stacks.items()
+        if stack == largest or max(matrices.values()) > 1
     }
     return {
         name: Depth(order[stack][int(match[0])], len(order[stack]), name[: match.end()])

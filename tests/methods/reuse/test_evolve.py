@@ -14,10 +14,12 @@ import tiny
 from case import Case
 from lfm import models
 from lfm.core import Codec, Gradients, Inputs, Logits, Model, Weights
-from lfm.core.errors import ConfigError, DataError, SlotError
+from lfm.core.config import configure
+from lfm.core.errors import ConfigError, CorruptError, DataError, SlotError
 from lfm.data.files import write
 from lfm.data.records import Label
 from lfm.methods.reuse import evolve, task_arithmetic
+from lfm.runs.run import LocalRun
 from lfm.train.examine import Score, examiner
 from methods.reuse import eight
 from methods.reuse.merging import merge, tensors
@@ -203,6 +205,59 @@ def test_models_and_data_that_do_not_suffice(three: list[Model], tmp_path: Path)
         eight.fuse(evolve, tmp_path, {"models": others}, {"dev": DEV})
     with pytest.raises(DataError, match="one record"):
         eight.fuse(evolve, tmp_path, {"base": [base], "models": others}, {"dev": DEV[:1]})
+
+
+def test_an_interrupted_generation_goes_on_from_the_candidate_that_it_had_reached(
+    three: list[Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every candidate is measured once, however often the search is begun, and the result is the same."""
+    base, *others = three
+    inputs = Inputs({"base": (base,), "models": tuple(others)}, {"dev": DEV, "valid": VALID})
+    config = configure(evolve.Config, {"budget": 12, "population": 6})
+    whole = evolve.run(config, inputs, LocalRun(0, tmp_path / "whole"))
+    measured, left = [], 5
+    plain = evolve.examiner
+
+    def counting(records: Sequence[Label], model: Model) -> Callable[..., Score]:
+        exam = plain(records, model)
+
+        def examine(logits: Any) -> Score:
+            if len(measured) == left:
+                raise KeyboardInterrupt
+            measured.append(len(records))
+            return exam(logits)
+
+        return examine
+
+    monkeypatch.setattr(evolve, "examiner", counting)
+    for left in (5, 11, 1000):
+        notes = LocalRun(0, tmp_path / "cut")
+        if left < 1000:
+            with pytest.raises(KeyboardInterrupt):
+                evolve.run(config, inputs, notes)
+        else:
+            assert evolve.run(config, inputs, notes).digest == whole.digest
+    asked = 1 + 12 + 2  # on dev: the defaults, the candidates, and each model
+    assert measured.count(len(DEV)) == asked
+    assert measured.count(len(VALID)) == 4  # the result, the defaults, the base, and the best model
+    assert notes.notes["candidates"] == 12
+
+
+def test_a_candidate_beyond_the_dtypes_range_is_no_end_of_the_search(
+    three: list[Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, *others = three
+    plain = evolve.merged
+
+    def merged(config: Any, inputs: Inputs, recipe: evolve.Recipe, run: Any) -> Model:
+        if recipe.settings[0].get("scale", 0.0) > 0.4:
+            raise CorruptError("leaves the range of fp16 when merged")
+        return plain(config, inputs, recipe, run)
+
+    monkeypatch.setattr(evolve, "merged", merged)
+    roles = {"base": [base], "models": others}
+    _, run = eight.fuse(evolve, tmp_path, roles, {"dev": DEV}, budget=12, space={"scale": (0.0, 0.8)})
+    assert json.loads(str(run.notes["settings"])).get("scale", 0.4) <= 0.4
 
 
 @pytest.mark.slow

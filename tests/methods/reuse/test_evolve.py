@@ -243,15 +243,16 @@ def test_an_interrupted_generation_goes_on_from_the_candidate_that_it_had_reache
     assert notes.notes["candidates"] == 12
 
 
-def test_a_candidate_beyond_the_dtypes_range_is_no_end_of_the_search(
-    three: list[Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [CorruptError("leaves the range of fp16"), ConfigError("the weights sum to zero")])
+def test_a_candidate_that_cannot_be_is_no_end_of_the_search(
+    error: Exception, three: list[Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, *others = three
     plain = evolve.merged
 
     def merged(config: Any, inputs: Inputs, recipe: evolve.Recipe, run: Any) -> Model:
         if recipe.settings[0].get("scale", 0.0) > 0.4:
-            raise CorruptError("leaves the range of fp16 when merged")
+            raise error
         return plain(config, inputs, recipe, run)
 
     monkeypatch.setattr(evolve, "merged", merged)

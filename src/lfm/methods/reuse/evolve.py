@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WORST = 1e30
-"""Loss of a candidate whose weights leave the range of their dtype."""
+"""Loss of a candidate that cannot be: its weights leave the range of their dtype, or its settings contradict."""
 
 TIE = 1e-6
 """What the loss counts where accuracy decides; less than one answer in a million."""
@@ -122,7 +122,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     def score(recipe: Recipe, name: str) -> list[float]:
         try:
             return list(exams["dev"](make(recipe, name).ask(Logits).logits))
-        except CorruptError:  # the defaults read every input: it is this candidate that leaves the dtype's range
+        except (CorruptError, ConfigError):  # the defaults were read: it is this candidate that cannot be
             return [0.0, WORST]
 
     def candidate(recipe: Recipe) -> Score:

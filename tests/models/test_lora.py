@@ -178,9 +178,34 @@ def test_a_nan_is_named(tmp_path: Path) -> None:
     tensors = load_file(made / "adapter_model.safetensors")
     name = next(name for name in tensors if "lora_B" in name)
     save_file({**tensors, name: tensors[name] * float("nan")}, made / "adapter_model.safetensors")
-    with pytest.raises(CorruptError, match=r"layers\.0\.mlp.up_proj.weight"):
+    with pytest.raises(CorruptError, match=r"layers\.\d\.mlp\.up_proj' holds a NaN"):
+        load(made).ask(Adaptation).changes()
+    other = name.replace("lora_B", "lora_A")  # finite factors of what is not
+    large = {name: torch.full_like(tensors[name], 1e38), other: torch.full_like(tensors[other], 1e38)}
+    save_file({**tensors, **large}, made / "adapter_model.safetensors")
+    with pytest.raises(CorruptError, match=r"layers\.\d\.mlp\.up_proj\.weight' is not finite"):
         for tensor in load(made).ask(Weights).tensors().values():
             tensor.read()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"r": 3}, "of rank 4"),
+        ({"rank_pattern": {"up_proj": 2}}, "by its config the rank is 2"),
+        ({"lora_alpha": "6"}, "lora_alpha is '6'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"alpha_pattern": {"up_proj": 0}}, r"alpha_pattern\['up_proj'\] is 0"),
+        ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_its_file(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+    made = adapter_over(tiny.causal(tmp_path / "base"), tmp_path / "a", target_modules=["up_proj"])
+    config = json.loads((made / "adapter_config.json").read_text())
+    (made / "adapter_config.json").write_text(json.dumps(config | settings))
+    with pytest.raises((MismatchError, CorruptError), match=says):
+        load(made).ask(Adaptation).changes()
 
 
 def test_one_of_two_tied_layers(tmp_path: Path) -> None:

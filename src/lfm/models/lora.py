@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
-from lfm.core.errors import MismatchError
+from lfm.core.errors import CorruptError, MismatchError
 from lfm.core.heavy import torch
 from lfm.core.model import Layout, LazyTensor, LowRank, Model, Weights
 
@@ -49,12 +49,34 @@ def inexpressible(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """α/r, or α/√r. alpha_pattern as peft matches it: the first key that, as an expression, ends the module's name."""
-    pattern = config.get("alpha_pattern") or {}
-    key = next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
-    alpha = config.get("lora_alpha", 8) if key is None else pattern[key]
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def scale(config: Mapping[str, Any], module: str, rank: int, ref: str = "the adapter") -> float:
+    """α/r, or α/√r. MismatchError where the config has another rank for the module than its file.
+
+    rank_pattern and alpha_pattern are matched as peft does: the first key that, as an expression, ends the name.
+    """
+
+    def given(what: str, pattern: str, default: int) -> float:
+        for key, value in (config.get(pattern) or {}).items():
+            try:
+                if re.match(rf"(.*\.)?({key})$", module):
+                    return _positive(ref, f"{pattern}[{key!r}]", value)
+            except re.error as error:
+                raise CorruptError(f"{ref}: {pattern} has {key!r}", why=f"no regular expression: {error}") from None
+        return _positive(ref, what, config.get(what, default))
+
+    expected = given("r", "rank_pattern", 8)
+    if expected != rank:
+        raise MismatchError(
+            f"{ref} holds a change of {module!r} of rank {rank}",
+            why=f"by its config the rank is {expected:g}, on which the scale of the change rests",
+        )
+    return given("lora_alpha", "alpha_pattern", 8) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _positive(ref: str, what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise CorruptError(f"{ref}: {what} is {value!r}", why="it must be a number above 0")
+    return value
 
 
 @final
@@ -109,6 +131,8 @@ def _parse(source: Source) -> tuple[dict[str, LowRank], dict[str, LazyTensor]]:
 
 
 def _change(source: Source, name: str, given: Mapping[str, LazyTensor]) -> LowRank:
+    from lfm.tensors.lazy import finite
+
     embedding = any("embedding" in half for half in given)
     a, b = (given.get(half + (" of an embedding" if embedding else "")) for half in "AB")
     if a is None or b is None or len(a.shape) < 2 or len(b.shape) < 2 or b.shape[1] != a.shape[0]:
@@ -118,13 +142,17 @@ def _change(source: Source, name: str, given: Mapping[str, LazyTensor]) -> LowRa
             why=f"it holds {shapes}" + ("; groups of a convolution are not W + BA" if len(given) == 2 else ""),
         )
     kernel = tuple(a.shape[2:])
-    rank = a.shape[0]
-    factor = b.read()
-    scaling = scale(source.config, name, rank)
+    rank = int(a.shape[0])
+    scaling = scale(source.config, name, rank, source.ref)
+    factor, other = b.read(), a.read()
+    if not factor.is_floating_point() or not other.is_floating_point():
+        raise MismatchError(f"the change of {name!r} in {source.ref} is stored as whole numbers")
+    if not finite(factor) or not finite(other):
+        raise CorruptError(f"{source.ref}: the change of {name!r} holds a NaN or an infinity")
     wide = factor.reshape(factor.shape[0], rank)
     if scaling != 1:
         wide = wide.double() * scaling
-    return LowRank(wide, a.read().reshape(rank, -1), embedding, kernel, embedding)
+    return LowRank(wide, other.reshape(rank, -1), embedding, kernel, embedding)
 
 
 def _oriented(source: Source, changes: dict[str, LowRank]) -> dict[str, LowRank]:
@@ -174,7 +202,7 @@ def _shifted(source: Source, name: str, offset: LazyTensor, whole: Mapping[str, 
             why="lora_bias=true over a layer without a bias cannot be said in the base's weights",
         )
     before, rank = bias, next(t.shape[1] for n, t in source.tensors().items() if n.endswith(f"{name}.lora_B.weight"))
-    scaling = scale(source.config, name, int(rank))
+    scaling = scale(source.config, name, int(rank), source.ref)
     return Whole(tuple(before.shape), offset.dtype, lambda: before.read().double() + scaling * offset.read().double())
 
 

@@ -159,9 +159,9 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     }
     if base:
         told["base"] = measured("valid", "base", lambda: base[0])
-    alone = [measured("dev", f"model {i}", lambda m=m: m) for i, m in enumerate(models)]
+    alone = [measured("dev", f"model {i}", lambda m=m: _once(m)) for i, m in enumerate(models)]
     first = min(range(len(models)), key=lambda i: _cost(alone[i], config.by))
-    told["best_model"] = measured("valid", "best model", lambda: models[first])
+    told["best_model"] = measured("valid", "best model", lambda: _once(models[first]))
     for what, value in told.items():
         run.note(**{f"valid_accuracy_{what}": value.accuracy, f"valid_loss_{what}": value.loss})
     for what, value in (("evolved", reached), ("defaults", before)):
@@ -221,6 +221,11 @@ def parted(inputs: Inputs, share: float, seed: int) -> dict[str, list[Any]]:
 def population(config: Config, dim: int) -> int:
     """Candidates a generation: CMA-ES's own choice unless told."""
     return config.population or 4 + int(3 * log(dim))
+
+
+def _once(model: Model) -> Model:
+    """The model under a handle of its own, whose module goes with it: no two models are in memory at a time."""
+    return model.ask(Weights).replace({})
 
 
 def _cost(score: Score, by: Criterion) -> float:
@@ -288,7 +293,7 @@ METHOD = Method(
     config=Config,
     models={
         "base": Slot((Weights, Logits), min=0, help="what the models were fine-tuned from, if the merge asks for it"),
-        "models": Slot((Weights, Logits, Codec), max=None, help="models to merge"),
+        "models": Slot((Weights, Codec), max=None, help="models to merge"),
     },
     data={
         "dev": DataSlot(Data.FEW_SHOT, RECORDS, help="held-out records that the search is led by"),

@@ -102,6 +102,71 @@ def test_each_group_alone_is_needed_whole(tmp_path: Path) -> None:
             assert sym.difference(module, sym.permuted(tensors, [(less, order)]), batch) > 1e-4
 
 
+def built(name: str, **shape: Any) -> nn.Module:
+    import transformers
+
+    architecture = getattr(transformers, name)
+    return architecture(architecture.config_class(**shape))
+
+
+SHAPE = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+SHAPE |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SHARED = SHAPE | {"num_key_value_heads": 2}
+OTHERS: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
+    "norms on queries and keys": (
+        "Qwen3ForCausalLM",
+        SHARED | {"head_dim": 8},
+        [32, (2, [2, 8]), 48, (2, [2, 8]), 48],
+    ),
+    "one matrix for queries, keys and values": ("Phi3ForCausalLM", SHARED, [32, (2, [2, 8]), 48, (2, [2, 8]), 48]),
+    "the same within each head, partly rotary": ("GPTNeoXForCausalLM", SHAPE, [32, (4, [8, 6]), 48, (4, [8, 6]), 48]),
+    # the heads' slopes are constants, so heads stay and what is inside each may be permuted
+    "slopes for heads": (
+        "BloomForCausalLM",
+        {"vocab_size": 100, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        [32, 8, 8, 8, 8, 128, 8, 8, 8, 8, 128],
+    ),
+    "layers that are one": (
+        "AlbertForMaskedLM",
+        SHAPE | {"embedding_size": 16, "num_hidden_groups": 1},
+        [16, 32, (4, [8, 8]), 48],
+    ),
+    # which expert serves a token is told by number; all experts' keys are permuted alike
+    "experts": ("MixtralForCausalLM", SHARED | {"num_local_experts": 4}, [32, (2, [2, 8]), 48, (2, [2, 8]), 48]),
+    "a state space": (
+        "MambaForCausalLM",
+        {k: SHAPE[k] for k in SHAPE if "heads" not in k} | {"state_size": 4},
+        [32, 48, 2, 48, 2, 4, 4],
+    ),
+    "groups of channels": (
+        "RegNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "groups_width": 8, "num_labels": 5},
+        [8, (2, [8]), 2, 16, (4, [8]), 4, 32, 8, 8],
+    ),
+    # its second stage's stream ends in a pooling that changes strides in place, for which there is no rule
+    "windows, shifted": (
+        "SwinForImageClassification",
+        {"image_size": 32, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "num_labels": 5},
+        [16, (2, [8, 8]), 64, (2, [8, 8]), 64, (4, [8, 8]), 128, (4, [8, 8]), 128],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_architectures_that_no_rule_was_written_for(name: str) -> None:
+    architecture, shape, groups = OTHERS[name]
+    module = spread(built(architecture, **shape)).to(torch.float32 if name == "experts" else torch.float64)
+    batch = PIXELS if "Image" in architecture else TEXT
+    batch = {key: value.to(module.dtype) if value.is_floating_point() else value for key, value in batch.items()}
+    found = sym.symmetry(module, batch)
+    assert told(found.groups) == groups
+    assert found.unknown == (("aten::as_strided_",) if name == "windows, shifted" else ())
+    for seed in range(2):
+        moves = sym.drawn(found, torch.Generator().manual_seed(seed))
+        assert sym.difference(module, sym.permuted(parameters_of(module), moves), batch) < 1e-5
+
+
 class Net(nn.Module):
     """Six channels in; a layer of eight, then what `between` does with it, then five classes."""
 
@@ -129,7 +194,19 @@ MAY = {
     "norm across halves": (lambda h: h.view(4, 2, 4).softmax(1).reshape(4, 8), [(4, [2])]),
     "halves' sum beside each": (lambda h: (h.view(4, 2, 4) + h.view(4, 2, 4).sum(1, True)).reshape(4, 8), [(4, [2])]),
     "written in place": (lambda h: torch.zeros(4, 8).copy_(h), [8]),
-    "written in part": (lambda h: torch.zeros(4, 8).index_put_((torch.arange(4),), h), []),
+    "written by row": (lambda h: torch.zeros(4, 8).index_put_((torch.arange(4),), h), [8]),
+    "the same rows": (lambda h: h[torch.tensor([1, 0, 3, 2])], [8]),
+    "masked rows": (lambda h: h[torch.tensor([True] * 4)], [8]),
+    "gathered by row": (lambda h: h.gather(0, torch.ones_like(h, dtype=torch.long).cumsum(0) - 1), [8]),
+    "repeated": (lambda h: h.repeat(1, 2).view(4, 2, 8).mean(1), [8]),
+    "a matrix for each row": (lambda h: h[:, None] @ torch.ones(4, 8, 1) * h, [8]),
+    "stacked": (lambda h: torch.stack([h, h.relu()]).sum(0), [8]),
+    "pairs as complex numbers": (
+        lambda h: torch.view_as_real(torch.view_as_complex(h.view(4, 4, 2)) * 1j).reshape(4, 8),
+        [4],
+    ),
+    "padded": (lambda h: F.pad(h[:, :, None], (1, 1)).sum(2), [8]),
+    "greatest": (lambda h: h - h.amax(-1, keepdim=True), [8]),
 }
 HELD = {
     "another weight for each": lambda h: h * WEIGHTS,
@@ -138,6 +215,11 @@ HELD = {
     "sorted": lambda h: h.sort(-1).values * WEIGHTS,
     "running sums": lambda h: h.cumsum(-1),
     "its greatest": lambda h: F.one_hot(h.argmax(-1), 8) + h,
+    "the greatest first": lambda h: h.topk(8).values,
+    "written by number": lambda h: h.index_put((torch.arange(4), torch.arange(4)), torch.zeros(4)),
+    "gathered": lambda h: h.gather(1, torch.arange(7, -1, -1).repeat(4, 1)),
+    "above the diagonal": lambda h: h[:, None].expand(4, 8, 8).triu().sum(1),
+    "padded and cut": lambda h: F.pad(h, (1, -1)),
     "every second": lambda h: torch.cat([h[:, ::2], h[:, 1::2]], 1),
     "by number": lambda h: h[:, torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])],
     "an unknown operation": lambda h: torch.fft.fft(h).real,

@@ -176,7 +176,7 @@ def example_runs(id: str, case: Case, here: Path, run_command: Callable[[list[st
     """The docstring's `lfm run …` line, as written, where the case's files lie."""
     lines = [line.strip() for line in registry.get(id).doc.splitlines()]
     joined = " ".join(lines).replace("\\ ", " ")
-    start = next((line for line in lines if line.startswith("lfm run ")), None)
+    start = next((line for line in lines if line.startswith(("lfm run ", "lfm merge "))), None)
     assert start, f"the docstring of {id} has no example"
     command = start
     if start.endswith("\\"):

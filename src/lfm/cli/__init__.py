@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from lfm.cli import discover, machine, made, measure, recipes, use, work
+from lfm.cli import discover, machine, made, measure, merging, recipes, use, work
 from lfm.cli.front import Front
 from lfm.core.errors import LfmError
 
@@ -39,7 +39,7 @@ def _root(
         raise typer.Exit
 
 
-for group in (machine, discover, work, recipes, measure, made, use):
+for group in (machine, discover, work, merging, recipes, measure, made, use):
     group.register(app)
 
 

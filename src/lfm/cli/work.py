@@ -15,6 +15,7 @@ from lfm.core.errors import SlotError
 
 if TYPE_CHECKING:
     from lfm.record import RunRecord
+    from lfm.runs import Order
     from lfm.runs.plan import Plan
 
 DOES_NOT_FIT = 6
@@ -70,11 +71,15 @@ def plan(
 
         _for_a_method(target, words, evals, form, queries, tokens)
         return recipes.plan(target, orders.settings(sets or ()), out, seed, json)
+    show_plan(_order(target, words, sets, out, seed, evals, form, queries, tokens), json)
+
+
+def show_plan(order: Order, json: bool) -> None:
+    """What an order would take, on the screen; exit code 6 if it does not fit."""
     from lfm import runs
 
     with shown(quiet=json) as show:
-        prepared = runs.prepare(_order(target, words, sets, out, seed, evals, form, queries, tokens), show)
-        found = runs.plan(prepared)
+        found = runs.plan(runs.prepare(order, show))
     if json:
         screen.emit(plan_facts(found))
     else:
@@ -105,9 +110,12 @@ def run(
         _for_a_method(target, words, evals, form, queries, tokens)
         recipes.run(target, orders.settings(sets or ()), out, seed, jobs, json)
         return
-    from lfm import report, runs
+    do(_order(target, words, sets, out, seed, evals, form, queries, tokens), json)
 
-    order = _order(target, words, sets, out, seed, evals, form, queries, tokens)
+
+def do(order: Order, json: bool) -> None:
+    """Carry an order out, with progress, and show what came of it."""
+    from lfm import report, runs
 
     def page(made: Path) -> None:
         report.write(made, name=order.out.name)

@@ -163,6 +163,20 @@ class Weights(Protocol):
         """
         ...
 
+    def config(self) -> Mapping[str, Any]:
+        """The architecture's description, config.json; empty for a bare state dict."""
+        ...
+
+    def files(self) -> Mapping[str, Path]:
+        """The small files that go with the weights (tokenizer, processor, chat template), by name."""
+        ...
+
+    def assemble(
+        self, tensors: Mapping[str, LazyTensor | Tensor], config: Mapping[str, Any], files: Mapping[str, Path]
+    ) -> Model:
+        """Another model: these tensors and no others, as they are, with that description and those files."""
+        ...
+
     def update(self, changes: Mapping[str, LowRank]) -> Model:
         """The model with W + BA for each named module's weight; it can also be saved as a PEFT LoRA adapter."""
         ...
@@ -180,10 +194,17 @@ class Weights(Protocol):
 
 
 class Layout(NamedTuple):
-    """kinds: module → linear, conv1d (a linear one stored (in, out)), embedding, convolution. tied: tensor → stored."""
+    """kinds: module → linear, conv1d (a linear one stored (in, out)), embedding, convolution. tied: tensor → stored.
+
+    order: the tensors as the architecture declares them, from the input on. by_token: those with a row for each token.
+    renamed: a tensor's name in the module → the name that checkpoints have for it, where that is another.
+    """
 
     kinds: Mapping[str, str]
     tied: Mapping[str, str]
+    order: tuple[str, ...] = ()
+    by_token: frozenset[str] = frozenset()
+    renamed: Mapping[str, str] = {}
 
 
 class Adaptation(Protocol):

@@ -11,9 +11,9 @@ model, the tensor's name and the element alone: chunks and threads never show.
 that find what a rule needs to know first: norms, counts, inner products, and exact thresholds without a sort.
 """
 
-from lfm.fusing.engine import Rule, fuse, sums
+from lfm.fusing.engine import Rule, fuse, stored, sums
 from lfm.fusing.kernel import Each
 from lfm.fusing.products import gram
 from lfm.fusing.threshold import kth_largest
 
-__all__ = ["Each", "Rule", "fuse", "gram", "kth_largest", "sums"]
+__all__ = ["Each", "Rule", "fuse", "gram", "kth_largest", "stored", "sums"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
@@ -54,6 +54,11 @@ def fuse(
     """
     like = like or base or sources[0]
     return {name: Fused(task_of(rule, name, sources, base), coded(like[name], kernel.CODES).code) for name in names}
+
+
+def stored(tensor: LazyTensor, code: str) -> LazyTensor:
+    """A merged tensor, rounded to another format than it would have been; one that was not merged stays as it is."""
+    return replace(tensor, code=code) if isinstance(tensor, Fused) else tensor
 
 
 def sums(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.heavy import np, torch
 from lfm.fusing import kernel
 from lfm.fusing.engine import key_of
-from lfm.tensors.lazy import Coded, coded, size
+from lfm.tensors.lazy import CHUNK, Coded, coded, size, spans
 from lfm.tensors.safetensors_file import DTYPES
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ByRow:
     fn(changes, first): fp64 (rows, width), and the number of its first element in the tensor.
     """
 
-    base: Coded
+    base: Coded | None
     model: Coded
     fn: Callable[[Any, int], Any]
 
@@ -39,7 +39,7 @@ class ByRow:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
+        return tuple(self.model.shape)
 
     @property
     def file(self) -> object:
@@ -50,7 +50,7 @@ class ByRow:
         return torch.float64
 
     def read(self) -> Tensor:
-        out = np.empty(size(self.base))
+        out = np.empty(size(self.model))
         self.read_into(out.view(np.uint8).data)
         return torch.from_numpy(out).reshape(self.shape)
 
@@ -61,14 +61,42 @@ class ByRow:
             return
         width = self.shape[-1] if self.shape else 1
         first, last = start // width * width, -(-stop // width) * width
-        changes = _read(self.model, first, last) - _read(self.base, first, last)
+        changes = values(self.model, first, last)
+        if self.base is not None:
+            changes = changes - values(self.base, first, last)
         found = self.fn(changes.reshape(-1, width), first).reshape(-1)
         buffer[:] = np.ascontiguousarray(found[start - first : stop - first]).view(np.uint8).data
 
 
-def by_row(base: LazyTensor, model: LazyTensor, fn: Callable[[Any, int], Any]) -> LazyTensor:
-    """fn of the rows of a model's changes from the base, lazily."""
-    return ByRow(coded(base, kernel.CODES), coded(model, kernel.CODES), fn)
+def by_row(base: LazyTensor | None, model: LazyTensor, fn: Callable[[Any, int], Any]) -> LazyTensor:
+    """fn of the rows of a model's changes from the base, or of its own rows, lazily."""
+    return ByRow(coded(base, kernel.CODES) if base is not None else None, coded(model, kernel.CODES), fn)
+
+
+def column_gram(base: LazyTensor | None, models: Sequence[LazyTensor]) -> Any:
+    """fp64 (columns, n, n): inner products of the models' (changes') columns, which run along the first dimension."""
+    given = [coded(t, kernel.CODES) for t in ([base] if base is not None else []) + [*models]]
+    height = models[0].shape[0] if models[0].shape else 1
+    width, count = size(models[0]) // max(1, height), len(models)
+    total = np.zeros((width, count, count))
+    for begin, end in spans(width):
+        step = max(1, CHUNK // (end - begin)) if end - begin == width else 1
+        for row in range(0, height, step):
+            rows = min(step, height - row)
+            read = [values(t, row * width + begin, (row + rows - 1) * width + end).reshape(rows, -1) for t in given]
+            changes = np.stack([r - read[0] for r in read[1:]] if base is not None else read)
+            total[begin:end] += np.einsum("irc,jrc->cij", changes, changes)
+    return total
+
+
+def by_column(base: LazyTensor | None, model: LazyTensor, factors: Any) -> LazyTensor:
+    """A model's changes from the base, or its own entries, each column multiplied by its factor (columns,), lazily."""
+
+    def fn(changes: Any, first: int) -> Any:
+        at = (first + np.arange(changes.size)) % len(factors)
+        return changes * factors[at].reshape(changes.shape)
+
+    return by_row(base, model, fn)
 
 
 def uniform(seed: int, model: int, name: str, start: int, count: int) -> Any:
@@ -93,7 +121,8 @@ def ranks(values: Any) -> Any:
     return found
 
 
-def _read(tensor: Coded, start: int, stop: int) -> Any:
+def values(tensor: Coded, start: int, stop: int) -> Any:
+    """Elements start to stop, fp64."""
     item = DTYPES[tensor.code][1]
     raw = np.empty((stop - start) * item, dtype=np.uint8)
     tensor.read_into(raw.data, start * item)

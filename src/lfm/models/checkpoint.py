@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -137,7 +137,12 @@ def _described_by_file(config: Mapping[str, Any]) -> bool:
 
     Importing transformers takes seconds, which whoever only streams weights would wait for in vain.
     """
-    name, kind = next(iter(config.get("architectures") or ()), ""), str(config.get("model_type") or "")
+    name = next(iter(config.get("architectures") or ()), "")
+    return _defined(str(name), str(config.get("model_type") or ""))
+
+
+@cache
+def _defined(name: str, kind: str) -> bool:
     place = kind.replace("-", "_")
     if not name.isidentifier() or not place.isidentifier():
         return False

@@ -92,19 +92,38 @@ def layout(build: Callable[[], nn.Module]) -> Layout:
     for name, layer, *_ in structure.linears(module):
         kinds[name] = "conv1d" if structure.transposed(layer) else "linear"
     tied = dict(getattr(module, "all_tied_weights_keys", None) or {})
-    return Layout(kinds, tied, tuple(module.state_dict()), _by_token(module))
+    stored = _as_stored(module)
+    rows = _by_token(module)
+    by_token = frozenset(name for name, p in stored.items() if id(p) in rows)
+    return Layout(kinds, tied, tuple(stored), by_token, _renamed(module, stored))
 
 
-def _by_token(module: Any) -> frozenset[str]:
-    """Names of the parameters of the embeddings that the module declares as its input's and its output's."""
+def _as_stored(module: Any) -> dict[str, Any]:
+    """The module's tensors under the names that checkpoints have."""
+    state = module.state_dict(keep_vars=True)
+    if not hasattr(module, "save_pretrained"):
+        return state
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(module, state)
+
+
+def _renamed(module: Any, stored: Mapping[str, Any]) -> dict[str, str]:
+    """A tensor's name in the module → another that checkpoints have for it; one that several are made of has none."""
+    state = module.state_dict(keep_vars=True)
+    known = {id(tensor): name for name, tensor in stored.items() if name not in state}
+    return {name: known[id(tensor)] for name, tensor in state.items() if id(tensor) in known and name not in stored}
+
+
+def _by_token(module: Any) -> set[int]:
+    """The parameters, by identity, of the embeddings that the module declares as its input's and its output's."""
     if not hasattr(module, "get_input_embeddings"):
-        return frozenset()
+        return set()
     try:
         tables = [module.get_input_embeddings(), module.get_output_embeddings()]
     except (AttributeError, NotImplementedError):
-        return frozenset()
-    rows = {id(p) for table in tables if table is not None for p in table.parameters(recurse=False)}
-    return frozenset(name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in rows)
+        return set()
+    return {id(p) for table in tables if table is not None for p in table.parameters(recurse=False)}
 
 
 def _vocabulary(files: Mapping[str, Path]) -> str:

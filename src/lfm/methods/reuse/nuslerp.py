@@ -24,7 +24,7 @@ from lfm.core.heavy import np
 from lfm.fusing import Rule, fuse, gram
 from lfm.fusing.inputs import Tensors, Weighting, agree, by_setting, one_each, streamed, whole
 from lfm.fusing.joins import added, change, weighted
-from lfm.fusing.rows import row_width
+from lfm.fusing.rows import by_column, column_gram, row_width
 
 if TYPE_CHECKING:
     from lfm.core.model import LazyTensor
@@ -36,13 +36,15 @@ PARALLEL = 1e-16
 
 class Config(lfm.core.Config, frozen=True):
     weights: Weighting = ()
-    of: Annotated[Literal["tensor", "row"], Meta(description="what is turned as one vector")] = "tensor"
+    of: Annotated[Literal["tensor", "row", "column"], Meta(description="what is turned as one vector")] = "tensor"
 
 
 def merge(
     names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
     def turned(of: str, names: Sequence[str]) -> dict[str, LazyTensor]:
+        if of == "column":
+            return by_columns(names, base, models, lambda name: one_each("weights", configs(name).weights, 2))
         width = row_width(models[0]) if of == "row" else None
         products = gram(names, models, base=base, width=width)
 
@@ -56,6 +58,21 @@ def merge(
         return fuse(rule, names, models, base=base)
 
     return by_setting(names, lambda name: configs(name).of, turned)
+
+
+def by_columns(
+    names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], weights: Callable[[str], tuple[float, ...]]
+) -> dict[str, LazyTensor]:
+    """The same of each column, along the first dimension."""
+    turned: list[dict[str, LazyTensor]] = [{}, {}]
+    for name in names:
+        start, given = (base[name] if base is not None else None), [model[name] for model in models]
+        factors = coefficients(column_gram(start, given), *weights(name))
+        for i, model in enumerate(given):
+            turned[i][name] = by_column(start, model, factors[:, i])
+    ones = {"weight": (1.0, 1.0), "scale": 1.0}
+    rule = Rule(weighted if base is None else added, given=lambda name: ones)
+    return fuse(rule, names, turned, base=base, like=base if base is not None else models[0])
 
 
 def coefficients(products: Any, first: float, second: float) -> Any:

@@ -1,0 +1,245 @@
+"""Merge models as a mergekit recipe says: slices, layers and parts of models, each tensor by settings of its own.
+
+    θ_out = m(θ₁, …, θₙ; settings of this tensor),      m the recipe's merge_method, by lfm's method of that name
+
+Source: mergekit 0.1.5 (https://github.com/arcee-ai/mergekit), whose YAML is read unchanged: models, slices, modules,
+gradients over layers, filters, base_model, dtype and out_dtype, tokenizer and chat_template. Different from it:
+architectures need no definition, tensors meet by name and layer; a tensor without its counterpart is an error, where
+mergekit may leave it out; tied weights are compared with untied ones, and the config then says that the result's are
+not tied; arithmetic is in fp64 and rounded once, whatever `dtype` is, so that no input is rounded before it is used;
+lists of the config with one entry a layer follow the slices; numbers of special tokens follow the tokenizer. Randomly
+dropped entries (dare, della) are others than mergekit's, with the same probabilities; what DARE keeps is divided by the
+density, not by the ratio of norms that came out. A parameter that the method does not have is noted, not an error.
+
+Models: those that the recipe names, the base first, then in the order of their first mention. Shapes must be equal, but
+for the rows of tables of tokens where the recipe asks for a tokenizer. Streamed: memory does not grow with the model.
+Errors: ConfigError for a recipe that cannot be followed, MismatchError for tensors that do not meet, both before any
+weight is read; CorruptError naming a tensor that holds a NaN or an infinity.
+
+    lfm merge recipe.yml merged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+import lfm.core
+from lfm.core import Cost, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights, registry
+from lfm.core.config import configure
+from lfm.core.errors import ConfigError, LfmError, MismatchError
+from lfm.fusing import stored
+from lfm.fusing.inputs import memory
+from lfm.merging import tokenizer
+from lfm.merging.layout import Kit, Met, lay_out, resized, sections, tied_apart
+from lfm.merging.recipe import DTYPES, Recipe, code_of, parse, references
+from lfm.merging.settings import check, language, resolve
+from lfm.merging.vocabulary import aligned
+from lfm.tensors.lazy import code_of as stored_as
+from lfm.tensors.match import equal
+from lfm.tensors.safetensors_file import FLOATING
+
+if TYPE_CHECKING:
+    from lfm.core.model import LazyTensor
+
+
+class Config(lfm.core.Config, frozen=True):
+    recipe: Annotated[str, Meta(description="mergekit's YAML, as text")] = ""
+
+
+def run(config: Config, inputs: Inputs, run: Run) -> Model:
+    recipe, ignored = parse(config.recipe)
+    kit, met, tables = _laid_out(recipe, inputs)
+    if ignored := (*ignored, *_unused(recipe)):
+        run.note(ignored=", ".join(ignored))
+    models = dict(zip(references(recipe), inputs.all("models"), strict=True))
+    first = next(iter(models))
+    described = resized(recipe, met, kit.configs[first], kit)
+    tied_apart(met, described)
+    files: Mapping[str, Any] = models[first].ask(Weights).files()
+    sources = {name: [kit.tensors[ref][n] for ref, n in each.sources] for name, each in met.items()}
+    if wanted := recipe.wants_tokenizer:
+        beside = {ref: model.ask(Weights).files() for ref, model in models.items()}
+        vocabulary, made = tokenizer.made(wanted, first, beside, _lengths(kit, met, tables), run.work / "tokenizer")
+        for name in tables:
+            own = dict(zip((ref for ref, _ in met[name].sources), sources[name]))
+            sources[name] = list(aligned(vocabulary, own).values())
+        _resize_vocabulary(described, vocabulary.rows)
+        if wanted.source not in ("base", "union"):
+            tokenizer.with_ids(described, kit.configs[wanted.source])
+            files = models[wanted.source].ask(Weights).files()
+        files = tokenizer.gathered({**tokenizer.others(files), **made}, run.work / "files")
+    if recipe.chat_template:
+        beside = {ref: model.ask(Weights).files() for ref, model in models.items()}
+        files = tokenizer.with_template(files, tokenizer.template(recipe.chat_template, beside), run.work / "files")
+    tensors = _merged(recipe, met, sources, run)
+    if code := code_of(recipe.out_dtype or recipe.dtype):
+        tensors = {name: stored(tensor, code) for name, tensor in tensors.items()}
+        described |= dict.fromkeys(
+            {"dtype", *({"torch_dtype"} & described.keys())}, next(n for n, c in DTYPES.items() if c == code)
+        )
+    return models[first].ask(Weights).assemble({name: tensors[name] for name in met}, described, files)
+
+
+def _laid_out(recipe: Recipe, inputs: Inputs) -> tuple[Kit, dict[str, Met], list[str]]:
+    """The inputs, every tensor of the result, and which of them have a row for each token that is to be moved."""
+    models = dict(zip(references(recipe), inputs.all("models"), strict=True))
+    weights = {ref: model.ask(Weights) for ref, model in models.items()}
+    kit = Kit(
+        {ref: w.tensors() for ref, w in weights.items()},
+        {ref: w.config() for ref, w in weights.items()},
+        cache(lambda ref: weights[ref].layout()),
+    )
+    met = lay_out(recipe, language(recipe.merge_method), kit)
+    tables = by_token(met, kit, next(iter(models))) if recipe.wants_tokenizer else []
+    for name, each in met.items():
+        _meet(name, each, kit, moved=name in tables)
+    return kit, met, tables
+
+
+def _meet(name: str, met: Met, kit: Kit, *, moved: bool) -> None:
+    """MismatchError unless the shapes that meet in a tensor are equal, but for the rows where those are moved."""
+    given = [(ref, n, kit.tensors[ref][n]) for ref, n in met.sources]
+    ref, mine, first = given[0]
+    for other, theirs, tensor in given[1:]:
+        a, b = list(first.shape), list(tensor.shape)
+        if (a[1:], len(a)) != (b[1:], len(b)) or (a != b and not moved):
+            table = len(a) == len(b) and a[1:] == b[1:] and not met.layer
+            raise MismatchError(
+                f"{mine!r} of {ref} and {theirs!r} of {other} do not meet in {name!r}",
+                why=f"their shapes are {a} and {b}",
+                fix="where vocabularies differ, add tokenizer_source: union (or base)" if table else "",
+            )
+        if (stored_as(first) in FLOATING) != (stored_as(tensor) in FLOATING):
+            raise MismatchError(f"{mine!r} is floating in one of {ref} and {other}, and integer in the other")
+
+
+def _merged(
+    recipe: Recipe, met: Mapping[str, Met], sources: Mapping[str, Sequence[LazyTensor]], run: Run
+) -> dict[str, LazyTensor]:
+    """Each tensor by the recipe's method, those of as many inputs at a time."""
+    method = registry.get(f"reuse.{recipe.merge_method}").method
+    assert method.merge is not None
+    configs = cache(lambda name: _config(recipe, method, met[name]))
+    made: dict[str, LazyTensor] = {}
+    groups: dict[tuple[int, bool], list[str]] = {}
+    for name, given in sources.items():
+        if stored_as(given[0]) in FLOATING:
+            groups.setdefault((len(given), met[name].place.base is not None), []).append(name)
+        elif not all(equal(given[0], other) for other in given[1:]):
+            raise MismatchError(f"{name!r} holds integers, which are not the same in all models")
+        else:
+            made[name] = given[0]
+    for (count, based), names in groups.items():
+        base = {name: sources[name][met[name].place.base or 0] for name in names} if based else None
+        rest: list[dict[str, LazyTensor]] = [{} for _ in range(count - based)]
+        for name in names:
+            tuned = [each for i, each in enumerate(sources[name]) if i != met[name].place.base]
+            for model, tensor in zip(rest, tuned, strict=True):
+                model[name] = tensor
+        if base is not None and language(recipe.merge_method).base == "first":
+            base, rest = None, [base, *rest]
+        made |= method.merge(names, base, rest, configs, run)
+    return made
+
+
+def _config(recipe: Recipe, method: Method[Any], met: Met) -> Any:
+    """The method's settings for a tensor. A density of 0, which no method offers, drops all there is."""
+    told = resolve(recipe.merge_method, met.place)
+    density = told.get("density")
+    if density is None:
+        return configure(method.config, told, where=recipe.merge_method)
+    many = isinstance(density, tuple)
+    kept = [min(d, 1.0) if d > 0 else 0.0 for d in (density if many else (density,))]
+    given = {**told, "density": [d or 1.0 for d in kept] if many else kept[0] or 1.0}
+    config = configure(method.config, given, where=recipe.merge_method)
+    return msgspec.structs.replace(config, density=tuple(kept) if many else kept[0])
+
+
+def by_token(met: Mapping[str, Met], kit: Kit, ref: str) -> list[str]:
+    """Tensors with a row for each token: those that the architecture declares; of one not known, by their shapes."""
+    try:
+        declared = kit.layout(ref).by_token
+    except LfmError:
+        declared = frozenset()
+    found = [name for name in met if name in declared]
+    if not found:
+        sizes = {
+            ref: next((s["vocab_size"] for s in sections(c).values() if "vocab_size" in s), 0)
+            for ref, c in kit.configs.items()
+        }
+        found = [
+            n
+            for n, m in met.items()
+            if not m.layer and all(kit.tensors[r][o].shape[:1] == (sizes[r],) for r, o in m.sources)
+        ]
+    if not found:
+        raise MismatchError(
+            "no tensor has a row for each token", why="a tokenizer is asked for, whose rows are to be moved"
+        )
+    return found
+
+
+def _lengths(kit: Kit, met: Mapping[str, Met], tables: Sequence[str]) -> dict[str, int]:
+    """How many rows each model's table of tokens has."""
+    found = {}
+    for ref, tensors in kit.tensors.items():
+        names = [n for table in tables for r, n in met[table].sources if r == ref] + [n for n in tables if n in tensors]
+        if not names:
+            raise MismatchError(f"{ref} has no table of tokens", why=f"the others have {tables[0]}")
+        found[ref] = tensors[names[0]].shape[0]
+    return found
+
+
+def _resize_vocabulary(config: dict[str, Any], rows: int) -> None:
+    for section in [config, *(v for v in config.values() if isinstance(v, dict))]:
+        if "vocab_size" in section:
+            section["vocab_size"] = rows
+
+
+def _unused(recipe: Recipe) -> list[str]:
+    """Parameters that the method does not have. ConfigError for one that no method has."""
+    scopes = [("the recipe", recipe.parameters)]
+    scopes += [(s.model, s.parameters) for s in recipe.models]
+    for where, slices in [("a slice", recipe.slices), *((f"module {n}", m.slices) for n, m in recipe.modules.items())]:
+        scopes += [(where, part.parameters) for part in slices]
+        scopes += [(s.model, s.parameters) for part in slices for s in part.sources]
+    for name, module in recipe.modules.items():
+        scopes += [(f"module {name}", module.parameters), *((s.model, s.parameters) for s in module.models)]
+    return list(dict.fromkeys(n for where, given in scopes for n in check(recipe.merge_method, given, where)))
+
+
+def agree(config: Config, inputs: Inputs) -> None:
+    """The recipe is read, every tensor laid out, and its settings resolved: nothing that it says can fail later."""
+    recipe, _ = parse(config.recipe)
+    wanted = references(recipe)
+    if len(wanted) != len(inputs.all("models")):
+        raise ConfigError(
+            f"the recipe names {len(wanted)} models, {len(inputs.all('models'))} were given",
+            why=f"they are {', '.join(wanted)}",
+            fix="`lfm merge RECIPE OUT` gives the ones it names",
+        )
+    _unused(recipe)
+    _, met, _ = _laid_out(recipe, inputs)
+    method = registry.get(f"reuse.{recipe.merge_method}").method
+    for each in met.values():
+        _config(recipe, method, each)
+
+
+def cost(config: Config, sizes: Sizes) -> Cost:
+    models = sizes.models["models"]
+    flops = 20.0 * sum(facts.parameters for facts in models)
+    return Cost(flops=flops, memory=memory(sizes), disk=max(facts.bytes for facts in models))
+
+
+METHOD = Method(
+    paper="mergekit",
+    config=Config,
+    models={"models": Slot((Weights,), max=None, help="the models that the recipe names, in its order")},
+    run=run,
+    cost=cost,
+    agree=agree,
+)

@@ -73,7 +73,9 @@ def over(base: Model, module: nn.Module, *, ref: str = "adapter") -> Model:
 def of_changes(base: Model, changes: Mapping[str, LowRank], whole: Mapping[str, LazyTensor | Tensor]) -> Model:
     """The LoRA adapter that makes these changes to the base; α = r, so that W + BA is what it makes."""
     weights = base.ask(Weights)
-    config, tensors = lora.settings(changes, whole, weights.tensors())
+    named = lora.unstored(weights) if whole else str
+    stored = {named(name): tensor for name, tensor in weights.tensors().items()}
+    config, tensors = lora.settings(changes, whole, stored)
     config |= {"base_model_name_or_path": base.ref, "task_type": TASK_TYPES.get(base.facts.task)}
     return model_of(Source(f"an adapter over {base.ref}", base, config, lambda: tensors))
 

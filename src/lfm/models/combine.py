@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import torch
 from lfm.core.model import Adaptation, LazyTensor, LowRank, Model, Weights
-from lfm.models.lora import stored_name
+from lfm.models.lora import naming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,8 @@ def added(models: Sequence[Model], weights: Sequence[float]) -> Sum:
     used = [(model, weight) for model, weight in zip(models, weights, strict=True) if weight]
     if not used:
         raise ConfigError("all weights are zero", fix="leave out the adapters that should not count")
-    stored = used[0][0].ask(Adaptation).base.ask(Weights).tensors()
+    base = used[0][0].ask(Adaptation).base.ask(Weights)
+    stored, stored_name = base.tensors(), naming(base)
     given = [(model.ref, model.ask(Adaptation), weight) for model, weight in used]
     changes: dict[str, LowRank] = {}
     for name in _union([adaptation.changes() for _, adaptation, _ in given]):
@@ -54,7 +55,7 @@ def added(models: Sequence[Model], weights: Sequence[float]) -> Sum:
     for name in _union([adaptation.whole() for _, adaptation, _ in given]):
         tensors = [(ref, a.whole()[name], weight) for ref, a, weight in given if name in a.whole()]
         module = name.removesuffix(".weight")
-        whole[name] = _tensor(name, tensors, stored.get(stored_name(name, stored) or ""), changes.pop(module, None))
+        whole[name] = _tensor(name, tensors, stored.get(stored_name(name) or ""), changes.pop(module, None))
     return Sum(changes, whole)
 
 
@@ -62,8 +63,7 @@ def moved(name: str, tensor: LazyTensor | Tensor, base: Model, model: Model) -> 
     """θ + (θ' − θ₀): a whole tensor of an adapter, carried over from its base to another model."""
     from lfm.tensors.lazy import lazy
 
-    before, after = (m.ask(Weights).tensors() for m in (base, model))
-    start, now = before.get(stored_name(name, before) or ""), after.get(stored_name(name, after) or "")
+    start, now = (w.tensors().get(naming(w)(name) or "") for w in (base.ask(Weights), model.ask(Weights)))
     if start is None or now is None or tuple(start.shape) != tuple(now.shape):
         raise MismatchError(
             f"{name} cannot be carried over from {base.ref} to {model.ref}",

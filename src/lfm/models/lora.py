@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
-from lfm.core.errors import CorruptError, MismatchError
+from lfm.core.errors import CorruptError, MismatchError, ModelError
 from lfm.core.heavy import torch
 from lfm.core.model import Layout, LazyTensor, LowRank, Model, Weights
 
@@ -162,12 +162,13 @@ def _oriented(source: Source, changes: dict[str, LowRank]) -> dict[str, LowRank]
         asked = bool(source.config.get("fan_in_fan_out"))
         return {n: c._replace(transposed=asked) if not c.embedding and not c.kernel else c for n, c in changes.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in base.ask(Weights).tensors().items()}
+    stored_name = naming(base.ask(Weights))
     some = any(_stored_in_out(shapes, name) for name in shapes)
     made: dict[str, LowRank] = {}
     layout: Layout | None = None
     for name, change in changes.items():
         made[name] = change
-        stored = stored_name(f"{name}.weight", shapes)
+        stored = stored_name(f"{name}.weight")
         if change.embedding or change.kernel or stored is None:
             continue
         size = (int(change.b.shape[0]), int(change.a.shape[1]))
@@ -194,8 +195,8 @@ def _shifted(source: Source, name: str, offset: LazyTensor, whole: Mapping[str, 
 
     bias = whole.get(f"{name}.bias")
     if bias is None and Weights in source.base.gives:
-        tensors = source.base.ask(Weights).tensors()
-        bias = tensors.get(stored_name(f"{name}.bias", tensors) or "")
+        weights = source.base.ask(Weights)
+        bias = weights.tensors().get(naming(weights)(f"{name}.bias") or "")
     if bias is None:
         raise MismatchError(
             f"{source.ref} adds a bias to {name!r}, which has none",
@@ -206,24 +207,48 @@ def _shifted(source: Source, name: str, offset: LazyTensor, whole: Mapping[str, 
     return Whole(tuple(before.shape), offset.dtype, lambda: before.read().double() + scaling * offset.read().double())
 
 
-def stored_name(name: str, stored: Mapping[str, Any]) -> str | None:
-    """Under which name a checkpoint stores a module's tensor: its own, or without the head model's prefix."""
-    if name in stored:
-        return name
-    short = name.partition(".")[2]
-    return short if short in stored else None
+def naming(weights: Weights) -> Callable[[str], str | None]:
+    """A tensor's name in the module → the name that the checkpoint stores it by: as it is, without the head model's
+    prefix, or as transformers renames it. None where it stores none.
+    """
+    stored = weights.tensors()
+    renamed: list[Mapping[str, str]] = []
+
+    def found(name: str) -> str | None:
+        short = name.partition(".")[2]
+        if name in stored or short in stored:
+            return name if name in stored else short
+        if not renamed:
+            try:
+                renamed.append(weights.layout().renamed)
+            except ModelError:  # of an architecture that is not known
+                renamed.append({})
+        other = renamed[0].get(name, "")
+        return other if other in stored else None
+
+    return found
 
 
-def placed(base: Model, *given: Mapping[str, Any]) -> bool:
-    """Whether the base stores, under names of its own, all that an adapter names: modules, or tensors."""
-    tensors = base.ask(Weights).tensors()
-    absent = [
-        n for names in given for n in names if not stored_name(n, tensors) and not stored_name(f"{n}.weight", tensors)
-    ]
-    if not absent:
-        return True
-    tied = base.ask(Weights).layout().tied
-    return all(f"{name}.weight" in tied or name in tied for name in absent)
+def unstored(weights: Weights) -> Callable[[str], str]:
+    """The way back: a tensor's name in the checkpoint → in the module."""
+    stored = weights.tensors()
+    try:
+        layout = weights.layout()
+    except ModelError:
+        return lambda name: name
+    known = {other: name for name, other in layout.renamed.items()}
+    parts = [module.partition(".") for module in layout.kinds]
+    roots = {root for root, *_ in parts}
+    short = [r for r, _, rest in parts if f"{r}.{rest}.weight" not in stored and f"{rest}.weight" in stored]
+    prefix = f"{short[0]}." if short else ""
+    return lambda name: known.get(name) or (name if name.partition(".")[0] in roots else prefix + name)
+
+
+def placed(base: Model, changes: Iterable[str], whole: Iterable[str]) -> bool:
+    """Whether the base stores, under names of its own, all that an adapter names."""
+    stored_name = naming(base.ask(Weights))
+    absent = [name for name in (*(f"{name}.weight" for name in changes), *whole) if stored_name(name) is None]
+    return not absent or base.ask(Weights).layout().tied.keys() >= set(absent)
 
 
 def patched(
@@ -233,14 +258,14 @@ def patched(
     from lfm.tensors.lazy import cast
     from lfm.tensors.lowrank import Plus, shape_of
 
-    tensors = base.ask(Weights).tensors()
+    tensors, stored_name = base.ask(Weights).tensors(), naming(base.ask(Weights))
     tied: Mapping[str, str] = {}
-    absent = [name for name in changes if stored_name(f"{name}.weight", tensors) is None]
+    absent = [name for name in changes if stored_name(f"{name}.weight") is None]
     if absent or any(change.embedding for change in changes.values()):
         tied = base.ask(Weights).layout().tied
     made: dict[str, LazyTensor] = {}
     for name, change in changes.items():
-        stored = stored_name(tied.get(f"{name}.weight", f"{name}.weight"), tensors)
+        stored = stored_name(tied.get(f"{name}.weight", f"{name}.weight"))
         if stored is None:
             raise MismatchError(f"{ref} does not fit {base.ref}", why=f"that has no tensor '{name}.weight'")
         shape = tuple(tensors[stored].shape)
@@ -252,7 +277,7 @@ def patched(
         if stored not in made:
             made[stored] = Plus(stored, tensors[stored], change)
     for name, tensor in whole.items():
-        stored = stored_name(name, tensors)
+        stored = stored_name(name)
         if stored is None or tuple(tensors[stored].shape) != tuple(tensor.shape):
             has = "has no such tensor" if stored is None else f"has it as {list(tensors[stored].shape)}"
             raise MismatchError(f"{ref} does not fit {base.ref}", why=f"{name} {list(tensor.shape)}: that {has}")

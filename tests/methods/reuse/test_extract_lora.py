@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import tiny
 from case import Case
@@ -58,7 +59,14 @@ def extract(base: Path, tuned: Path, work: Path, **settings: Any) -> tuple[Model
     return extract_lora.run(config, inputs, run), dict(run.notes)
 
 
-MODELS = {"llama": tiny.causal, "gpt2": gpt2, "resnet": resnet, "bert": tiny.masked, "vit": tiny.vit}
+MODELS = {
+    "llama": tiny.causal,
+    "gpt2": gpt2,
+    "resnet": resnet,
+    "bert": tiny.masked,
+    "vit": tiny.vit,
+    "t5": tiny.seq2seq,
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -75,9 +83,16 @@ def test_all_of_it_is_the_fine_tuning(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(back[stored], tensor, rtol=1e-5, atol=1e-5)
     assert bool(left) == (name == "vit")  # its class token and positions belong to no layer
     assert notes["energy_kept"] == pytest.approx(1)
+    (tmp_path / "out").mkdir()
+    made.save(tmp_path / "out")
+    merged, known = adapted(base, tmp_path / "out"), opened(tuned).state_dict()
+    if name not in ("gpt2", "bert", "t5"):  # of tied layers peft would merge each one's change into their one weight
+        for stored, tensor in merged.merge_and_unload().state_dict().items():
+            if stored not in left:
+                torch.testing.assert_close(tensor, known[stored], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_plain_peft_loads_it(name: str, tmp_path: Path) -> None:
     """GPT-2's embeddings and head are one weight; beside the base each is adapted, and the logits are the model's."""
     base = MODELS[name](tmp_path / "base")
@@ -115,6 +130,24 @@ def test_it_is_the_nearest_of_its_rank(settings: dict[str, Any], iterations: int
         torch.testing.assert_close(error, values[rank:].sum(), rtol=1e-3, atol=0)
         kept, total = kept + float(values[:rank].sum()), total + float(values.sum())
     assert notes["energy_kept"] == pytest.approx(kept / total, rel=1e-3)
+
+
+def test_checkpoints_that_leave_out_the_heads_prefix(tmp_path: Path) -> None:
+    """As the first ones of GPT-2 do: h.0.… for transformer.h.0.…"""
+    base = gpt2(tmp_path / "base")
+    tuned = nudged(base, tmp_path / "tuned")
+    for path in (base, tuned):
+        stored = load_file(path / "model.safetensors")
+        short = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+        save_file(short, path / "model.safetensors", metadata={"format": "pt"})
+    made, notes = extract(base, tuned, tmp_path / "work", rank=0, energy=1.0)
+    assert "transformer.h.0.attn.c_attn" in made.ask(Adaptation).changes() and "left_out" not in notes
+    back = tensors(merge(merge_adapter, tmp_path, {"adapter": [made]}))
+    for stored, tensor in tensors(models.load(tuned)).items():
+        torch.testing.assert_close(back[stored], tensor, rtol=1e-5, atol=1e-5)
+    (tmp_path / "out").mkdir()
+    made.save(tmp_path / "out")
+    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), logits_of(models.load(tuned)), rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_left_out_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ any weight is read; ModelError where the layers are not known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import lfm.core
@@ -51,7 +50,7 @@ class Config(lfm.core.Config, frozen=True):
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     base, model = (inputs.model(role).ask(Weights) for role in ("base", "model"))
     before, after, layout = base.tensors(), model.tensors(), base.layout()
-    modules = _modules(layout, before)
+    modules = _modules(base, layout)
     changes: dict[str, LowRank] = {}
     others: dict[str, Tensor] = {}
     kept = energy = 0.0
@@ -74,18 +73,19 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
             why="an adapter without a change of low rank is none",
         )
     _tie(changes, layout)
-    whole = _whole(config, run, others, changes, before, after, layout)
+    whole = _whole(config, run, others, changes, base, after)
     run.note(energy_kept=kept / energy, least_kept=worst[0], least_kept_in=worst[1])
     run.note(rank=max(change.a.shape[0] for change in changes.values()), modules=len(changes), whole=len(whole))
     return base.adapt(changes, whole)
 
 
-def _modules(layout: Layout, stored: Any) -> dict[str, tuple[str, str]]:
+def _modules(base: Weights, layout: Layout) -> dict[str, tuple[str, str]]:
     """A stored weight → its module and that one's kind, of the kinds that a change of low rank is for."""
     found: dict[str, tuple[str, str]] = {}
+    stored_name = lora.naming(base)
     for module, kind in layout.kinds.items():
         weight = f"{module}.weight"
-        name = lora.stored_name(weight, stored)
+        name = stored_name(weight)
         if name and kind != "grouped convolution" and weight not in layout.tied:
             found[name] = (module, kind)
     return found
@@ -123,15 +123,15 @@ def _tie(changes: dict[str, LowRank], layout: Layout) -> None:
 
 
 def _whole(
-    config: Config, run: Run, others: dict[str, Tensor], changes: Any, before: Any, after: Any, layout: Layout
+    config: Config, run: Run, others: dict[str, Tensor], changes: Any, base: Weights, after: Any
 ) -> dict[str, LazyTensor]:
     """The other tensors that changed, as many as an adapter holds. Those left out are noted with their norms."""
     kept: dict[str, LazyTensor] = {}
     out: dict[str, float] = {}
-    full = _named(layout, before)
-    stored = [full(name) for name in before]
+    before, full = base.tensors(), lora.unstored(base)
+    stored, tied = [full(name) for name in before], base.layout().tied
     for name, change in others.items():
-        shared = name in layout.tied.values() and not name.endswith(".bias")  # a bias is set in place, for both
+        shared = full(name) in tied.values() and not name.endswith(".bias")  # a bias is set in place, for both
         if not config.whole or shared or lora.unsayable(full(name), changes, stored):
             out[name] = float(change.norm())
         else:
@@ -142,17 +142,6 @@ def _whole(
     if out:
         run.note(left_out=", ".join(f"{name} (‖Δ‖ = {norm:.3g})" for name, norm in sorted(out.items())))
     return kept
-
-
-def _named(layout: Layout, stored: Any) -> Callable[[str], str]:
-    """A tensor's name as stored → in the module, whose head may put its base model's name before all of it."""
-    roots = {module.partition(".")[0] for module in layout.kinds}
-    short = any(
-        lora.stored_name(f"{module}.weight", stored) not in (None, f"{module}.weight") for module in layout.kinds
-    )
-    absent = [root for root in roots if not any(name.startswith(f"{root}.") for name in stored)]
-    before = f"{absent[0]}." if short and absent else ""
-    return lambda name: name if name.partition(".")[0] in roots else before + name
 
 
 def agree(config: Config, inputs: Inputs) -> None:

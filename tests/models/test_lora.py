@@ -17,6 +17,7 @@ import tiny
 from lfm.core import Adaptation, Gradients, Logits, Weights
 from lfm.core.errors import AccessError, CorruptError, MismatchError
 from lfm.models import adapter, checkpoint, load
+from lfm.tensors.lowrank import Plus
 from methods.reuse.lora import IDS, adapted, adapter_over, gpt2, logits_of, peft_logits
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -86,6 +87,24 @@ def test_convolutions(tmp_path: Path) -> None:
     merged = adapted(tmp_path / "base", tmp_path / "b").merge_and_unload().state_dict()
     for stored, tensor in model.ask(Weights).tensors().items():
         torch.testing.assert_close(tensor.read(), merged[stored], rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_that_transformers_renames_as_it_loads_them(tmp_path: Path) -> None:
+    """A ViT's checkpoint says attention.attention.query where its module, and so the adapter, says q_proj."""
+    base = tiny.vit(tmp_path / "base")
+    settings = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"], "bias": "lora_only"}
+    model = load(adapter_over(base, tmp_path / "a", **settings))
+    streamed = model.ask(Weights).tensors()
+    assert any(isinstance(tensor, Plus) for tensor in streamed.values())
+    (tmp_path / "merged").mkdir()
+    model.save(tmp_path / "merged", "checkpoint")
+    pixels = {"pixel_values": torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    channels = load(base).ask(Gradients).module().config.num_channels  # type: ignore[union-attr]
+    pixels["pixel_values"] = pixels["pixel_values"][:, :channels]
+    with torch.no_grad():
+        known = adapted(base, tmp_path / "a")(**pixels).logits
+    for found in (model, load(tmp_path / "merged")):
+        torch.testing.assert_close(found.ask(Logits).logits(pixels), known, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

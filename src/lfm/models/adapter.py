@@ -193,7 +193,7 @@ def _merged(source: Source) -> Model:
 
     A LoRA's is computed tensor by tensor as it is read; others' take a merged module.
     """
-    if not lora.inexpressible(source.config):
+    if Weights in source.base.gives and not lora.inexpressible(source.config):
         adaptation = lora.StoredAdaptation(source)
         base, changes, whole = adaptation.base, adaptation.changes(), adaptation.whole()
         if lora.placed(base, changes, whole) or Gradients not in base.gives:

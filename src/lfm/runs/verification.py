@@ -14,6 +14,7 @@ from lfm.core.heavy import np, torch
 from lfm.core.model import Batch, Codec, LazyTensor, Logits, Logprobs, Model, Weights
 from lfm.models import load
 from lfm.record import Verified
+from lfm.tensors import known
 from lfm.tensors.lazy import Coded
 from lfm.tensors.match import equal
 from lfm.tensors.parallel import each
@@ -126,6 +127,7 @@ def verify(directory: Path, load_saved: Any = load) -> Verified:
         now = finding.read(directory).digest
         _same_digest(directory, now, run.output.digest)
         return Verified(quantity="finding", max_abs=0.0, on="all of it")
+    known.forget(directory)
     model = load_saved(directory)
     _same_digest(directory, model.digest, run.output.digest)
     if run.verified.quantity == "weight":  # the digest is over their bytes

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lfm.core.heavy import torch
+from lfm.tensors import known
 from lfm.tensors.lazy import Coded, chunks, code_of, lazy, size
 from lfm.tensors.parallel import each
-from lfm.tensors.safetensors_file import DTYPES
+from lfm.tensors.safetensors_file import DTYPES, StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,13 +23,25 @@ BUFFER = 1 << 20
 
 
 def digest_tensors(tensors: Mapping[str, LazyTensor | Tensor], *, workers: int | None = None) -> str:
-    """sha256 over the sorted (name, dtype, shape, sha256 of the little-endian bytes). Stored tensors need no torch."""
+    """sha256 over the sorted (name, dtype, shape, sha256 of the little-endian bytes). Stored tensors need no torch.
+
+    Files that have not changed since they were digested are not read again (lfm.tensors.known).
+    """
+    before = known.recalled(tensors.values())
+    fresh: dict[StoredTensor, str] = {}
 
     def line(name: str) -> tuple[str, str]:
         tensor = tensors[name]
-        return name, json.dumps([name, code_of(tensor), list(tensor.shape), _sha256(tensor)])
+        stored = isinstance(tensor, StoredTensor)
+        sha = before.get(tensor) if stored else None
+        if sha is None:
+            sha = _sha256(tensor)
+            if stored:
+                fresh[tensor] = sha
+        return name, json.dumps([name, code_of(tensor), list(tensor.shape), sha])
 
     lines = dict(each(line, tensors, workers))
+    known.keep(fresh)
     return hashlib.sha256("\n".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
 

@@ -1,0 +1,83 @@
+"""Digests of tensors that lie unchanged where they were digested before: kept under lfm's home, by the file's state.
+
+A file is taken for the same if its inode, size, and times of writing and of change are; one that was written moments
+ago is not kept, for a clock's tick could hide another write. `forget` makes the next digest read the bytes again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from lfm.core.home import home
+from lfm.tensors.safetensors_file import StoredTensor
+
+SETTLED = 2.0
+"""Seconds after which a file's times tell that it was not written again."""
+
+
+def recalled(tensors: Iterable[object]) -> dict[StoredTensor, str]:
+    """sha256 of those stored tensors that were digested before."""
+    found: dict[StoredTensor, str] = {}
+    kept: dict[Path, Mapping[str, str]] = {}
+    for tensor in tensors:
+        if isinstance(tensor, StoredTensor):
+            if tensor.file not in kept:
+                kept[tensor.file] = _read(tensor.file)
+            if sha := kept[tensor.file].get(_place(tensor)):
+                found[tensor] = sha
+    return found
+
+
+def keep(digests: Mapping[StoredTensor, str]) -> None:
+    """Remember what was computed just now of files that are settled. Where nothing can be kept, nothing is."""
+    files: dict[Path, dict[str, str]] = {}
+    for tensor, sha in digests.items():
+        files.setdefault(tensor.file, {})[_place(tensor)] = sha
+    for file, found in files.items():
+        state = _state(file)
+        if state is None or time.time() - max(state[2], state[3]) / 1e9 < SETTLED:
+            continue
+        place = _kept_in(file)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as out:
+                json.dump({"file": str(file), "state": state, "sha256": {**_read(file), **found}}, out)
+            Path(out.name).replace(place)
+        except OSError:
+            return
+
+
+def forget(directory: Path) -> None:
+    """Have the files of a directory read again, whatever their times say."""
+    for file in directory.glob("*.safetensors"):
+        _kept_in(file.absolute()).unlink(missing_ok=True)
+
+
+def _read(file: Path) -> dict[str, str]:
+    try:
+        kept = json.loads(_kept_in(file).read_text(encoding="utf-8"))
+        return kept["sha256"] if tuple(kept["state"]) == _state(file) and kept["file"] == str(file) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _state(file: Path) -> tuple[int, int, int, int, int] | None:
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev
+
+
+def _place(tensor: StoredTensor) -> str:
+    """Which bytes of the file they are."""
+    return f"{tensor.begin}-{tensor.end}"
+
+
+def _kept_in(file: Path) -> Path:
+    return home() / "digests" / f"{hashlib.sha256(str(file).encode()).hexdigest()[:32]}.json"

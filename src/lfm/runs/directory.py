@@ -7,12 +7,30 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lfm.core.errors import OutputError
+from lfm.core.errors import (
+    AccessError,
+    ConfigError,
+    CorruptError,
+    DataError,
+    DivergedError,
+    EditError,
+    MismatchError,
+    OutputError,
+    VerifyError,
+)
 from lfm.core.writing import writing
 from lfm.runs import journal
+
+AGAIN = (AccessError, ConfigError, CorruptError, DataError, DivergedError, EditError, MismatchError, VerifyError)
+"""Errors of the inputs or settings themselves: the same run would meet them again, and others could not resume it."""
+
+SCRATCH = "scratch"
+"""Where a run puts what it can make again in no time; nobody resumes for its sake."""
+
+LEDGER = "budget.sqlite"
 
 
 def work_for(out: Path) -> Path:
@@ -23,7 +41,7 @@ def work_for(out: Path) -> Path:
 @contextmanager
 def paid(out: Path, *, limited: bool) -> Iterator[Path | None]:
     """The ledger of a run with a budget, from which an interrupted run goes on; one that never began leaves none."""
-    ledger = work_for(out) / "budget.sqlite" if limited else None
+    ledger = work_for(out) / LEDGER if limited else None
     known = ledger is None or ledger.exists()
     try:
         yield ledger
@@ -38,11 +56,13 @@ def claim(out: Path, key: str) -> Iterator[Path]:
     """The run's work directory, held by this process alone; what an interrupted run of the same key left is in it.
 
     OutputError if `out` exists, if another process is making it, if it cannot be written, or if an interrupted run with
-    other settings was to become it. An error before the first step is kept leaves nothing behind.
+    other settings was to become it. An error leaves nothing behind if there is nothing to resume: before the first step
+    is kept, or where the inputs or settings are at fault and nothing was paid for.
     """
     if os.path.lexists(out):
         raise OutputError(f"{out} exists", fix="choose another --out, or remove it first")
     work = work_for(out)
+    missing = [place for place in (out.parent, *out.parent.parents) if not place.exists()]
     with writing(f"cannot write beside {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir(exist_ok=True)
@@ -57,10 +77,19 @@ def claim(out: Path, key: str) -> Iterator[Path]:
         _same_run(work, key, out)
         try:
             yield work
-        except BaseException:
-            if not _worth_keeping(work):
-                shutil.rmtree(work, ignore_errors=True)
+        except BaseException as error:
+            hopeless = isinstance(error, AGAIN) and not (work / LEDGER).exists()
+            if hopeless or not _worth_keeping(work):
+                _remove(work, missing)
             raise
+
+
+def _remove(work: Path, made: list[Path]) -> None:
+    """The work directory, and those above it that it was the first in."""
+    shutil.rmtree(work, ignore_errors=True)
+    for place in made:
+        with suppress(OSError):  # somebody else has put something there
+            place.rmdir()
 
 
 def publish(work: Path, artefact: Path, out: Path) -> None:
@@ -93,5 +122,5 @@ def _same_run(work: Path, key: str, out: Path) -> None:
 
 def _worth_keeping(work: Path) -> bool:
     """Whether a resumed run would be spared anything: kept steps, training checkpoints, or paid answers."""
-    kept = (path for path in work.iterdir() if path.name not in ("lock", "key", "artefact"))
+    kept = (path for path in work.iterdir() if path.name not in ("lock", "key", "artefact", SCRATCH))
     return any(path.is_file() or any(file.is_file() for file in path.rglob("*")) for path in kept)

@@ -61,9 +61,10 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     tied_apart(met, described)
     files: Mapping[str, Any] = models[first].ask(Weights).files()
     sources = {name: [kit.tensors[ref][n] for ref, n in each.sources] for name, each in met.items()}
+    scratch = run.work / "scratch"
     if wanted := recipe.wants_tokenizer:
         beside = {ref: model.ask(Weights).files() for ref, model in models.items()}
-        vocabulary, made = tokenizer.made(wanted, first, beside, _lengths(kit, met, tables), run.work / "tokenizer")
+        vocabulary, made = tokenizer.made(wanted, first, beside, _lengths(kit, met, tables), scratch / "tokenizer")
         for name in tables:
             own = dict(zip((ref for ref, _ in met[name].sources), sources[name]))
             sources[name] = list(aligned(vocabulary, own).values())
@@ -71,10 +72,10 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         if wanted.source not in ("base", "union"):
             tokenizer.with_ids(described, kit.configs[wanted.source])
             files = models[wanted.source].ask(Weights).files()
-        files = tokenizer.gathered({**tokenizer.others(files), **made}, run.work / "files")
+        files = tokenizer.gathered({**tokenizer.others(files), **made}, scratch / "files")
     if recipe.chat_template:
         beside = {ref: model.ask(Weights).files() for ref, model in models.items()}
-        files = tokenizer.with_template(files, tokenizer.template(recipe.chat_template, beside), run.work / "files")
+        files = tokenizer.with_template(files, tokenizer.template(recipe.chat_template, beside), scratch / "files")
     tensors = _merged(recipe, met, sources, run)
     if code := code_of(recipe.out_dtype or recipe.dtype):
         tensors = {name: stored(tensor, code) for name, tensor in tensors.items()}

@@ -5,9 +5,9 @@
 Paper: LoRA, arXiv 2106.09685, backwards; the decomposition that mergekit-extract-lora makes. Per tensor, the least
 rank that keeps the share `energy` of ‖ΔW‖²_F, `rank` at most. Matrices up to 1024 on their short side are decomposed
 whole; larger ones by random projections with power iterations (Halko, Martinsson, Tropp, arXiv 0909.4061): with four
-of them the squared error was within 0.3 % of the least, on a spectrum as flat as a full fine-tuning's. Linear layers,
-embeddings and ungrouped convolutions become BA; where the base ties a head to its embeddings, both get the change.
-What else changed (norms, biases) goes along whole if PEFT can hold it, or is named with its norm.
+of them the squared error was within 0.3 % of the least, on a spectrum so flat that rank 8 of 128 kept 17 % of it.
+Linear layers, embeddings and ungrouped convolutions become BA; where the base ties a head to its embeddings, both get
+the change. What else changed (norms, biases) goes along whole if PEFT can hold it, or is named with its norm.
 
 Models: a base and its fine-tuning, equal in architecture, tensor names and shapes. The result is a PEFT adapter with
 α = r, factors in fp32; `checkpoint` is its merged form. Differences and decompositions are in fp64. Measured: the share

@@ -1,13 +1,16 @@
 """Merging beside mergekit: wall time, CPU time and anonymous memory of whole processes, on the same files in turn.
 
     python benchmarks/merge.py --mergekit /path/to/its/venv/bin/mergekit-yaml
+    python benchmarks/merge.py --scaling
 
-Makes Llama-shaped bf16 checkpoints (a base and two models that differ from it a little; --blocks and --width set their
-size, --shards how many files each has), then runs `mergekit-yaml RECIPE OUT -j 2 --quiet` and `lfm run reuse.METHOD` in
-turn. The first turn warms caches (and compiles lfm's kernels) and is not counted; a number is the median of the others.
-Anonymous memory is the largest RssAnon seen in /proc (mapped files are not in it). A plain copy reads the same inputs
-and writes one output of the same size. Results are held against numpy in fp64, on some tensors: errors are in units in
-the last place of the output, and exact rounding gives 0.5. For random methods the fraction of changed entries is shown.
+Makes Llama-shaped bf16 checkpoints (a base and models that differ from it a little; --blocks and --width set their
+size, --shards how many files each has), then runs `mergekit-yaml RECIPE OUT -j 2 --quiet` and `lfm merge RECIPE OUT` on
+the same recipe in turn. The first turn warms caches (and compiles lfm's kernels, and keeps digests) and is not counted;
+ratios are medians over the others, with the smallest and the largest. `net` is the ratio less what each tool takes for
+a model of one small block, its start-up. Anonymous memory is the largest RssAnon seen in /proc (mapped files are not
+in it). A plain copy reads the same inputs and writes one output of the same size. Results are held against numpy in
+fp64, on some tensors: errors are in units in the last place of the output, and exact rounding gives 0.5. For random
+methods the fraction of changed entries is shown. --scaling shows lfm alone: by number of models, size and cores.
 """
 
 from __future__ import annotations
@@ -146,11 +149,18 @@ class Used(NamedTuple):
     anonymous: int
 
 
-def measured(argv: Sequence[str], environment: Mapping[str, str]) -> Used:
-    """Run a command. SystemExit with its output if it fails."""
+def measured(argv: Sequence[str], environment: Mapping[str, str], cores: int = 0) -> Used:
+    """Run a command, on so many cores (0: all). SystemExit with its output if it fails."""
+    few = sorted(os.sched_getaffinity(0))[:cores]
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
-        child = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+        child = subprocess.Popen(
+            argv,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            preexec_fn=(lambda: os.sched_setaffinity(0, few)) if few else None,
+        )
         largest = [0]
         done = threading.Event()
 
@@ -193,20 +203,15 @@ def copied(inputs: Sequence[Path], out: Path) -> float:
 
 
 class Merge(NamedTuple):
-    """One method in both tools, and its equation in fp64 (None for random ones)."""
+    """One method's recipe, for both tools, and its equation in fp64 (None for random ones)."""
 
     recipe: Callable[[Path], dict[str, object]]
-    words: Callable[[Path], list[str]]
     exact: Callable[[list[np.ndarray]], np.ndarray] | None
     base: bool = True
 
 
-def parts(where: Path, **each: float) -> list[dict[str, object]]:
-    return [{"model": str(where / f"m{i}"), "parameters": each} for i in (1, 2)]
-
-
-def given(where: Path) -> list[str]:
-    return [f"base={where / 'm0'}", f"models={where / 'm1'}", f"models={where / 'm2'}"]
+def parts(where: Path, count: int = 2, **each: float) -> list[dict[str, object]]:
+    return [{"model": str(where / f"m{i + 1}"), "parameters": each} for i in range(count)]
 
 
 def trimmed(change: np.ndarray) -> np.ndarray:
@@ -235,13 +240,11 @@ def by_slerp(m: list[np.ndarray]) -> np.ndarray:
 MERGES = {
     "linear": Merge(
         lambda w: {"merge_method": "linear", "models": parts(w, weight=1.0)},
-        lambda w: given(w)[1:],
         lambda m: (m[1] + m[2]) / 2,
         base=False,
     ),
     "task_arithmetic": Merge(
         lambda w: {"merge_method": "task_arithmetic", "base_model": str(w / "m0"), "models": parts(w, weight=0.5)},
-        lambda w: [*given(w), "--set", "weights=[0.5]", "--set", "scale=1"],
         lambda m: m[0] + 0.5 * (m[1] - m[0]) + 0.5 * (m[2] - m[0]),
     ),
     "slerp": Merge(
@@ -251,7 +254,6 @@ MERGES = {
             "models": [{"model": str(w / "m0")}, {"model": str(w / "m1")}],
             "parameters": {"t": 0.5},
         },
-        lambda w: [f"models={w / 'm0'}", f"models={w / 'm1'}"],
         by_slerp,
         base=False,
     ),
@@ -261,7 +263,6 @@ MERGES = {
             "base_model": str(w / "m0"),
             "models": parts(w, weight=0.5, density=DENSITY),
         },
-        lambda w: [*given(w), "--set", "weights=[0.5]", "--set", f"density=[{DENSITY}]"],
         None,
     ),
     "ties": Merge(
@@ -270,7 +271,6 @@ MERGES = {
             "base_model": str(w / "m0"),
             "models": parts(w, weight=1.0, density=DENSITY),
         },
-        lambda w: [*given(w), "--set", "scope=tensor", "--set", f"density={DENSITY}"],
         by_ties,
     ),
 }
@@ -302,15 +302,18 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="counted turns (default 3)")
     parser.add_argument("--dtype", default="bfloat16", help="mergekit's arithmetic: bfloat16, or float32")
     parser.add_argument("--work", metavar="DIR", help="where checkpoints are made, and kept if they are there")
+    parser.add_argument("--scaling", action="store_true", help="lfm alone, by models, size and cores")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    shape = Shape(asked.blocks, asked.width)
     keep = asked.work is not None
     where = Path(asked.work or tempfile.mkdtemp(prefix="lfm-merge-"))
+    shape = Shape(asked.blocks, asked.width)
     try:
-        for seed in range(3):
-            if not (where / f"m{seed}").exists():
-                make(where / f"m{seed}", shape, seed, asked.shards)
+        if asked.scaling:
+            scaling(where, asked)
+            return 0
+        ready(where, shape, 2, asked.shards)
+        ready(where / "small", Shape(1, 64, 256), 2, 1)
         count = sum(int(np.prod(s)) for s in shape.tensors().values())
         rows = [compared(name, where, asked) for name in asked.methods.split(",")]
     finally:
@@ -323,35 +326,56 @@ def main() -> int:
     return 0
 
 
+def ready(where: Path, shape: Shape, models: int, shards: int) -> None:
+    """A base and so many models, unless they are there."""
+    for seed in range(models + 1):
+        if not (where / f"m{seed}").exists():
+            make(where / f"m{seed}", shape, seed, shards)
+
+
+def commands(merge: Merge, where: Path, asked: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
+    """What each tool is told, and where its result goes."""
+    recipe, lfm = where / "recipe.yml", Path(sys.executable).with_name("lfm")
+    told = {**merge.recipe(where), "dtype": asked.dtype, "out_dtype": "bfloat16"}
+    recipe.write_text(json.dumps(told))  # JSON is YAML
+    ours, theirs = where / "lfm-out", where / "mergekit-out"
+    found = {"lfm": ([str(lfm), "merge", str(recipe), str(ours), "--json"], ours)}
+    if asked.mergekit:
+        found["mergekit"] = ([asked.mergekit, str(recipe), str(theirs), "-j", "2", "--quiet"], theirs)
+    return found
+
+
+def taken(command: tuple[list[str], Path], cores: int = 0) -> Used:
+    argv, out = command
+    shutil.rmtree(out, ignore_errors=True)
+    return measured(argv, {"HF_HUB_OFFLINE": "1"}, cores)
+
+
 def compared(name: str, where: Path, asked: argparse.Namespace) -> dict[str, object]:
     merge = MERGES[name]
-    recipe = where / f"{name}.yml"
-    recipe.write_text(
-        json.dumps({**merge.recipe(where), "dtype": asked.dtype, "out_dtype": "bfloat16"})
-    )  # JSON is YAML
-    ours, theirs, lfm = where / "lfm-out", where / "mergekit-out", Path(sys.executable).with_name("lfm")
-    commands = {"lfm": [str(lfm), "run", f"reuse.{name}", *merge.words(where), "--out", str(ours), "--json"]}
-    if asked.mergekit:
-        commands["mergekit"] = [asked.mergekit, str(recipe), str(theirs), "-j", "2", "--quiet"]
-    took: dict[str, list[Used]] = {tool: [] for tool in commands}
+    starts: dict[str, list[Used]] = {}
+    for turn in range(asked.repeat + 1):
+        for tool, command in commands(merge, where / "small", asked).items():
+            used = taken(command)
+            starts.setdefault(tool, []).extend([used] if turn else [])
+    both = commands(merge, where, asked)
+    took: dict[str, list[Used]] = {tool: [] for tool in both}
     copies, errors = [], {}
     for turn in range(asked.repeat + 1):
-        for tool, argv in commands.items():
-            for old in (ours, theirs):
-                shutil.rmtree(old, ignore_errors=True)
-            used = measured(argv, {"HF_HUB_OFFLINE": "1"})
+        for tool, command in both.items():
+            used = taken(command)
             if turn:
                 took[tool].append(used)
             else:
-                errors[tool] = error(merge, where, ours if tool == "lfm" else theirs)
+                errors[tool] = error(merge, where, command[1])
+            shutil.rmtree(command[1])
         read_ = (0, 1, 2) if merge.base else (1, 2)
         copies.append(copied([where / f"m{i}" for i in read_], where / "copy"))
-    for old in (ours, theirs):
-        shutil.rmtree(old, ignore_errors=True)
     return {
         "method": name,
         "copy": median(copies[1:] or copies),
         **{tool: [list(used) for used in each] for tool, each in took.items()},
+        "start": {tool: median(used.wall for used in each) for tool, each in starts.items()},
         "error": errors,
         "random": merge.exact is None,
     }
@@ -359,35 +383,59 @@ def compared(name: str, where: Path, asked: argparse.Namespace) -> dict[str, obj
 
 def shown(rows: Sequence[Mapping[str, object]], count: int) -> None:
     print(f"{count / 1e9:.2f} B parameters, bf16\n")
-    heads = ("wall s", "CPU s", "MB anon.", "error")
+    heads = ("wall s", "start", "CPU s", "MB anon.", "error")
     print(
         f"{'':<16}{'':<10}"
         + "".join(f"{head:>10}" for head in heads)
-        + f"{'wall':>9}{'CPU':>8}{'mem.':>8}{'of copy':>9}  target"
+        + f"{'wall':>9}{'':>15}{'net':>8}{'CPU':>8}{'mem.':>8}{'of copy':>9}  target"
     )
     for row in rows:
-        middles: dict[str, list[float]] = {}
         for tool in ("mergekit", "lfm"):
             if tool not in row:
                 continue
             each: list[list[float]] = row[tool]  # type: ignore[assignment]
-            middles[tool] = [median(values) for values in zip(*each)]
-            wall, cpu, memory = middles[tool]
-            told = row["error"][tool]  # type: ignore[index]
-            text = f"{row['method'] if tool == next(iter(middles)) else '':<16}{tool:<10}"
-            text += f"{wall:>10.2f}{cpu:>10.2f}{memory / 1e6:>10.0f}" + (
-                f"{told:>9.1%} " if row["random"] else f"{told:>10.2f}"
-            )
+            wall, cpu, memory = (median(values) for values in zip(*each))
+            told, start = row["error"][tool], row["start"]  # type: ignore[index]
+            text = f"{row['method'] if tool == 'mergekit' or 'mergekit' not in row else '':<16}{tool:<10}"
+            text += f"{wall:>10.2f}{start[tool]:>10.2f}{cpu:>10.2f}{memory / 1e6:>10.0f}"  # type: ignore[index]
+            text += f"{told:>9.1%} " if row["random"] else f"{told:>10.2f}"
             if tool == "lfm":
-                if "mergekit" in middles:
-                    pairs = list(zip(row["mergekit"], row["lfm"]))  # type: ignore[call-overload]
-                    ratios = [median(a[k] / b[k] for a, b in pairs) for k in range(3)]
-                    text += f"{ratios[0]:>8.1f}×{ratios[1]:>7.1f}×{1 / ratios[2]:>8.2f}"
-                else:
-                    text += " " * 25
+                text += ratios(row) if "mergekit" in row else " " * 48
                 text += f"{row['copy'] / wall:>9.2f}  ≥ {TARGETS.get(str(row['method']), 0):.0f}×"  # type: ignore[operator]
             print(text)
     print("\nerror: units in the last place against fp64 (0.5: exact rounding); random methods: the fraction changed")
+
+
+def ratios(row: Mapping[str, object]) -> str:
+    """mergekit's by lfm's, turn by turn: wall time with its spread, net of start-ups, CPU time; lfm's memory by its."""
+    pairs = list(zip(row["mergekit"], row["lfm"]))  # type: ignore[call-overload]
+    start: dict[str, float] = row["start"]  # type: ignore[assignment]
+    wall = [a[0] / b[0] for a, b in pairs]
+    net = median((a[0] - start["mergekit"]) / max(1e-3, b[0] - start["lfm"]) for a, b in pairs)
+    spread = f"({min(wall):.1f}–{max(wall):.1f})"
+    cpu, memory = median(a[1] / b[1] for a, b in pairs), median(b[2] / a[2] for a, b in pairs)
+    return f"{median(wall):>8.1f}×{spread:>15}{net:>7.1f}×{cpu:>7.1f}×{memory:>8.2f}"
+
+
+def scaling(where: Path, asked: argparse.Namespace) -> None:
+    """lfm's cost as models, size and cores grow."""
+    print(f"{'':<10}{'models':>8}{'B param.':>10}{'cores':>7}{'wall s':>9}{'CPU s':>9}{'MB anon.':>10}")
+    sizes = [asked.blocks // 2, asked.blocks, asked.blocks * 2, asked.blocks * 4]
+    cases = [(models, asked.blocks, 0) for models in (2, 4, 8)] + [(2, blocks, 0) for blocks in sizes]
+    for name in ("linear", "ties"):
+        for models, blocks, cores in dict.fromkeys([*cases, (2, asked.blocks, 1)]):
+            shape, here = Shape(blocks, asked.width), where / f"blocks-{blocks}"
+            ready(here, shape, models, 1)
+            told = {"weight": 1.0} | ({"density": DENSITY} if name == "ties" else {})
+            recipe = {"merge_method": name, "models": parts(here, models, **told)}
+            recipe |= {"base_model": str(here / "m0")} if name == "ties" else {}
+            merge = Merge(lambda w, recipe=recipe: recipe, None)
+            each = [taken(commands(merge, here, asked)["lfm"], cores) for _ in range(asked.repeat + 1)][1:]
+            wall, cpu, memory = (median(values) for values in zip(*each))
+            count = sum(int(np.prod(s)) for s in shape.tensors().values())
+            used = cores or len(os.sched_getaffinity(0))
+            print(f"{name:<10}{models:>8}{count / 1e9:>10.2f}{used:>7}{wall:>9.2f}{cpu:>9.2f}{memory / 1e6:>10.0f}")
+            shutil.rmtree(here / "lfm-out")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import permutations
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from lfm.models import symmetry as sym
 from lfm.models.aligning import align, assign, closeness
-from lfm.models.mixing import parameters_of
+from lfm.models.covariance import across, together
+from lfm.models.mixing import load_into, parameters_of
 from models.test_symmetry import FOUND, spread, transformer
 
 
@@ -76,13 +78,25 @@ def test_tensors_that_the_first_model_lacks_move_with_the_others(tmp_path: Path)
     assert all(torch.equal(back[key], own[key]) for key in own)
 
 
+@pytest.mark.parametrize("name", ["vit", "classifier", "causal"])
+def test_activations_alone_bring_back_all_that_is_read(name: str, tmp_path: Path) -> None:
+    """Without any weight to go by: the stream, the keys, the heads and their values; not queries and keys in a head."""
+    module, batch = transformer(name, tmp_path)
+    found = sym.symmetry(spread(module), batch)
+    own, random = parameters_of(module), torch.Generator().manual_seed(0)
+    copy = sym.permuted(own, sym.drawn(found, random))
+    other = load_into(deepcopy(module), copy)
+    moves = align({}, copy, found.groups, random, across(together([module, other], [batch])))
+    back = sym.permuted(copy, moves)
+    asking = ("q_proj", "k_proj", "query", "key", ".q.", ".k.")
+    assert all(torch.equal(back[key], own[key]) for key in own if not any(part in key for part in asking))
+
+
 def test_networks_of_two_seeds_have_no_barrier_once_aligned() -> None:
     """Two layers of 64 units on the digits. Measured: halfway 1.37 nats as they are, .42 permuted; .43 at both ends."""
     from sklearn.datasets import load_digits
     from torch import nn
     from torch.nn import functional as F
-
-    from lfm.models.mixing import load_into
 
     digits = load_digits()
     x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)  # type: ignore[attr-defined]

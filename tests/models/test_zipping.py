@@ -110,7 +110,9 @@ def test_covariances_are_those_of_all_rows_at_once() -> None:
     (pair,) = together(nets, [{"x": x[:7]}, {"x": x[7:]}])
     torch.testing.assert_close(pair.covariance, torch.cov(both.T, correction=0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(pair.correlation, torch.corrcoef(both.T), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(across([pair])(pair.group), pair.covariance[:4, 4:])
+    told = across([pair])(pair.group)
+    assert told is not None and told[0].size == 4
+    torch.testing.assert_close(told[1]["0"], pair.covariance[:4, 4:])
 
 
 def test_a_zip_counts_what_is_of_one_model() -> None:

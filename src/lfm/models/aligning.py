@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING
 
 from lfm.core.heavy import torch
 from lfm.models.symmetry import Group, Place, permuted
+from lfm.models.symmetry import groups as every
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Named = Mapping[str, "Tensor"]
 Moves = list[tuple[Group, "Tensor"]]
+Told = tuple[Group, Named]
+"""A group's double, of the same size and with the same inside, that acts on the first dimension of matrices: entry
+(i, j) is what is gained where position j of the second model comes to position i of the first."""
 SWEEPS = 100
 """Far more passes over the groups than weight matching takes."""
 
@@ -40,11 +44,11 @@ def align(
     b: Named,
     groups: Sequence[Group],
     generator: torch.Generator,
-    gains: Callable[[Group], Tensor | None] = lambda group: None,
+    gains: Callable[[Group], Told | None] = lambda group: None,
 ) -> Moves:
     """The moves of b that bring it nearest to a, one after another. Tensors that a lacks are moved, but do not count.
 
-    gains: (n, n) of pairing an element of a with one of b as it was given, for groups that it decides, weights or not.
+    gains: what decides for a group instead of weights; what it leaves open inside is then decided by weights.
     """
     moves: Moves = []
     rest = []
@@ -52,8 +56,12 @@ def align(
         told = gains(group)
         if told is None:
             rest.append(group)
-        else:
-            moves.append((group, assign(told)))
+            continue
+        inside, matrices = told
+        same = {name: torch.eye(len(matrix), dtype=torch.float64) for name, matrix in matrices.items()}
+        own = _numbered([inside], [group])
+        moves += [(own[id(one)], order) for one, order in _matched(matrices, same, inside, generator)]
+        rest += [own[id(one)] for one in every([inside]) if not one.places]
     now = permuted(b, moves)
     for _ in range(SWEEPS):
         better = False
@@ -82,8 +90,9 @@ def _matched(a: Named, b: Named, group: Group, generator: torch.Generator) -> Mo
         return [(group, assign(total))]
     total = torch.empty(group.size, group.size, dtype=torch.float64)
     left, right = ([_block(x, places, i) for i in range(group.size)] for x in (a, b))
-    inside = [_within(child, places, 0) for child in group.inner[0]]
+    all_inside = [_within(child, places, 0) for child in group.inner[0]]
     found: dict[tuple[int, int], Moves] = {}
+    inside = [child for child in all_inside if child.places]
     for i in range(group.size):
         for j in range(group.size):
             found[i, j] = align(left[i], right[j], inside, generator)
@@ -91,7 +100,7 @@ def _matched(a: Named, b: Named, group: Group, generator: torch.Generator) -> Mo
     order = assign(total)
     moves: Moves = []
     for i, j in enumerate(order.tolist()):  # first within the elements where they lie, then the elements themselves
-        own = _numbered(inside, group.inner[j])
+        own = _numbered(all_inside, group.inner[j])
         moves += [(own[id(child)], move) for child, move in found[i, j]]
     return [*moves, (group, order)]
 

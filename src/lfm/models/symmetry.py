@@ -63,10 +63,15 @@ class Symmetry(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Activations where a group is read: (rows, n) fp32; rows counts tokens and whatever one element consists of."""
+    """Activations where weights read a group: (rows, n) fp32 each; rows counts tokens and what one element consists of.
+
+    Of a group with groups inside (heads) each is (tokens, all positions), on which `inside` acts as on a tensor's
+    second dimension; its places are named by their number.
+    """
 
     group: Group
     values: Sequence[Tensor]
+    inside: Group | None = None
 
 
 Permutation = Mapping[tuple[str, int], "Tensor"]
@@ -101,19 +106,27 @@ def activations(module: nn.Module, batch: Batch) -> list[Seen]:
     for leaf in found.outermost():
         group = found.group(leaf, {})
         reads = [read for read in t.reads if leaf in leaves(read[2])]
-        out.append(Seen(group, [_rows(x, axes, axis, leaf, batch) for x, axes, axis in reads]))
+        flat = [_rows(x, axes, axis, batch) for x, axes, axis in reads]
+        on = {(str(k), 1): places(axis) for k, (_, _, axis) in enumerate(reads)}
+        if group.inner:
+            out.append(Seen(group, flat, found.group(leaf, {}, on)))
+        else:
+            out.append(Seen(group, [_alike(x, each[leaf], leaf.size) for x, each in zip(flat, on.values())]))
     return out
 
 
-def _rows(x: Tensor, axes: Sequence[Axis], axis: Axis, leaf: Axis, batch: Batch) -> Tensor:
-    where = places(axis)[leaf]
+def _alike(rows: Tensor, where: Tensor, size: int) -> Tensor:
+    index = _index(where, torch.ones_like(where, dtype=torch.bool), size)
+    return rows[:, index.to(rows.device)].transpose(1, 2).reshape(-1, size)
+
+
+def _rows(x: Tensor, axes: Sequence[Axis], axis: Axis, batch: Batch) -> Tensor:
     dim = next(i for i, other in enumerate(axes) if other is axis)
     flat = x.detach().float().movedim(dim, -1)
     mask = batch.get("attention_mask")
     if mask is not None and mask.numel() * flat.shape[-1] == flat.numel():  # padding says nothing
         flat = flat.reshape(-1, flat.shape[-1])[mask.reshape(-1).bool().to(flat.device)]
-    index = _index(where, torch.ones_like(where, dtype=torch.bool), leaf.size)
-    return flat.reshape(-1, flat.shape[-1])[:, index.to(flat.device)].transpose(1, 2).reshape(-1, leaf.size)
+    return flat.reshape(-1, flat.shape[-1])
 
 
 def _index(where: Tensor, kept: Tensor, size: int) -> Tensor:
@@ -159,18 +172,20 @@ class _Found:
                 for i in range(parent.size):
                     yield self.group(leaf, {parent: i})
 
-    def group(self, leaf: Axis, at: Mapping[Axis, int]) -> Group:
-        """The leaf's group within these elements of what it lies in."""
+    def group(
+        self, leaf: Axis, at: Mapping[Axis, int], where: Mapping[tuple[str, int], Mapping[Axis, Tensor]] | None = None
+    ) -> Group:
+        """The leaf's group within these elements of what it lies in; of weights, or of what else lies on its axis."""
         found = []
-        for (name, dim), on in self.where.items():
+        for (name, dim), on in (self.where if where is None else where).items():
             if leaf in on:
                 kept = torch.ones_like(on[leaf], dtype=torch.bool)
                 for parent, i in at.items():
                     kept &= on[parent] == i
-                read = id(self.trace.weights[name][dim]) in self.read
+                read = where is None and id(self.trace.weights[name][dim]) in self.read
                 found.append(Place(name, dim, _index(on[leaf], kept, leaf.size), read))
         children = [child for child in self.free if self.parent[child] is leaf]
-        inner = [tuple(self.group(child, {**at, leaf: i}) for child in children) for i in range(leaf.size)]
+        inner = [tuple(self.group(child, {**at, leaf: i}, where) for child in children) for i in range(leaf.size)]
         return Group(leaf.size, tuple(found), tuple(inner) if children else (), leaf not in self.bound)
 
     def _parent(self, leaf: Axis) -> Axis | None:

@@ -14,12 +14,15 @@ from lfm import models
 from lfm.core import Gradients, Logits, Model
 from lfm.data import records as data
 from lfm.data.shares import batches
+from lfm.methods.reuse import linear
 from lfm.models import symmetry as sym
 from lfm.models.mixing import load_into, parameters_of
+from lfm.models.norms import measured_anew
 from lfm.runs.run import LocalRun
 from lfm.train import seeded
 from lfm.train.examine import Score, examiner
 from lfm.zoo import vision
+from methods.reuse import eight
 
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
 SHOWN = {
@@ -83,6 +86,13 @@ def trained(kind: str, seed: int, here: Path, classes: str = "0123456789", steps
     vision.train(module, shown, making, kind, steps=steps, lr=2e-3, weight_decay=0.05)
     vision.save(module, here / f"{kind}-{seed}")
     return models.load(here / f"{kind}-{seed}")
+
+
+def mean(pair: Sequence[Model], work: Path) -> Model:
+    """Their mean, batch norms measured anew on the zoo's training digits."""
+    made, _ = eight.fuse(linear, work, {"models": pair})
+    shown = batches(pair[0], vision.images("identity", "train")[:256], 32)
+    return made.ask(Gradients).rewrap(measured_anew(made.ask(Gradients).module(), shown))
 
 
 def score(given: Model, reader: Model) -> Score:

@@ -10,9 +10,9 @@ matched by. With `reset` batch norms' statistics are measured anew on the data (
 
 Models: two of one architecture and vocabulary, trained apart; the result is a plain checkpoint like the first. Data,
 optional: unlabelled records. Models of one fine-tuning need no permutation. The run notes ‖θ₀ − θ₁‖ before and after,
-and by how much, of its greatest logit, the second model's logits changed when it was permuted (rounding). Groups with
-groups inside (heads) are matched by weights always. Errors: MismatchError before any weight is read; SlotError where
-what was asked for takes data.
+and by how much, of its greatest logit, the second model's logits changed when it was permuted (rounding). What no layer
+reads (queries and keys inside a head) is matched by weights always. Errors: MismatchError before any weight is read;
+SlotError where what was asked for takes data.
 
     lfm run reuse.re_basin models=a models=b --set t=0.5 --out merged
 """
@@ -27,7 +27,7 @@ from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Metho
 from lfm.core.errors import ModelError, SlotError
 from lfm.data.shares import batches
 from lfm.models import device
-from lfm.models.aligning import align
+from lfm.models.aligning import Told, align
 from lfm.models.covariance import across, together
 from lfm.models.mixing import load_into, matched, parameters_of
 from lfm.models.norms import measured_anew
@@ -98,9 +98,7 @@ def _aligned(
     }
 
 
-def _gains(
-    config: Config, shell: nn.Module, other: nn.Module, seen: Sequence[Batch]
-) -> Callable[[Group], Tensor | None]:
+def _gains(config: Config, shell: nn.Module, other: nn.Module, seen: Sequence[Batch]) -> Callable[[Group], Told | None]:
     """Cov(Z₀, Z₁) for each group that activations decide."""
     if config.match == "weights":
         return lambda group: None

@@ -6,9 +6,9 @@ Paper: ZipIt!, arXiv 2305.03053, with its greedy matching; `alpha` and `beta` ar
 are found by following one forward pass (lfm.models.symmetry), so any architecture goes. Units are zipped only where
 each stands for itself: feed-forward keys, channels behind batch norms. Where something mixes them (a residual stream
 under layer norms, attention heads) averages do not pass through, and they are permuted one to one as the follow-up for
-transformers does (2403.00986): by activations, heads by weights. `until` < 1 zips the first groups of the pass alone
-(partial zipping); the paper then keeps both models' later layers, here they are permuted and averaged, so that the
-result has one model's shape. With `reset` batch norms' statistics are measured anew on the data, as the authors do.
+transformers does (2403.00986), by activations. `until` < 1 zips the first groups of the pass alone (partial zipping);
+the paper then keeps both models' later layers, here they are permuted and averaged, so that the result has one model's
+shape. With `reset` batch norms' statistics are measured anew on the data, as the authors do.
 
 Models: two of one architecture and vocabulary, with one head: what each label means is the same in both; the result is
 a plain checkpoint like the first. Data: unlabelled records that both models read. Memory: (2n)² for each group of n.

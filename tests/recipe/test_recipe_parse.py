@@ -183,3 +183,9 @@ def test_any_text_is_a_recipe_or_one_clear_error(text: str) -> None:
 def test_a_file_that_is_not_there_names_what_ships() -> None:
     with pytest.raises(RecipeError, match="recipes that come with lfm"):
         read("no-such-recipe")
+
+
+def test_a_recipe_of_mergekits_is_told_apart() -> None:
+    with pytest.raises(RecipeError) as error:
+        parse("merge_method: linear\nmodels: []\n", "mine.yml")
+    assert "lfm merge mine.yml" in str(error.value)

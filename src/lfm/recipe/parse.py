@@ -119,6 +119,8 @@ def parse(text: str, path: str = "recipe.yaml") -> Recipe:
         raise RecipeError(f"{path}: empty", fix="a recipe has a name and steps; docs/recipes.md shows one")
     lines: dict[Trail, int] = {}
     plain = _plain(root, (), lines, path)
+    if isinstance(plain, dict) and "merge_method" in plain:
+        raise RecipeError(f"{path} is a recipe of mergekit's", fix=f"lfm merge {path} OUT")
     try:
         document = msgspec.convert(plain, Document)
     except msgspec.ValidationError as error:

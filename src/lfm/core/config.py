@@ -35,6 +35,9 @@ class Field(msgspec.Struct, frozen=True):
     help: str
 
 
+SCALARS = ("number", "integer", "string", "boolean")
+
+
 def values(config: Config) -> dict[str, Any]:
     """The settings as plain JSON values."""
     return msgspec.to_builtins(config)
@@ -44,7 +47,18 @@ def schema(kind: type[Config]) -> dict[str, Any]:
     """JSON Schema of a Config type, inlined (no $ref)."""
     whole = msgspec.json.schema(kind)
     name = whole["$ref"].rsplit("/", 1)[-1]
-    return whole["$defs"].pop(name) | ({"$defs": whole["$defs"]} if whole["$defs"] else {})
+    made = whole["$defs"].pop(name)
+    made["properties"] = {key: _or_one(told) for key, told in made.get("properties", {}).items()}
+    return made | ({"$defs": whole["$defs"]} if whole["$defs"] else {})
+
+
+def _or_one(told: dict[str, Any]) -> dict[str, Any]:
+    """A list's schema, for which one value may stand too."""
+    items = told.get("items")
+    if told.get("type") != "array" or not isinstance(items, dict) or items.get("type") not in SCALARS:
+        return told
+    about = {key: told[key] for key in ("description", "default") if key in told}
+    return {"anyOf": [{key: value for key, value in told.items() if key not in about}, items], **about}
 
 
 def fields(kind: type[Config]) -> list[Field]:

@@ -181,6 +181,12 @@ class Net(nn.Module):
         return self.down(self.between(self.up(x)))
 
 
+def with_zero(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[:, 0] = 0
+    return h
+
+
 X = {"x": torch.linspace(-2, 2, 24).cos().reshape(4, 6)}
 WEIGHTS = torch.linspace(0.5, 2, 8)
 MAY = {
@@ -206,6 +212,7 @@ MAY = {
         [4],
     ),
     "padded": (lambda h: F.pad(h[:, :, None], (1, 1)).sum(2), [8]),
+    "one looked at for its shape": (lambda h: h + torch.zeros(h[:, -1].shape)[:, None], [8]),
     "greatest": (lambda h: h - h.amax(-1, keepdim=True), [8]),
 }
 HELD = {
@@ -220,6 +227,9 @@ HELD = {
     "gathered": lambda h: h.gather(1, torch.arange(7, -1, -1).repeat(4, 1)),
     "above the diagonal": lambda h: h[:, None].expand(4, 8, 8).triu().sum(1),
     "padded and cut": lambda h: F.pad(h, (1, -1)),
+    "one used": lambda h: h * h[:, -1:].mean(1, keepdim=True) + h[:, 0, None],
+    "one written": lambda h: with_zero(h),
+    "one looked into": lambda h: h * float(h[0, 0]),
     "every second": lambda h: torch.cat([h[:, ::2], h[:, 1::2]], 1),
     "by number": lambda h: h[:, torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])],
     "an unknown operation": lambda h: torch.fft.fft(h).real,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lfm.core.heavy import torch
-from lfm.models.axes import Axis, cut, fixed, free, pin, product, total, unify, viewed
+from lfm.models.axes import Axis, fixed, free, pin, product, unify
+from lfm.models.moving import MOVING, Axes, Rule, ruled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lfm.models.trace import Trace
-
-Axes = tuple[Axis, ...]
-Rule = Callable[["Trace", Sequence[Any], dict[str, Any], list[Any]], "Sequence[Axes] | None"]
-"""(trace, arguments, keyword arguments, outputs) → the axes of each output; None: not told, so all that it touches is
-pinned."""
 
 
 def tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -50,94 +46,8 @@ def _made(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]
     return [free(out.shape) for out in outs]  # one value everywhere
 
 
-def _view(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    own = t.of(args[0])
-    same = tuple(outs[0].shape) == tuple(args[0].shape)
-    return [own if same else viewed(own, outs[0].shape)]
-
-
-def _transposed(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    axes = list(t.of(args[0]))
-    i, j = (args[1], args[2]) if len(args) > 1 else (0, -1)
-    if len(axes) > 1:
-        axes[i], axes[j] = axes[j], axes[i]
-    return [tuple(axes)]
-
-
-def _permuted(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    axes = t.of(args[0])
-    return [tuple(axes[i] for i in args[1])]
-
-
 def _expanded(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
     return [_joined([t.of(args[0])], outs[0].shape)]
-
-
-def _repeated(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    times, axes = args[1], t.of(args[0])
-    axes = (*fixed([1] * (len(times) - len(axes))), *axes)
-    return [tuple(product([Axis(k), axis]) for k, axis in zip(times, axes))]
-
-
-def _selected(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    """select and unbind: which element is taken is told, so none may move."""
-    axes, dim = list(t.of(args[0])), args[1] if len(args) > 1 else 0
-    pin(axes.pop(dim))
-    return [tuple(axes)] * len(outs)
-
-
-def _sliced(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    _, dim, start, _, step = (*args, *(None, 0, None, None, 1)[len(args) :])
-    axes, dim = list(t.of(args[0])), dim or 0
-    size, taken = axes[dim].size, outs[0].shape[dim]
-    if taken == size:
-        return [tuple(axes)]
-    begin = min(max((start or 0) + (size if (start or 0) < 0 else 0), 0), size)
-    if step != 1 or not taken:
-        pin(axes[dim])
-        axes[dim] = Axis(taken, True)
-    else:
-        ends = [e for e in (begin, begin + taken, size) if e]
-        pieces = cut(axes[dim], sorted(set(ends)))
-        axes[dim] = pieces[1] if begin else pieces[0]
-    return [tuple(axes)]
-
-
-def _split(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
-    axes = t.of(args[0])
-    dim, ends, done = dim % len(axes), [], 0
-    for out in outs:
-        done += out.shape[dim]
-        ends.append(done)
-    if any(not out.shape[dim] for out in outs):
-        t.hold(axes)
-        return [fixed(out.shape) for out in outs]
-    return [(*axes[:dim], piece, *axes[dim + 1 :]) for piece in cut(axes[dim], ends)]
-
-
-def _concatenated(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    parts = [t.of(x) for x in args[0] if x.numel()]
-    dim %= outs[0].dim()
-    if not parts:
-        return [fixed(outs[0].shape)]
-    for other in parts[1:]:
-        for place, (a, b) in enumerate(zip(parts[0], other)):
-            if place != dim:
-                unify(a, b)
-    return [(*parts[0][:dim], total([axes[dim] for axes in parts]), *parts[0][dim + 1 :])]
-
-
-def _stacked(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    parts = [t.of(x) for x in args[0]]
-    for other in parts[1:]:
-        for a, b in zip(parts[0], other):
-            unify(a, b)
-    axes = list(parts[0])
-    axes.insert(dim % outs[0].dim(), Axis(len(parts), True))
-    return [tuple(axes)]
 
 
 def _mm(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
@@ -233,6 +143,8 @@ def _softmaxed(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list
 
 def _reduced(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes] | None:
     """Sums, means and the like: the same whatever the order. Of several dimensions, all or those named."""
+    if len(args) > 1 and isinstance(args[1], torch.Tensor):
+        return pointwise(t, args, kwargs, outs)  # the greater of two
     axes = t.of(args[0])
     dims = kwargs.get("dim", next((a for a in args[1:] if isinstance(a, list | tuple)), None))
     if dims is None and len(args) > 1 and isinstance(args[1], int) and not isinstance(args[1], bool):
@@ -244,27 +156,6 @@ def _reduced(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[A
     kept = outs[0].dim() == len(axes)
     made = tuple(Axis(1) if d in gone else axis for d, axis in enumerate(axes) if kept or d not in gone)
     return [made] * len(outs)
-
-
-def _ordered(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    """cumsum, flip: the order along the dimensions that are named counts."""
-    axes = t.of(args[0])
-    for dim in [args[1]] if isinstance(args[1], int) else args[1]:
-        pin(axes[dim])
-    return [axes]
-
-
-def _rolled(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    axes = t.of(args[0])
-    for dim in (args[2] if len(args) > 2 else []) or range(len(axes)):
-        pin(axes[dim])
-    return [axes]
-
-
-def _triangular(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    axes = t.of(args[0])
-    t.hold(axes[-2:])
-    return [axes]
 
 
 def _pooled(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
@@ -279,68 +170,6 @@ def _pooled(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[An
     return [tuple(made)] * len(outs)
 
 
-def _padded(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    axes = list(t.of(args[0]))
-    for place in range(len(args[1]) // 2):
-        if any(args[1][2 * place : 2 * place + 2]):
-            dim = len(axes) - 1 - place
-            pin(axes[dim])
-            axes[dim] = Axis(outs[0].shape[dim], True)
-    return [tuple(axes)]
-
-
-def _indexed(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes] | None:
-    axes, between = t.of(args[0]), _indices(t, args[0], args[1])
-    if between is None:
-        return None
-    start, end = between
-    new = outs[0].dim() - (len(axes) - (end - start))
-    return [(*axes[:start], *fixed(outs[0].shape[start : start + new]), *axes[end:])]
-
-
-def _indices(t: Trace, x: Tensor, indices: Sequence[Tensor | None]) -> tuple[int, int] | None:
-    """Pins the indexed dimensions: those from the first to before the second number. None where others lie between."""
-    axes, where = t.of(x), [i for i, index in enumerate(indices) if index is not None]
-    masks = [index for index in indices if index is not None and index.dtype == torch.bool]
-    if not where or where != list(range(where[0], where[-1] + 1)) or (masks and len(where) > 1):
-        return None
-    end = where[0] + masks[0].dim() if masks else where[-1] + 1
-    t.hold(axes[where[0] : end])
-    for i in where:
-        t.hold(t.of(indices[i]))  # type: ignore[arg-type]
-    return where[0], end
-
-
-def _put_at(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes] | None:
-    axes, between = t.of(args[0]), _indices(t, args[0], args[1])
-    if between is None or between[0]:
-        return None
-    rest, given = axes[between[1] :], t.of(args[2])
-    t.hold(given[: max(len(given) - len(rest), 0)])
-    for a, b in zip(rest[::-1], given[::-1]):
-        if b.size > 1:
-            unify(a, b)
-    return [axes]
-
-
-def _gathered(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    x, dim, index = t.of(args[0]), args[1], t.of(args[2])
-    for place, (a, b) in enumerate(zip(x, index)):
-        if place == dim % max(len(x), 1) or a.size != b.size:
-            t.hold([a, b])
-        else:
-            unify(a, b)
-    return [index]
-
-
-def _ranked(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    """The k greatest: which come out is told, so none along the dimension may move."""
-    axes, dim = list(t.of(args[0])), args[2] if len(args) > 2 else kwargs.get("dim", -1)
-    pin(axes[dim])
-    axes[dim] = Axis(outs[0].shape[dim], True)
-    return [tuple(axes)] * len(outs)
-
-
 def _grouped(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes] | None:
     """Rows (T, K), in consecutive groups, each by its own matrix of (E, K, N)."""
     a, b = args[:2]
@@ -349,36 +178,6 @@ def _grouped(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[A
     t.hold([t.of(a)[0], t.of(b)[0]])
     t.multiply(a, 1, b, 1)
     return [(t.of(a)[0], t.of(b)[2])]
-
-
-def _complex(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    axes = t.of(args[0])
-    if outs[0].dim() > len(axes):
-        return [(*axes, Axis(2, True))]
-    pin(axes[-1])
-    return [axes[:-1]]
-
-
-def _picked(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    axes, dim = list(t.of(args[0])), args[1]
-    pin(axes[dim])
-    t.hold(t.of(args[2]))
-    axes[dim] = Axis(outs[0].shape[dim], True)
-    return [tuple(axes)]
-
-
-def _added_at(t: Trace, args: Sequence[Any], kwargs: dict[str, Any], outs: list[Any]) -> Sequence[Axes]:
-    axes, dim, added = t.of(args[0]), args[1], t.of(args[3])
-    for place, (a, b) in enumerate(zip(axes, added)):
-        if place == dim % len(axes):
-            t.hold([a, b])
-        else:
-            unify(a, b)
-    return [axes]
-
-
-def _ruled(names: str, rule: Rule) -> dict[str, Rule]:
-    return dict.fromkeys(names.split(), rule)
 
 
 VIEWS = frozenset(
@@ -408,47 +207,28 @@ VIEWS = frozenset(
 )
 
 RULES: dict[str, Rule] = {
-    **_ruled(
+    **MOVING,
+    **ruled(
         "_to_copy clone detach alias contiguous copy lift_fresh lift masked_fill dropout native_dropout", pointwise
     ),
-    **_ruled("gelu silu relu leaky_relu elu hardtanh hardswish softplus mish clamp where addcmul addcdiv", pointwise),
-    **_ruled("zeros ones full empty empty_strided zeros_like ones_like full_like empty_like new_zeros new_ones", _made),
-    **_ruled("new_full new_empty new_empty_strided scalar_tensor fill zero", _made),
-    **_ruled("view _unsafe_view reshape _reshape_alias flatten unsqueeze squeeze unflatten", _view),
-    **_ruled("t transpose swapaxes", _transposed),
-    **_ruled("permute", _permuted),
-    **_ruled("expand expand_as", _expanded),
-    **_ruled("repeat", _repeated),
-    **_ruled("select unbind", _selected),
-    **_ruled("slice", _sliced),
-    **_ruled("split split_with_sizes chunk", _split),
-    **_ruled("cat", _concatenated),
-    **_ruled("stack", _stacked),
-    **_ruled("mm addmm", _mm),
-    **_ruled("bmm baddbmm", _bmm),
-    **_ruled("mv dot", _mv),
-    **_ruled("linear", _linear),
-    **_ruled("convolution _convolution", _convolved),
-    **_ruled("embedding", _embedded),
-    **_ruled("native_layer_norm _fused_rms_norm", _layer_normed),
-    **_ruled("native_group_norm", _group_normed),
-    **_ruled("native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit", _batch_normed),
-    **_ruled("cudnn_batch_norm _batch_norm_no_update", _batch_normed),
-    **_ruled("_softmax _log_softmax _safe_softmax softmax log_softmax", _softmaxed),
-    **_ruled("sum mean amax amin var std var_mean prod any all logsumexp max min", _reduced),
-    **_ruled("linalg_vector_norm norm", lambda t, args, kwargs, outs: _reduced(t, [args[0], *args[2:]], kwargs, outs)),
-    **_ruled("cumsum cumprod flip", _ordered),
-    **_ruled("roll", _rolled),
-    **_ruled("tril triu", _triangular),
-    **_ruled("max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d max_pool2d", _pooled),
-    **_ruled("upsample_bilinear2d upsample_nearest2d upsample_bicubic2d", _pooled),
-    **_ruled("constant_pad_nd", _padded),
-    **_ruled("index", _indexed),
-    **_ruled("index_select", _picked),
-    **_ruled("index_put", _put_at),
-    **_ruled("gather", _gathered),
-    **_ruled("_grouped_mm", _grouped),
-    **_ruled("view_as_complex view_as_real", _complex),
-    **_ruled("topk", _ranked),
-    **_ruled("index_add", _added_at),
+    **ruled("gelu silu relu leaky_relu elu hardtanh hardswish softplus mish clamp where addcmul addcdiv", pointwise),
+    **ruled("zeros ones full empty empty_strided zeros_like ones_like full_like empty_like new_zeros new_ones", _made),
+    **ruled("new_full new_empty new_empty_strided scalar_tensor fill zero", _made),
+    **ruled("expand expand_as", _expanded),
+    **ruled("mm addmm", _mm),
+    **ruled("bmm baddbmm", _bmm),
+    **ruled("mv dot", _mv),
+    **ruled("linear", _linear),
+    **ruled("convolution _convolution", _convolved),
+    **ruled("embedding", _embedded),
+    **ruled("native_layer_norm _fused_rms_norm", _layer_normed),
+    **ruled("native_group_norm", _group_normed),
+    **ruled("native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit", _batch_normed),
+    **ruled("cudnn_batch_norm _batch_norm_no_update", _batch_normed),
+    **ruled("_softmax _log_softmax _safe_softmax softmax log_softmax", _softmaxed),
+    **ruled("sum mean amax amin var std var_mean prod any all logsumexp max min", _reduced),
+    **ruled("linalg_vector_norm norm", lambda t, args, kwargs, outs: _reduced(t, [args[0], *args[2:]], kwargs, outs)),
+    **ruled("max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d max_pool2d", _pooled),
+    **ruled("upsample_bilinear2d upsample_nearest2d upsample_bicubic2d", _pooled),
+    **ruled("_grouped_mm", _grouped),
 }

@@ -40,6 +40,7 @@ class Trace:
     contracted: list[Axis] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
     _stopped: dict[str, list[Axis]] = field(default_factory=dict)
+    _owed: dict[int, list[Axis]] = field(default_factory=dict)  # what is pinned once a tensor is used
     _axes: dict[int, Axes] = field(default_factory=dict)
     _kept: list[Tensor] = field(default_factory=list)  # an id is a tensor's own only while the tensor lives
     _storages: dict[int, list[str]] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Trace:
     def put(self, tensor: Tensor, axes: Iterable[Axis]) -> None:
         axes = tuple(axes)
         if id(tensor) in self._axes:  # written in place
+            self.of(tensor)
             for old, new in zip(self._axes[id(tensor)], axes):
                 unify(old, new)
             return
@@ -64,7 +66,13 @@ class Trace:
             self.put(tensor, fixed(tensor.shape))
         for name in self._storages.get(_storage(tensor), ()):
             self._reached.add(name)
+        self.hold(self._owed.pop(id(tensor), ()))
         return self._axes[id(tensor)]
+
+    def owe(self, tensor: Tensor, axis: Axis) -> None:
+        """The axis is pinned if the tensor is ever used: some are made only to look at their shape."""
+        self._kept.append(tensor)
+        self._owed.setdefault(id(tensor), []).append(axis)
 
     def hold(self, axes: Iterable[Axis]) -> None:
         for axis in axes:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("planted")
 
 HEAVY = (
     *("torch", "transformers", "peft", "numpy", "sklearn", "matplotlib"),
-    *("networkx", "PIL", "jinja2", "pyarrow", "httpx", "starlette", "uvicorn"),
+    *("PIL", "jinja2", "pyarrow", "httpx", "starlette", "uvicorn"),
 )
 
 

@@ -14,7 +14,7 @@ import typer
 from lfm.cli import screen
 from lfm.cli.progress import shown
 
-REQUIRED = ("torch", "transformers", "peft", "safetensors", "numpy", "scikit-learn", "networkx", "jinja2", "starlette")
+REQUIRED = ("torch", "transformers", "peft", "safetensors", "numpy", "scikit-learn", "jinja2", "starlette")
 EXTRAS = {"lm-eval": ("lm_eval", "run the LM Evaluation Harness on any model", "learn-from-model[lm-eval]")}
 
 

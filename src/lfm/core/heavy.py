@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import cmaes as cmaes
-    import networkx as networkx
     import numpy as np
     import peft as peft
     import safetensors as safetensors
@@ -37,7 +36,6 @@ else:
             return f"<lazy {self.__dict__['_name']}>"
 
     cmaes = _Lazy("cmaes")
-    networkx = _Lazy("networkx")
     np = _Lazy("numpy")
     peft = _Lazy("peft")
     safetensors = _Lazy("safetensors")

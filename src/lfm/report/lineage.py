@@ -1,6 +1,6 @@
 """The lineage picture: a layered drawing of what was made from what, as SVG that a page or a file can hold.
 
-Layers are networkx's topological generations. An edge that spans several layers gets a place of its own in each, so
+Layers are topological generations. An edge that spans several layers gets a place of its own in each, so
 that no edge runs through a box; order within a layer follows the mean place of the neighbours.
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from graphlib import CycleError, TopologicalSorter
 from html import escape
 from itertools import pairwise
 from typing import Any, NamedTuple, final
 
 import msgspec
 
-from lfm.core.heavy import networkx
 from lfm.report.words import short
 
 CHARACTER = 6.7
@@ -59,17 +59,12 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True):
 def lay_out(nodes: Sequence[Node], edges: Iterable[tuple[str, str]], *, across: bool = True) -> Drawing:
     """Boxes without overlap, left to right (across) or top to bottom. ValueError if the edges make a circle."""
     known = {node.id: node for node in nodes}
-    graph = networkx.DiGraph()
-    graph.add_nodes_from(known)
-    graph.add_edges_from(dict.fromkeys((a, b) for a, b in edges if a in known and b in known and a != b))
-    try:
-        layers: list[list[Item]] = [list(layer) for layer in networkx.topological_generations(graph)]
-    except networkx.NetworkXUnfeasible:
-        raise ValueError("a lineage has no circles") from None
+    drawn = list(dict.fromkeys((a, b) for a, b in edges if a in known and b in known and a != b))
+    layers = _generations(known, drawn)
     depth = {node: i for i, layer in enumerate(layers) for node in layer}
-    _pull_sources(graph, layers, depth)
+    _pull_sources(drawn, layers, depth)
     chains, links = {}, []
-    for a, b in graph.edges:
+    for a, b in sorted(drawn, key=lambda edge: list(known).index(edge[0])):
         between = [(a, b, level) for level in range(depth[a] + 1, depth[b])]
         for level, dummy in zip(range(depth[a] + 1, depth[b]), between):
             layers[level].append(dummy)
@@ -100,10 +95,26 @@ def svg(nodes: Sequence[Node], edges: Iterable[tuple[str, str]], *, across: bool
     )
 
 
-def _pull_sources(graph: Any, layers: list[list[Item]], depth: dict[Item, int]) -> None:
+def _generations(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[list[Item]]:
+    """Nodes by the length of the longest way that leads to them."""
+    sorter = TopologicalSorter(dict.fromkeys(nodes, ()))
+    for a, b in edges:
+        sorter.add(b, a)
+    try:
+        sorter.prepare()
+    except CycleError:
+        raise ValueError("a lineage has no circles") from None
+    layers: list[list[Item]] = []
+    while sorter.is_active():
+        layers.append(list(sorter.get_ready()))
+        sorter.done(*layers[-1])
+    return layers
+
+
+def _pull_sources(edges: Sequence[tuple[str, str]], layers: list[list[Item]], depth: dict[Item, int]) -> None:
     """Move what has no parents next to its first child, so that its edge is short."""
     for node in list(layers[0]) if layers else []:
-        children = [depth[child] for child in graph.successors(node)]
+        children = [depth[b] for a, b in edges if a == node]
         if children and min(children) > 1:
             layers[0].remove(node)
             depth[node] = min(children) - 1

@@ -138,6 +138,12 @@ def elected(config: Any, count: int) -> dict[str, Any]:
     }
 
 
+def thinned(config: Any, count: int) -> dict[str, Any]:
+    """What dropping at random is given (lfm.fusing.joins.dropped), by a config's density and rescale."""
+    density = one_each("density", config.density, count)
+    return {"density": density, "grow": [1 / d if config.rescale and d else 1.0 for d in density]}
+
+
 def memory(sizes: Sizes) -> int:
     """Bytes that a merge holds: buffers of a chunk, whatever the model's size."""
     inputs = sum(len(models) for models in sizes.models.values())

@@ -31,9 +31,9 @@ from lfm.fusing.inputs import (
     Tensors,
     Weighting,
     agree,
-    one_each,
     streamed,
     summed,
+    thinned,
     whole,
 )
 from lfm.fusing.joins import added, dropped
@@ -54,10 +54,7 @@ def merge(
     names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
     def given(name: str) -> dict[str, Any]:
-        config = configs(name)
-        density = one_each("density", config.density, len(models))
-        grow = [1 / d if config.rescale and d else 1.0 for d in density]
-        return summed(config, len(models)) | {"density": density, "grow": grow}
+        return summed(configs(name), len(models)) | thinned(configs(name), len(models))
 
     return fuse(Rule(added, first=dropped, given=given, seed=run.seed), names, models, base=base)
 

@@ -35,8 +35,8 @@ from lfm.fusing.inputs import (
     Weighting,
     agree,
     elected,
-    one_each,
     streamed,
+    thinned,
     whole,
 )
 from lfm.fusing.joins import agreed, dropped
@@ -58,10 +58,7 @@ def merge(
     names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
     def given(name: str) -> dict[str, Any]:
-        config = configs(name)
-        density = one_each("density", config.density, len(models))
-        grow = [1 / d if config.rescale and d else 1.0 for d in density]
-        return elected(config, len(models)) | {"density": density, "grow": grow}
+        return elected(configs(name), len(models)) | thinned(configs(name), len(models))
 
     return fuse(Rule(agreed, first=dropped, given=given, seed=run.seed), names, models, base=base)
 

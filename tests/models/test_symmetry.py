@@ -212,6 +212,8 @@ MAY = {
         [4],
     ),
     "padded": (lambda h: F.pad(h[:, :, None], (1, 1)).sum(2), [8]),
+    "halves' mean, twice": (lambda h: h.view(4, 2, 4).mean(1).repeat(1, 2), [(4, [2, 2])]),
+    "halves' products": (lambda h: (h.view(4, 2, 4) @ h.view(4, 2, 4).mT).flatten(1).repeat(1, 2), [2, 4]),
     "one looked at for its shape": (lambda h: h + torch.zeros(h[:, -1].shape)[:, None], [8]),
     "greatest": (lambda h: h - h.amax(-1, keepdim=True), [8]),
 }

@@ -77,17 +77,22 @@ def run(
     seed: int = 0,
     form: str = "",
     budget: tuple[int | None, int | None] = (None, None),
+    allow_nonfinite: bool = False,
+    memory: int | None = None,
     title: str = "",
 ) -> RunRecord:
     """Run a method and publish its directory `out`.
 
     models, data: role → reference, or what it refers to. set: the method's settings. evals: data on which the first
     model and the result are measured. form: the format to save in. budget: most (queries, tokens) asked of endpoints.
+    allow_nonfinite: let NaN and infinities of weights through merges, which otherwise refuse them. memory: bytes that
+    may be used; what cannot keep to it is refused before it starts.
     """
     from lfm import runs
 
     rest = {"evals": evals, "seed": seed, "form": form, "budget": budget, "title": title}
-    return runs.execute(_order(id, models, data, out, set or {}, rest))
+    limits = {"allow_nonfinite": allow_nonfinite, "memory": memory}
+    return runs.execute(_order(id, models, data, out, set or {}, rest | limits))
 
 
 def plan(

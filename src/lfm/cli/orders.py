@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -74,12 +75,15 @@ def order(
     form: str = "",
     queries: int | None = None,
     tokens: int | None = None,
+    allow_nonfinite: bool = False,
+    memory: str = "",
 ) -> Order:
     """The order that a command line places."""
     from lfm.runs import Order
     from lfm.runs.command import command
 
     models, data = roles(id, words)
+    limits: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "memory": size(memory)}
     place, chosen, budget = out if out is not None else default_out(id), settings(sets), (queries, tokens)
     return Order(
         id=id,
@@ -91,8 +95,19 @@ def order(
         evals=tuple(evals),
         form=form,
         budget=budget,
-        command=command(id, models, data, chosen, place, seed=seed, evals=evals, form=form, budget=budget),
+        command=command(id, models, data, chosen, place, seed=seed, evals=evals, form=form, budget=budget, **limits),
+        **limits,
     )
+
+
+def size(text: str) -> int | None:
+    """Bytes of `200MB`, `1.5GiB` or `300000000`; None of nothing. ConfigError for anything else."""
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if not found or (found[3] and not found[2]):
+        raise ConfigError(f"--max-memory {text!r} is no size", fix="write it as 800MB, 1.5GB, 2GiB or in bytes")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
 
 
 def default_out(name: str) -> Path:

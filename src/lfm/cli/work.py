@@ -34,6 +34,12 @@ Evals = Annotated[list[str] | None, typer.Option("--eval", help="Data to measure
 Form = Annotated[str, typer.Option("--format", help="How to save, where there are several ways: adapter, checkpoint…")]
 Queries = Annotated[int | None, typer.Option("--budget-queries", min=0, help="Requests to endpoints, at most.")]
 Tokens = Annotated[int | None, typer.Option("--budget-tokens", min=0, help="Tokens of endpoints, at most.")]
+Nonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Let NaN and infinities in weights through merges; else refused.")
+]
+Memory = Annotated[
+    str, typer.Option("--max-memory", help="Use no more, or refuse before starting.", metavar="SIZE", show_default="")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Jobs = Annotated[
     int, typer.Option("--jobs", "-j", min=1, help="A recipe's steps that run at once, each in its own process.")
@@ -60,6 +66,8 @@ def plan(
     form: Form = "",
     queries: Queries = None,
     tokens: Tokens = None,
+    allow_nonfinite: Nonfinite = False,
+    memory: Memory = "",
     device: Device = "auto",
     jobs: Jobs = 1,
     json: Json = False,
@@ -69,9 +77,9 @@ def plan(
     if not is_method(target):
         from lfm.cli import recipes
 
-        _for_a_method(target, words, evals, form, queries, tokens)
+        _for_a_method(target, words, evals, form, queries, tokens, allow_nonfinite, memory)
         return recipes.plan(target, orders.settings(sets or ()), out, seed, json)
-    show_plan(_order(target, words, sets, out, seed, evals, form, queries, tokens), json)
+    show_plan(_order(target, words, sets, out, seed, evals, form, queries, tokens, allow_nonfinite, memory), json)
 
 
 def show_plan(order: Order, json: bool) -> None:
@@ -98,6 +106,8 @@ def run(
     form: Form = "",
     queries: Queries = None,
     tokens: Tokens = None,
+    allow_nonfinite: Nonfinite = False,
+    memory: Memory = "",
     device: Device = "auto",
     jobs: Jobs = 1,
     json: Json = False,
@@ -107,10 +117,10 @@ def run(
     if not is_method(target):
         from lfm.cli import recipes
 
-        _for_a_method(target, words, evals, form, queries, tokens)
+        _for_a_method(target, words, evals, form, queries, tokens, allow_nonfinite, memory)
         recipes.run(target, orders.settings(sets or ()), out, seed, jobs, json)
         return
-    do(_order(target, words, sets, out, seed, evals, form, queries, tokens), json)
+    do(_order(target, words, sets, out, seed, evals, form, queries, tokens, allow_nonfinite, memory), json)
 
 
 def do(order: Order, json: bool) -> None:
@@ -151,9 +161,21 @@ def _use(device: str) -> None:
         os.environ["LFM_DEVICE"] = device
 
 
-def _order(id: str, words: Any, sets: Any, out: Any, seed: Any, evals: Any, form: str, queries: Any, tokens: Any):
+def _order(
+    target: str,
+    words: Any,
+    sets: Any,
+    out: Any,
+    seed: Any,
+    evals: Any,
+    form: str,
+    queries: Any,
+    tokens: Any,
+    allow_nonfinite: bool,
+    memory: str,
+) -> Order:
     return orders.order(
-        id,
+        target,
         words or (),
         sets=sets or (),
         out=out,
@@ -162,6 +184,8 @@ def _order(id: str, words: Any, sets: Any, out: Any, seed: Any, evals: Any, form
         form=form,
         queries=queries,
         tokens=tokens,
+        allow_nonfinite=allow_nonfinite,
+        memory=memory,
     )
 
 

@@ -38,7 +38,8 @@ def decode(raw, code, at, count, row):
             size = np.float32(
                 np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(2.0**112)
             )
-            row[i] = np.uint32(size.view(np.uint32) | sign).view(np.float32)
+            special = np.uint32(0x7F800000) if (half & np.uint32(0x7C00)) == np.uint32(0x7C00) else np.uint32(0)
+            row[i] = np.uint32(size.view(np.uint32) | sign | special).view(np.float32)
             bad |= (half & np.uint32(0x7C00)) == np.uint32(0x7C00)
     return bad != 0
 
@@ -60,7 +61,9 @@ def encode(row, code, raw, at, count):
         b2 = raw.view(np.uint16)[at : at + count]
         for i in range(count):
             bits = odd(row[i])
-            even = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+            up = np.uint32(np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+            nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)  # whose payload must not be carried over
+            even = np.uint32(bits | np.uint32(0x00400000)) if nan else np.uint32(bits + up)
             b2[i] = even >> np.uint32(16)
             bad |= (even & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
     else:
@@ -74,6 +77,8 @@ def encode(row, code, raw, at, count):
             raised = np.float32(size.view(np.float32) + np.float32(0.5))
             small = np.uint32(raised.view(np.uint32) - np.uint32(0x3F000000))
             half = small if size < np.uint32(113 << 23) else normal
+            beyond = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else np.uint32(0x7C00)
+            half = beyond if size >= np.uint32(0x477FF000) else half
             h2[i] = half | ((bits >> np.uint32(16)) & np.uint32(0x8000))
             bad |= size >= np.uint32(0x477FF000)  # 65520 and beyond round to infinity
     return bad != 0

@@ -14,6 +14,7 @@ from lfm.core.heavy import np, torch
 from lfm.fusing import kernel
 from lfm.tensors.lazy import CHUNK, Coded, coded, size, spans
 from lfm.tensors.parallel import each
+from lfm.tensors.refusal import MEND, nonfinite_refused
 from lfm.tensors.safetensors_file import DTYPES, torch_dtype
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def fuse(
 ) -> dict[str, LazyTensor]:
     """The rule's result for each name, lazily, stored as `like` (or else the base, or the first source) is.
 
-    Shapes are equal over base and sources. CorruptError when read, if an input or the result is not finite.
+    Shapes are equal over base and sources. CorruptError when read, if an input or the result is not finite, unless
+    lfm.tensors.refusal lets that through.
     """
     like = like or base or sources[0]
     return {name: Fused(task_of(rule, name, sources, base), coded(like[name], kernel.CODES).code) for name in names}
@@ -136,7 +138,7 @@ class Fused:
         out = np.frombuffer(buffer, dtype=np.uint8)
         for start, stop in spans(len(buffer) // item):
             flags = task.run(run, out[start * item : stop * item], kernel.CODES[self.code], first + start, first + stop)
-            if flags[0]:
+            if flags[0] and task.strict:
                 raise CorruptError(
                     f"{task.name!r} leaves the range of {DTYPES[self.code][0]} when merged",
                     why="its inputs are finite",
@@ -156,6 +158,7 @@ class Task:
     shape: tuple[int, ...]
     width: int
     formula: kernel.Formula
+    strict: bool  # refuses what is not finite
     _packed: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -170,7 +173,7 @@ class Task:
         return element // self.width
 
     def run(self, call: Callable[..., None], out: Any, code: int, start: int, stop: int) -> Any:
-        """Reads elements start to stop of every input and calls the kernel: its flags. Refuses a NaN in an input."""
+        """Reads elements start to stop of every input and calls the kernel: its flags. Strict, it refuses a NaN."""
         if stop == start:
             return (0,)
         params, keys, flags = self._arguments(start)
@@ -193,7 +196,7 @@ class Task:
             stop - start,
         )
         for place, tensor in enumerate(self.inputs):
-            if flags[1 + place]:
+            if flags[1 + place] and self.strict:
                 _refuse(self.name, tensor, place)
         return flags
 
@@ -234,7 +237,7 @@ def task_of(
     shape = tuple(inputs[0].shape)
     assert all(tuple(tensor.shape) == shape for tensor in inputs), name
     width = max(1, rule.width(name) if rule.width else size(inputs[0]))
-    return Task(name, rule, inputs, len(sources), shape, width, formula)
+    return Task(name, rule, inputs, len(sources), shape, width, formula, nonfinite_refused())
 
 
 @cache
@@ -266,4 +269,4 @@ def key_of(seed: int, model: int, name: str) -> int:
 
 def _refuse(name: str, tensor: Coded, place: int) -> NoReturn:
     where = getattr(tensor, "file", f"input {place + 1}")
-    raise CorruptError(f"{where}: {name!r} holds a NaN or an infinity", fix="mend or leave out that model")
+    raise CorruptError(f"{where}: {name!r} holds a NaN or an infinity", fix=MEND)

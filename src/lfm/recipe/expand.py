@@ -45,6 +45,7 @@ class Job:
     settings: dict[str, Any]
     eval: list[str]
     format: str
+    allow_nonfinite: bool
     seed: int
     point: dict[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
@@ -260,6 +261,7 @@ def _job(
         settings=fill(settings, (*trail, "set")),
         eval=fill(step.eval, (*trail, "eval"), many=True),
         format=step.format,
+        allow_nonfinite=step.allow_nonfinite,
         seed=_seed(recipe, trail, fill(own, (*trail, "seed"))),
         point=point,
         trail=trail,

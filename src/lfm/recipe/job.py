@@ -64,7 +64,18 @@ def order_of(asked: Asked) -> runs.Order:
         evals=evals,
         form=job.format,
         title=substitute(job.about, look),
-        command=command(job.method, models, data, settings, out, seed=job.seed, evals=evals, form=job.format),
+        allow_nonfinite=job.allow_nonfinite,
+        command=command(
+            job.method,
+            models,
+            data,
+            settings,
+            out,
+            seed=job.seed,
+            evals=evals,
+            form=job.format,
+            allow_nonfinite=job.allow_nonfinite,
+        ),
     )
 
 

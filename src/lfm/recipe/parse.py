@@ -37,6 +37,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     matrix: dict[str, list[Any]] = {}
     eval: str | list[str] = []
     format: str = ""
+    allow_nonfinite: bool = False
     seed: int | str | None = None
 
 

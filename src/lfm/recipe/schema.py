@@ -56,6 +56,7 @@ def _step(listed: list[Listed], cases: list[dict[str, Any]]) -> dict[str, Any]:
             "matrix": {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}},
             "eval": {**ONE_OR_MORE, "description": "data to hold the models against before and after"},
             "format": {"type": "string", "description": "how the output is saved, where a model has several formats"},
+            "allow_nonfinite": {"type": "boolean", "description": "let NaN and infinities in weights through a merge"},
             "seed": {"anyOf": [{"type": "integer"}, LATER]},
         },
         "allOf": cases,

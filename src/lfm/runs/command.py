@@ -20,6 +20,8 @@ def command(
     evals: Sequence[Any] = (),
     form: str = "",
     budget: tuple[int | None, int | None] = (None, None),
+    allow_nonfinite: bool = False,
+    memory: int | None = None,
 ) -> str:
     """`lfm run …` that does the same again; what lies below the working directory is named from there."""
     parts = ["lfm", "run", id]
@@ -31,7 +33,13 @@ def command(
     parts += [f"--format={form}"] if form else []
     parts += [f"--seed={seed}"] if seed else []
     parts += [f"--budget-{name}={n}" for name, n in zip(("queries", "tokens"), budget) if n is not None]
+    parts += limits(allow_nonfinite=allow_nonfinite, memory=memory)
     return shlex.join([*parts, "--out", _near(out)])
+
+
+def limits(*, allow_nonfinite: bool, memory: int | None) -> list[str]:
+    """The words for what weights may hold and how much memory may be used."""
+    return [*(["--allow-nonfinite"] if allow_nonfinite else []), *([f"--max-memory={memory}B"] if memory else [])]
 
 
 def _near(ref: Any) -> str:

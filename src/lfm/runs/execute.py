@@ -29,6 +29,7 @@ from lfm.models.budget import Budget, Meter
 from lfm.record import DataInput, Input, Measure, Output, RunRecord, Sample
 from lfm.runs import card, directory, ledger, planning, refs, undoing, verification
 from lfm.runs.run import LocalRun, Show, silent
+from lfm.tensors.refusal import accepting_nonfinite
 
 FORMATS = ("checkpoint", "adapter", "program", "peft")
 """What models are saved as, and a program's second form."""
@@ -46,6 +47,8 @@ class Order:
 
     models, data: role → references (or what they refer to). evals: data on which the first model and the result are
     measured. form: the format to save in, where the result has several. budget: (queries, tokens) of endpoints.
+    allow_nonfinite: NaN and infinities of weights take part in streamed arithmetic, instead of an error. memory: bytes
+    that may be used, if there is a limit; it decides threads, and never the result.
     """
 
     id: str
@@ -57,6 +60,8 @@ class Order:
     evals: Sequence[str | Path | Sequence[Record]] = ()
     form: str = ""
     budget: tuple[int | None, int | None] = (None, None)
+    allow_nonfinite: bool = False
+    memory: int | None = None
     title: str = ""
     command: str = ""
 
@@ -111,7 +116,7 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
     estimate = planning.plan(prepared)
     if short := next((lack for lack in estimate.lacks if lack.startswith("disk")), ""):
         raise OutputError(f"{order.out} would not fit", why=short, fix="free some space, or choose an --out elsewhere")
-    with directory.claim(order.out, key) as work:
+    with accepting_nonfinite(order.allow_nonfinite), directory.claim(order.out, key) as work:
         run = LocalRun(order.seed, work, show)
         first = next((m[0] for m in prepared.whole.models.values() if m), None)
         before = _evaluate(run, "before", first, prepared.evals)
@@ -123,7 +128,7 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
         made.save(artefact, *([order.form] if order.form and isinstance(made, Model) else []))
         show("verifying", 0, None)
         reopen = partial(refs.model, show=show, meter=prepared.meter)  # checks and evaluations ask endpoints too
-        verified = verification.held_against(made, artefact, reopen)
+        verified = verification.held_against(made, artefact, reopen, by_bits=order.allow_nonfinite)
         saved = made if isinstance(made, Finding) else reopen(artefact)
         after = {} if isinstance(saved, Finding) else _evaluate(run, "after", saved, prepared.evals)
         undoable = isinstance(made, Model) and undoing.keep(made, _input(prepared), artefact)
@@ -152,6 +157,7 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
             queries=prepared.meter.spent().queries,
             tokens=prepared.meter.spent().tokens,
             undo=bool(undoable),
+            allow_nonfinite=order.allow_nonfinite,
         )
         record.write(done, artefact)
         card.write(done, artefact, prepared.listed.method.paper)
@@ -173,6 +179,7 @@ def key_of(prepared: Prepared) -> str:
         "evals": {name: files.digest(r) for name, r in prepared.evals.items()},
         "seed": order.seed,
         "form": order.form,
+        "allow_nonfinite": order.allow_nonfinite,
         "version": metadata.version("learn-from-model"),
     }
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

@@ -29,14 +29,17 @@ PROBES = ("The", "Once upon a time there was", "What is the answer?", "In the en
 PROBE_VALUES = 64
 
 
-def held_against(made: Model | Finding, directory: Path, load_saved: Any = load) -> Verified:
-    """Reload what was saved in a directory and compare it with what was made. VerifyError if they differ."""
+def held_against(made: Model | Finding, directory: Path, load_saved: Any = load, *, by_bits: bool = False) -> Verified:
+    """Reload what was saved in a directory and compare it with what was made. VerifyError if they differ.
+
+    by_bits: weights in memory too are compared bit for bit, for logits that are not numbers cannot be.
+    """
     if isinstance(made, Finding):
         same = finding.read(directory).digest == made.digest
         result = Verified(quantity="finding", max_abs=0.0 if same else float("inf"), on="all of it")
     else:
         saved = load_saved(directory)
-        result = bit_for_bit(made, saved) or compare(made, saved)
+        result = bit_for_bit(made, saved, any_weights=by_bits) or compare(made, saved)
     if not result.max_abs <= TOLERANCE:
         raise VerifyError(
             "what was saved is not what was made",
@@ -46,15 +49,15 @@ def held_against(made: Model | Finding, directory: Path, load_saved: Any = load)
     return result
 
 
-def bit_for_bit(made: Model, saved: Model) -> Verified | None:
+def bit_for_bit(made: Model, saved: Model, *, any_weights: bool = False) -> Verified | None:
     """Whether streamed weights, computed once more, are those that were saved: more than equal logits, and no module of
-    the model's size is opened for it. None where weights are held in memory, or differ.
+    the model's size is opened for it. None where weights differ, or are held in memory, unless any_weights.
     """
     if not made.can(Weights) or not saved.can(Weights):
         return None
     left, right = made.ask(Weights).tensors(), saved.ask(Weights).tensors()
-    streamed = all(isinstance(tensor, Coded) for tensor in left.values())
-    if not streamed or left.keys() != right.keys() or not all(each(lambda n: equal(left[n], right[n]), left)):
+    suits = any_weights or all(isinstance(tensor, Coded) for tensor in left.values())
+    if not suits or left.keys() != right.keys() or not all(each(lambda n: equal(left[n], right[n]), left)):
         return None
     return Verified(quantity="weight", max_abs=0.0, on=f"{len(left)} tensors, every bit")
 

@@ -11,6 +11,7 @@ from typing import cast as cast_type
 
 from lfm.core.errors import CorruptError
 from lfm.core.heavy import torch
+from lfm.tensors.refusal import MEND, nonfinite_refused
 from lfm.tensors.safetensors_file import FLOATING, dtype_code, torch_dtype
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def map_tensors(
     """fn(name, *chunks) for each name, elementwise over the sources' flat chunks in fp32, which fn leaves as they are.
 
     Shapes are equal over the sources; the result's dtypes are those of `like`, or else of the first source. Nothing is
-    read until the result is: CorruptError, then, where it is not finite.
+    read until the result is: CorruptError, then, where it is not finite (unless lfm.tensors.refusal lets it through).
     """
     like = like or sources[0]
     return {name: _mapped(name, fn, [source[name] for source in sources], like[name].dtype) for name in names}
@@ -233,10 +234,11 @@ def parts(inputs: Sequence[LazyTensor], chunk: int = CHUNK) -> Iterator[Callable
 def _mapped(name: str, fn: Callable[..., Tensor], inputs: Sequence[LazyTensor], dtype: torch.dtype) -> LazyTensor:
     shape = tuple(inputs[0].shape)
     assert all(tuple(tensor.shape) == shape for tensor in inputs), name
+    strict = nonfinite_refused()
 
     def result(*values: Tensor) -> Tensor:
         out = fn(name, *map(widen, values)).to(dtype)
-        if not finite(out):
+        if strict and not finite(out):
             _refuse(name, values, inputs, dtype)
         return out
 
@@ -250,7 +252,7 @@ def _refuse(name: str, values: Sequence[Tensor], inputs: Sequence[LazyTensor], d
     for i, value in enumerate(values):
         if not finite(value):
             where = getattr(inputs[i], "file", f"input {i + 1}")
-            raise CorruptError(f"{where}: {name!r} holds a NaN or an infinity", fix="mend or leave out that model")
+            raise CorruptError(f"{where}: {name!r} holds a NaN or an infinity", fix=MEND)
     raise CorruptError(
         f"{name!r} leaves the range of {dtype} when computed", why="its inputs are finite", fix="use smaller weights"
     )

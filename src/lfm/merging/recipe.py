@@ -5,6 +5,7 @@ Source: mergekit 0.1.5, its README and docs/merge_methods.md (https://github.com
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -94,6 +95,23 @@ class Recipe(msgspec.Struct, frozen=True):
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of a recipe's dtypes, and the format's."""
+
+
+NAME = re.compile(r"\$\{(\w+)\}")
+
+
+def filled(text: str, values: Mapping[str, float]) -> str:
+    """A recipe's text with numbers in place of its ${NAME}s. ConfigError unless just those are given that it has."""
+    asked = dict.fromkeys(NAME.findall(text))
+    if asked.keys() != values.keys():
+        odd = sorted(asked.keys() ^ values.keys())
+        raise ConfigError(
+            f"the recipe has {', '.join(f'${{{name}}}' for name in asked) or 'no ${NAME}'}, "
+            f"values were given for {', '.join(values) or 'none'}",
+            why=f"they differ in {', '.join(odd)}",
+            fix="`lfm merge RECIPE OUT --vary NAME=LOW,HIGH --dev FILE` searches for them",
+        )
+    return NAME.sub(lambda match: repr(float(values[match[1]])), text)
 
 
 def parse(text: str) -> tuple[Recipe, tuple[str, ...]]:

@@ -27,13 +27,14 @@ class Parameter(NamedTuple):
 class Language(NamedTuple):
     """How mergekit speaks of a method, and what that means to it.
 
-    base: what it does with the base: input, it is a model like others; first, it is the first of them. settings: resolved parameters → the method's own settings.
+    base: what it does with the base: input, it is a model like others; first, it is the first of them. settings:
+    resolved parameters → the method's own settings. most, least: how many inputs, less a base with a role of its own.
     """
 
     parameters: Mapping[str, Parameter]
     base: Literal["required", "optional", "input", "first"]
     settings: Callable[[Mapping[str, Any]], dict[str, Any]]
-    most: int | None = None  # inputs, the base not counted where it has a role of its own
+    most: int | None = None
     least: int = 1
 
     @property

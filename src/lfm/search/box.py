@@ -56,19 +56,27 @@ class Box:
                     for start, step in zip(axis.start, point[place : place + len(axis.start)], strict=True)
                 ]
                 place += len(axis.start)
-                settings[axis.name] = numbers if axis.length is not None else numbers[0]
+                _put(settings, axis, numbers)
             found.append(settings)
         return found
 
+    def unsearched(self) -> dict[str, Any]:
+        """The fixed settings, and where the search begins in maps, which have no defaults."""
+        settings = dict(self.fixed)
+        for axis in self.axes:
+            if "." in axis.name:
+                _put(settings, axis, list(axis.start))
+        return settings
+
     def corners(self) -> list[dict[str, Any]]:
         """All lows, and all highs: where limits of the settings would show."""
-        return [
-            {
-                **self.fixed,
-                **{a.name: _number(v, a) if a.length is None else [_number(v, a)] * a.length for a, v in side},
-            }
-            for side in ([(a, a.low) for a in self.axes], [(a, a.high) for a in self.axes])
-        ]
+        found = []
+        for side in ([(a, a.low) for a in self.axes], [(a, a.high) for a in self.axes]):
+            settings = dict(self.fixed)
+            for axis, limit in side:
+                _put(settings, axis, [_number(limit, axis)] * len(axis.start))
+            found.append(settings)
+        return found
 
 
 def box(
@@ -76,8 +84,9 @@ def box(
 ) -> Box:
     """The box of a Config type: a setting that is a list has one number for each of `count` models.
 
-    Begins at the defaults, as far as the limits allow; a list left empty is all ones, as merges take it. ConfigError
-    for a setting that is unknown or no number, or for limits that leave nothing between.
+    NAME.KEY is a number of a setting that maps names to numbers. Begins at the defaults, as far as the limits allow;
+    a list left empty is all ones, as merges take it, a number that nothing tells is midway. ConfigError for a setting
+    that is unknown or no number, or for limits that leave nothing between.
     """
     if not space:
         raise ConfigError("space is empty: nothing would be searched", fix='name settings: space={"weights": [0, 1]}')
@@ -87,17 +96,32 @@ def box(
     told = {field.name: field.type for field in msgspec.structs.fields(kind)}
     axes = []
     for name, (low, high) in space.items():
-        if name not in told:
+        outer, _, key = name.partition(".")
+        if outer not in told:
             configure(kind, {name: low}, where="space")  # names the nearest
-        shape = _shape(told[name])
+        shape = _shape(told[outer]) if not key else (False, False) if _maps_to_numbers(told[outer]) else None
         if shape is None:
             raise ConfigError(f"space: {name!r} is no number", fix="fix it: settings={…}, and search others")
         if not low < high:
             raise ConfigError(f"space: {name!r} has the limits {low:g} and {high:g}", fix="give [low, high]")
         whole, many = shape
         length = count if many else None
-        axes.append(Axis(name, low, high, whole, length, _start(getattr(default, name), low, high, length)))
+        start = getattr(default, outer)
+        start = start.get(key, (low + high) / 2) if key and isinstance(start, dict) else start
+        axes.append(Axis(name, low, high, whole, length, _start(start, low, high, length)))
     return Box(tuple(axes), dict(fixed), copies)
+
+
+def _put(settings: dict[str, Any], axis: Axis, numbers: list[float]) -> None:
+    """Sets what the axis names: a setting, or one number within it."""
+    outer, _, key = axis.name.partition(".")
+    value = numbers if axis.length is not None else numbers[0]
+    settings[outer] = {**settings.get(outer, {}), key: value} if key else value
+
+
+def _maps_to_numbers(type_: Any) -> bool:
+    bare = get_args(type_)[0] if get_origin(type_) is Annotated else type_
+    return get_origin(bare) is dict and get_args(bare)[1] is float
 
 
 def _shape(type_: Any) -> tuple[bool, bool] | None:

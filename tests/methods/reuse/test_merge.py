@@ -54,3 +54,39 @@ def test_as_many_models_as_the_recipe_names(tmp_path: Path) -> None:
         merge(method, tmp_path, {"models": [model]}, recipe=RECIPE)
     with pytest.raises(ConfigError, match="not a mapping"):
         merge(method, tmp_path, {"models": [model]})
+
+
+def test_a_recipe_with_names_in_place_of_numbers_is_filled_and_searched(tmp_path: Path) -> None:
+    from lfm import models
+    from lfm.core import Inputs
+    from lfm.core.config import configure
+    from lfm.core.method import check
+    from lfm.data.records import Text
+    from lfm.methods.reuse import evolve
+    from lfm.runs.run import LocalRun
+
+    case(tmp_path)
+    recipe = """
+        merge_method: linear
+        models: [{model: math, parameters: {weight: "${a}"}}, {model: code, parameters: {weight: [1.0, "${b}"]}}]
+    """
+    given = [models.load(tmp_path / name) for name in ("math", "code")]
+    made = tensors(merge(method, tmp_path, {"models": given}, recipe=recipe, values={"a": 1.0, "b": 0.0}))
+    last = max(name for name in made if ".layers." in name or ".h." in name)
+    assert torch.equal(made[last], tensors(given[0])[last])  # the gradient ends at no weight of the second
+    with pytest.raises(ConfigError, match="differ in b"):
+        merge(method, tmp_path, {"models": given}, recipe=recipe, values={"a": 1.0})
+    settings = {
+        "method": "reuse.merge",
+        "settings": {"recipe": recipe},
+        "space": {"values.a": (0.0, 1.0), "values.b": (0.0, 2.0)},
+        "budget": 8,
+        "by": "loss",
+    }
+    config = configure(evolve.Config, settings)
+    texts = [Text(text=f"The cat sat on the {word}.") for word in ("mat", "dog", "hat", "rug")]
+    inputs = check("reuse.evolve", evolve.METHOD, Inputs({"models": tuple(given)}, {"dev": texts}))
+    evolve.agree(config, inputs)
+    run = LocalRun(0, tmp_path / "work")
+    assert isinstance(evolve.run(config, inputs, run), models.Model)
+    assert run.notes["dev_loss_evolved"] <= run.notes["dev_loss_defaults"]

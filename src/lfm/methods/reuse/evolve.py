@@ -18,6 +18,9 @@ part; without it, on a part of `dev` that is set aside (`held_out`). The default
 best on dev are measured there as well. The result is the best on dev, the defaults among the candidates: read in the
 notes whether it holds on valid. Each try is kept, so that an interrupted search goes on.
 
+With `reuse.merge` any recipe of mergekit's is searched: it holds ${NAME}s in place of numbers, and `space` names them
+as values.NAME (`lfm merge RECIPE OUT --vary NAME=LOW,HIGH --dev FILE` does so); such numbers begin midway.
+
 Models: those that the method takes; one try at a time is in memory. The result is what the method makes. Data: any
 records with a task. Errors: ConfigError for settings that the method does not take, or a method that asks for more than
 weights, before any weight is read; MismatchError; DataError for records that set no task.
@@ -131,7 +134,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
             tried[key] = Score(*run.step(f"candidate {key}", lambda: score(recipe, key)))
         return tried[key]
 
-    start = Recipe([dict(config.settings)] * box.copies, [])
+    start = Recipe([box.unsearched()] * box.copies, [])
     dim = box.dim + (order.dim if order else 0)
     before = measured("dev", "defaults", lambda: make(start, "defaults"))
     best, reached, popsize, candidates = start, before, population(config, dim), 0

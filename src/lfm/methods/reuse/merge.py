@@ -35,7 +35,7 @@ from lfm.fusing import stored
 from lfm.fusing.inputs import memory
 from lfm.merging import tokenizer
 from lfm.merging.layout import Kit, Met, lay_out, resized, sections, tied_apart
-from lfm.merging.recipe import DTYPES, Recipe, code_of, parse, references
+from lfm.merging.recipe import DTYPES, Recipe, code_of, filled, parse, references
 from lfm.merging.settings import check, language, resolve
 from lfm.merging.vocabulary import aligned
 from lfm.tensors.lazy import code_of as stored_as
@@ -48,10 +48,13 @@ if TYPE_CHECKING:
 
 class Config(lfm.core.Config, frozen=True):
     recipe: Annotated[str, Meta(description="mergekit's YAML, as text")] = ""
+    values: Annotated[dict[str, float], Meta(description="numbers that stand for ${NAME} in the recipe")] = (
+        msgspec.field(default_factory=dict)
+    )
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    recipe, ignored = parse(config.recipe)
+    recipe, ignored = parse(filled(config.recipe, config.values))
     kit, met, tables = _laid_out(recipe, inputs)
     if ignored := (*ignored, *_unused(recipe)):
         run.note(ignored=", ".join(ignored))
@@ -215,7 +218,7 @@ def _unused(recipe: Recipe) -> list[str]:
 
 def agree(config: Config, inputs: Inputs) -> None:
     """The recipe is read, every tensor laid out, and its settings resolved: nothing that it says can fail later."""
-    recipe, _ = parse(config.recipe)
+    recipe, _ = parse(filled(config.recipe, config.values))
     wanted = references(recipe)
     if len(wanted) != len(inputs.all("models")):
         raise ConfigError(

@@ -213,3 +213,39 @@ def test_a_recipe_runs_without_torch(here: Path) -> None:
     for out in ("first", "second"):  # the first may compile
         done = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_numbers_of_a_recipe_are_searched(here: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        tiny.causal(here / name, seed=seed)
+    Path("dev.jsonl").write_text("".join(f'{{"text": "The cat sat on the {w}."}}\n' for w in ("mat", "dog", "town")))
+    recipe = """
+        models:
+          - {model: ./a, parameters: {weight: 1.0}}
+          - {model: ./b, parameters: {weight: "${share}"}}
+        merge_method: linear
+    """
+    out = merge(recipe, "out", "--vary", "share=0,1", "--dev", "dev.jsonl", "--tries", "4")
+    told = json.loads((out / "run.json").read_text())
+    assert told["id"] == "reuse.evolve" and "--vary=share=0,1" in told["command"]
+    assert 0 <= json.loads(told["notes"]["settings"])["values"]["share"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--vary", "share=0"], "no two numbers"),
+        (["--vary", "share=0,1"], "add --dev"),
+        (["--vary", "other=0,1", "--dev", "dev.jsonl"], "differ in other, share"),
+        (["--dev", "dev.jsonl"], "--dev is for a search"),
+        ([], "values were given for none"),
+    ],
+)
+def test_a_search_that_is_asked_for_by_half(
+    options: list[str], says: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.causal(here / "a")
+    Path("dev.jsonl").write_text('{"text": "a"}\n' * 4)
+    Path("recipe.yml").write_text("models: [{model: ./a, parameters: {weight: '${share}'}}]\nmerge_method: linear")
+    assert run(["merge", "recipe.yml", "out", *options]) not in (0, 70)
+    assert says in " ".join(capsys.readouterr().err.split())

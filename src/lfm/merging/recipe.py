@@ -100,9 +100,14 @@ DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F1
 NAME = re.compile(r"\$\{(\w+)\}")
 
 
+def names(text: str) -> list[str]:
+    """What stands in a recipe's text as ${NAME}, in its order."""
+    return list(dict.fromkeys(NAME.findall(text)))
+
+
 def filled(text: str, values: Mapping[str, float]) -> str:
     """A recipe's text with numbers in place of its ${NAME}s. ConfigError unless just those are given that it has."""
-    asked = dict.fromkeys(NAME.findall(text))
+    asked = dict.fromkeys(names(text))
     if asked.keys() != values.keys():
         odd = sorted(asked.keys() ^ values.keys())
         raise ConfigError(

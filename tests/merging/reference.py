@@ -5,6 +5,8 @@ tests directory:
 
     PYTHONPATH=. python merging/reference.py > merging/mergekit.json
 
+Names of recipes as arguments make those anew, and keep the others.
+
 Of each tensor its first four numbers, its last one, and the mean of all are kept.
 """
 
@@ -232,6 +234,16 @@ RECIPES: dict[str, str] = {
         merge_method: passthrough
         dtype: float32
     """,
+    "the last slice says otherwise": """
+        slices:
+          - sources: [{model: ./0, layer_range: [0, 2]}, {model: ./1, layer_range: [0, 2]}]
+          - sources: [{model: ./0, layer_range: [2, 4]}, {model: ./1, layer_range: [2, 4]}]
+            parameters: {t: 1.0}
+        merge_method: slerp
+        base_model: ./0
+        parameters: {t: [0, 1]}
+        dtype: float32
+    """,
     "one of them tied": """
         models:
           - {model: ./0, parameters: {weight: 1.0}}
@@ -286,12 +298,13 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    recorded = {}
+    known = Path(__file__).with_name("mergekit.json")
+    recorded = json.loads(known.read_text()) if sys.argv[1:] else {}
     with tempfile.TemporaryDirectory() as directory:
         os.chdir(directory)
         checkpoints(Path())
-        for name, recipe in RECIPES.items():
-            Path("recipe.yml").write_text(recipe)
+        for name in sys.argv[1:] or RECIPES:
+            Path("recipe.yml").write_text(RECIPES[name])
             tool = Path(sys.executable).with_name("mergekit-yaml")
             done = subprocess.run([str(tool), "recipe.yml", name, "--quiet"], capture_output=True, check=False)
             recorded[name] = told(weights(Path(name)))

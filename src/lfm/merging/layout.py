@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from msgspec.structs import replace
+
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.merging.recipe import Module, Recipe, Slice, Source
 from lfm.merging.settings import Language, Place
@@ -296,7 +298,7 @@ def _around(slices: Sequence[Slice], kit: Kit, mine: Callable[[str], bool], stac
         for n in dict.fromkeys(n for part in ends for s in part.sources for n in kit.tensors[s.model])
         if mine(n) and not n.startswith(f"{stack}.")
     ]
-    if [(s.model, s.parameters) for s in ends[0].sources] == [(s.model, s.parameters) for s in ends[1].sources]:
+    if _but_for_layers(ends[0]) == _but_for_layers(ends[1]):
         return names, []
     order = kit.layout(slices[0].sources[0].model).order
     block = next((i for i, n in enumerate(order) if n.startswith(f"{stack}.")), None)
@@ -308,6 +310,11 @@ def _around(slices: Sequence[Slice], kit: Kit, mine: Callable[[str], bool], stac
             fix="give both the same sources",
         )
     return [n for n in names if order.index(n) < block], [n for n in names if order.index(n) > block]
+
+
+def _but_for_layers(part: Slice) -> Slice:
+    """All that a slice says of tensors outside the layers."""
+    return replace(part, sources=tuple(replace(source, layer_range=None) for source in part.sources))
 
 
 def _length(source: Source) -> int:

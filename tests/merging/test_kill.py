@@ -33,7 +33,7 @@ def kill(here: Path, words: list[str], points: int) -> list[dict[str, object]]:
     (here / "home" / "compiled").symlink_to(home() / "compiled")  # a ledger of its own, kernels that are there already
     environment = os.environ | {"LFM_HOME": str(here / "home"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, CHILD, here, str(points), *words], env=environment, capture_output=True, text=True, timeout=290
+        [sys.executable, CHILD, here, str(points), *words], env=environment, capture_output=True, text=True, timeout=880
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -63,6 +63,7 @@ def test_killed_anywhere_it_makes_the_same_model(tmp_path: Path, words: Callable
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("words", [by_recipe, by_method])
 def test_killed_at_every_operation_and_many_bytes(tmp_path: Path, words: Callable[[Path], list[str]]) -> None:
     hold(kill(tmp_path, words(tmp_path), points=0), at_least=250)

@@ -72,7 +72,10 @@ class Sizes(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a run will take. flops: arithmetic; steps: sequential passes (each has a fixed overhead); bytes; API use."""
+    """What a run will take. flops: arithmetic; steps: sequential passes (each has a fixed overhead); bytes; API use.
+
+    light: torch is not loaded for stored floating weights, and memory is so many bytes by the threads there are.
+    """
 
     flops: float = 0.0
     steps: int = 0
@@ -80,6 +83,7 @@ class Cost(NamedTuple):
     disk: int = 0
     queries: int = 0
     tokens: int = 0
+    light: bool = False
 
 
 @final
@@ -160,6 +164,7 @@ class Method(Generic[C]):
 
     agree: raises before any weight is read if the inputs cannot go together.
     open: the interfaces of a program that run made, from its parts; they are all that is needed to bring it back.
+    disk: bytes of the result, by the inputs' headers, where facts alone do not tell; cost's stands where it is None.
     merge: what run does to weights, with settings by tensor (lfm.fusing.inputs.Merge): recipes of slices drive it.
     """
 
@@ -173,6 +178,7 @@ class Method(Generic[C]):
     open: Callable[[C, Parts], Mapping[type, Callable[[], Any]]] | None = None
     gives: str = "model"  # or "finding"
     merge: Callable[..., dict[str, LazyTensor]] | None = None
+    disk: Callable[[C, Inputs], int] | None = None
 
     @property
     def level(self) -> Data:

@@ -156,6 +156,6 @@ def streamed(operations: float) -> Callable[[Any, Sizes], Cost]:
     def cost(config: Any, sizes: Sizes) -> Cost:
         models = [facts for role in sizes.models.values() for facts in role]
         flops = operations * sum(facts.parameters for facts in models)
-        return Cost(flops=flops, memory=memory(sizes), disk=models[0].bytes)
+        return Cost(flops=flops, memory=memory(sizes), disk=models[0].bytes, light=True)
 
     return cost

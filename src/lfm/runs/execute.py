@@ -28,7 +28,9 @@ from lfm.data.records import Record, kind_of
 from lfm.models.budget import Budget, Meter
 from lfm.record import DataInput, Input, Measure, Output, RunRecord, Sample
 from lfm.runs import card, directory, ledger, planning, refs, undoing, verification
+from lfm.runs.plan import LIMIT
 from lfm.runs.run import LocalRun, Show, silent
+from lfm.tensors.parallel import at_most
 from lfm.tensors.refusal import accepting_nonfinite
 
 FORMATS = ("checkpoint", "adapter", "program", "peft")
@@ -116,7 +118,15 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
     estimate = planning.plan(prepared)
     if short := next((lack for lack in estimate.lacks if lack.startswith("disk")), ""):
         raise OutputError(f"{order.out} would not fit", why=short, fix="free some space, or choose an --out elsewhere")
-    with accepting_nonfinite(order.allow_nonfinite), directory.claim(order.out, key) as work:
+    if short := next((lack for lack in estimate.lacks if lack.startswith(LIMIT)), ""):
+        raise ConfigError(
+            f"{order.id} cannot keep to {LIMIT}", why=short.removeprefix(f"{LIMIT}: "), fix="allow it that much"
+        )
+    with (
+        at_most(estimate.threads or None),
+        accepting_nonfinite(order.allow_nonfinite),
+        directory.claim(order.out, key) as work,
+    ):
         run = LocalRun(order.seed, work, show)
         first = next((m[0] for m in prepared.whole.models.values() if m), None)
         before = _evaluate(run, "before", first, prepared.evals)

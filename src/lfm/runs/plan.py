@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, final
@@ -22,6 +22,7 @@ from lfm.core.method import Cost, Inputs, Method, Sizes
 from lfm.core.model import names_of
 from lfm.data import files
 from lfm.report import words
+from lfm.tensors.parallel import at_most, threads
 
 EFFICIENCY = (0.1, 0.8)
 """Share of the matrix-product rate that training and inference reach, worst and best."""
@@ -50,6 +51,19 @@ ACCELERATOR_FLOPS = 1e13
 HEADROOM = 300 * 2**20
 """Bytes that Python, torch and transformers take before any model."""
 
+LIGHT = 60 * 10**6
+"""The same where only numpy is loaded."""
+
+MODULE = 8
+"""Bytes a parameter while a module is opened to be measured: as it was stored, and in fp32."""
+
+
+LIMIT = "--max-memory"
+"""What a plan calls the memory that may be used."""
+
+PLAIN = ("float64", "float32", "bfloat16", "float16")
+"""Formats that are read without torch."""
+
 
 @final
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +89,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     queries: int
     tokens: int
     lacks: tuple[str, ...] = ()
+    threads: int = 0  # that merges may use; 0: all cores
 
     @property
     def fits(self) -> bool:
@@ -89,10 +104,14 @@ def plan(
     *,
     out: Path,
     budget: tuple[int | None, int | None] = (None, None),
-    evals: Iterable[Sequence[Any]] = (),
+    evals: Sequence[Sequence[Any]] = (),
     on: Machine | None = None,
+    most: int | None = None,
 ) -> Plan:
-    """The plan of one run on checked inputs. budget: (queries, tokens), None: unlimited. evals: the records of each."""
+    """The plan of one run on checked inputs. budget: (queries, tokens), None: unlimited. evals: the records of each.
+
+    most: bytes of memory that may be used; as many threads as keep to it.
+    """
     sizes = Sizes(
         {role: tuple(m.facts for m in given) for role, given in inputs.models.items()},
         {role: files.amount(records) for role, records in inputs.data.items()},
@@ -100,12 +119,33 @@ def plan(
     access = {role: names_of(slot.needs) for role, slot in method.models.items() if inputs.all(role)}
     asks = any(m.kind == "api" for given in inputs.models.values() for m in given)
     here = on or machine(out)
-    cost, reads = method.cost(config, sizes), sum(f.bytes for facts in sizes.models.values() for f in facts)
+    reads = sum(f.bytes for facts in sizes.models.values() for f in facts)
+    cost, count = _keeping_to(most, method, config, sizes)
+    if method.disk is not None:
+        cost = cost._replace(disk=method.disk(config, inputs))
     first = next((facts[0] for facts in sizes.models.values() if facts), None)
     if first is not None and not asks:  # what is measured is measured before and after
         measured = sum(files.amount(records).tokens for records in evals)
-        cost = cost._replace(flops=cost.flops + 2 * 2.0 * first.parameters * measured)
-    return weigh(id, cost, here, access=access, budget=budget, asks=asks, reads=reads)
+        memory = max(cost.memory, MODULE * first.parameters if measured else 0)
+        cost = cost._replace(flops=cost.flops + 2 * 2.0 * first.parameters * measured, memory=memory)
+    stored = all(m.kind == "checkpoint" and m.facts.dtype in PLAIN for given in inputs.models.values() for m in given)
+    if not stored or any(map(len, evals)):
+        cost = cost._replace(light=False)
+    found = weigh(id, cost, here, access=access, budget=budget, asks=asks, reads=reads, allowed=most)
+    return msgspec.structs.replace(found, threads=count)
+
+
+def _keeping_to(most: int | None, method: Method[Any], config: Any, sizes: Sizes) -> tuple[Cost, int]:
+    """The cost with as many threads as keep to `most` bytes, or with one; and how many those are, 0 for all."""
+    if most is None:
+        return method.cost(config, sizes), 0
+    cost, count = Cost(), 1
+    for count in range(threads(), 0, -1):
+        with at_most(count):
+            cost = method.cost(config, sizes)
+        if cost.memory + (LIGHT if cost.light else HEADROOM) <= most:
+            break
+    return cost, count
 
 
 def weigh(
@@ -117,10 +157,12 @@ def weigh(
     budget: tuple[int | None, int | None] = (None, None),
     asks: bool = False,
     reads: int = 0,
+    allowed: int | None = None,
 ) -> Plan:
     """A cost on a machine: a range of seconds, and what would not fit. asks: whether any model is an endpoint.
 
     A model that lies here is asked nothing: its queries are part of the arithmetic. reads: bytes of the models.
+    allowed: bytes of memory that may be used.
     """
     if not asks:
         cost = cost._replace(queries=0, tokens=0)
@@ -133,8 +175,10 @@ def weigh(
     ends = zip(reversed(EFFICIENCY), STEP_SECONDS, QUERY_SECONDS, START_SECONDS, BYTES_SECOND)
     least, most = (lasts(*end) for end in ends)
     seconds = (least, most)
-    memory = int(cost.memory) + HEADROOM
+    memory = int(cost.memory) + (LIGHT if cost.light else HEADROOM)
     lacks = []
+    if allowed is not None and memory > allowed:
+        lacks.append(f"{LIMIT}: needs at least {words.size(memory)}, {words.size(allowed)} may be used")
     for name, needed, free in (("memory", memory, on.memory), ("disk", int(cost.disk), on.disk)):
         if needed > free:
             lacks.append(f"{name}: needs {words.size(needed)}, {words.size(free)} is free")

@@ -21,5 +21,6 @@ def plan(prepared: Prepared) -> Plan:
         prepared.inputs,
         out=order.out,
         budget=order.budget,
-        evals=prepared.evals.values(),
+        evals=tuple(prepared.evals.values()),
+        most=order.memory,
     )

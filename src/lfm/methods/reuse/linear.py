@@ -58,7 +58,8 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     models = sizes.models["models"]
-    return Cost(flops=2.0 * len(models) * models[0].parameters, memory=memory(sizes), disk=models[0].bytes)
+    flops = 2.0 * len(models) * models[0].parameters
+    return Cost(flops=flops, memory=memory(sizes), disk=models[0].bytes, light=True)
 
 
 METHOD = Method(

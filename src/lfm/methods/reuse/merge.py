@@ -34,12 +34,15 @@ from lfm.core.errors import ConfigError, LfmError, MismatchError
 from lfm.fusing import stored
 from lfm.fusing.inputs import memory
 from lfm.merging import tokenizer
-from lfm.merging.layout import Kit, Met, lay_out, resized, sections, tied_apart
+from lfm.merging.described import resized, tied_apart
+from lfm.merging.layout import Kit, Met, lay_out, sections
 from lfm.merging.recipe import DTYPES, Recipe, code_of, filled, parse, references
 from lfm.merging.settings import check, language, resolve
 from lfm.merging.vocabulary import aligned
 from lfm.tensors.lazy import code_of as stored_as
+from lfm.tensors.lazy import size
 from lfm.tensors.match import equal
+from lfm.tensors.safetensors_file import DTYPES as STORED
 from lfm.tensors.safetensors_file import FLOATING
 
 if TYPE_CHECKING:
@@ -236,7 +239,22 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     models = sizes.models["models"]
     flops = 20.0 * sum(facts.parameters for facts in models)
-    return Cost(flops=flops, memory=memory(sizes), disk=max(facts.bytes for facts in models))
+    recipe, _ = parse(filled(config.recipe, config.values))
+    light = not recipe.wants_tokenizer and not recipe.chat_template
+    return Cost(flops=flops, memory=memory(sizes), disk=max(facts.bytes for facts in models), light=light)
+
+
+def disk(config: Config, inputs: Inputs) -> int:
+    """Bytes of every tensor of the result. Of tables that are brought to one vocabulary: were no token shared."""
+    recipe, _ = parse(filled(config.recipe, config.values))
+    kit, met, tables = _laid_out(recipe, inputs)
+    code, total = code_of(recipe.out_dtype or recipe.dtype), 0
+    for name, each in met.items():
+        given = [kit.tensors[ref][n] for ref, n in each.sources]
+        like = given[each.place.base or 0]
+        numbers = sum(map(size, given)) if name in tables else size(like)
+        total += numbers * STORED[code if code and stored_as(like) in FLOATING else stored_as(like)][1]
+    return total
 
 
 METHOD = Method(
@@ -246,4 +264,5 @@ METHOD = Method(
     run=run,
     cost=cost,
     agree=agree,
+    disk=disk,
 )

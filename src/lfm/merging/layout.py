@@ -151,7 +151,7 @@ def _by_slices(
             fix="name each part under modules:" if several else "",
         )
     stack = _stack(next(iter(counted[0].values())).name)
-    inside = {s.model: _inside(kit.tensors[s.model], stack) for part in slices for s in part.sources}
+    inside = {s.model: inside_of(kit.tensors[s.model], stack) for part in slices for s in part.sources}
     found: dict[str, Met] = {}
 
     def outside(part: Slice, names: Iterable[str]) -> None:
@@ -252,7 +252,7 @@ def _tied(name: str, holder: Tensors, other: Tensors, config: Mapping[str, Any])
 
 def _stacks(tensors: Tensors, config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Depths by stack: the large ones, and smaller ones that have as many blocks as the config says of some part."""
-    told = {value for section in sections(config).values() for key, value in section.items() if _counts(key)}
+    told = {value for section in sections(config).values() for key, value in section.items() if counts(key)}
     found, left = [], dict(tensors)
     while counted := depths(left):
         if not found or all(d.blocks in told for d in counted.values()):
@@ -265,7 +265,7 @@ def _stack(block: str) -> str:
     return block.rsplit(".", 1)[0]
 
 
-def _inside(tensors: Tensors, stack: str) -> dict[int, list[str]]:
+def inside_of(tensors: Tensors, stack: str) -> dict[int, list[str]]:
     """Number of a layer → what its tensors are called after it."""
     found: dict[int, list[str]] = {}
     for name in tensors:
@@ -327,73 +327,8 @@ def sections(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {"": config, **{key: value for key, value in config.items() if isinstance(value, dict)}}
 
 
-def _counts(key: str) -> bool:
+def counts(key: str) -> bool:
     return key in ("depth", "n_layer", "n_layers", "num_layers") or key.endswith(("_layers", "hidden_layers"))
-
-
-def resized(recipe: Recipe, met: Mapping[str, Met], config: Mapping[str, Any], kit: Kit) -> dict[str, Any]:
-    """The config with as many layers as the slices made, and its lists with one entry a layer in their order.
-
-    MismatchError where no number in it is that of the layers.
-    """
-    made: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
-    cut = {"": bool(recipe.slices), **{name: bool(module.slices) for name, module in recipe.modules.items()}}
-    taken: dict[tuple[str, str], dict[int, tuple[str, int]]] = {}
-    for each in met.values():
-        if each.layer and cut[each.module]:
-            stack, number, source = each.layer
-            taken.setdefault((each.module, stack), {})[number] = (each.sources[0][0], source)
-    for (module, stack), layers in taken.items():
-        donor = layers[0][0]
-        count = len(_inside(kit.tensors[donor], stack))
-        for key in _section(made, module, stack, count):
-            section = made[key] if key else made
-            _resize(
-                section,
-                [kit.configs[m][key] if key else kit.configs[m] for m, _ in layers.values()],
-                layers,
-                count,
-                stack,
-            )
-    return made
-
-
-def _section(config: Mapping[str, Any], module: str, stack: str, count: int) -> list[str]:
-    """Which part of a config describes a stack: by a number that is its layers', and what the two are called."""
-    fitting = [k for k, s in sections(config).items() if any(_counts(n) and v == count for n, v in s.items())]
-    seen = "vision" in module or set(IMAGES) & set(stack.split("."))
-    liked = [k for k in fitting if ("vision" in k) == bool(seen)] or fitting
-    inner = [k for k in liked if k] or liked
-    if not inner:
-        raise MismatchError(f"config.json does not say that {stack} has {count} layers", fix="mend it first")
-    return inner[:1]
-
-
-def _resize(
-    section: dict[str, Any],
-    configs: Sequence[Mapping[str, Any]],
-    layers: Mapping[int, tuple[str, int]],
-    count: int,
-    stack: str,
-) -> None:
-    """Writes the number of layers, and puts lists of one entry a layer into their order."""
-    keys = [key for key, value in section.items() if _counts(key) and value == count]
-    side = [key for key in keys if ("decoder" in key) == ("decoder" in stack)] or keys
-    for key in side:
-        section[key] = len(layers)
-    for key, value in list(section.items()):
-        if isinstance(value, list) and len(value) == count and key.startswith(("layer", "mlp", "attention", "sliding")):
-            section[key] = [config.get(key, value)[number] for config, (_, number) in zip(configs, layers.values())]
-
-
-def tied_apart(met: Mapping[str, Met], config: dict[str, Any]) -> list[str]:
-    """Tensors that some inputs tie and others do not: they are stored, and the config no longer ties them."""
-    apart = [name for name, each in met.items() if any(mine != name for _, mine in each.sources) and not each.layer]
-    if apart:
-        for section in [config, *(v for v in config.values() if isinstance(v, dict))]:
-            if section is config or "tie_word_embeddings" in section:
-                section["tie_word_embeddings"] = False
-    return apart
 
 
 def _some(names: Iterable[str]) -> str:

@@ -239,8 +239,8 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     models = sizes.models["models"]
     flops = 20.0 * sum(facts.parameters for facts in models)
-    recipe, _ = parse(filled(config.recipe, config.values))
-    light = not recipe.wants_tokenizer and not recipe.chat_template
+    recipe = parse(filled(config.recipe, config.values))[0] if config.recipe else None
+    light = recipe is not None and not recipe.wants_tokenizer and not recipe.chat_template
     return Cost(flops=flops, memory=memory(sizes), disk=max(facts.bytes for facts in models), light=light)
 
 

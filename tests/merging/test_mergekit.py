@@ -166,6 +166,11 @@ def test_parts_of_a_model_by_their_names(here: Path) -> None:
             "merge_method: passthrough\nmodules: {vision: {models: [{model: ./0}]}}",
             "module 'vision' of the recipe has no tensors",
         ),
+        (
+            "merge_method: linear\nmodels: [{model: ./0, parameters: {weight: 1}}, "
+            "{model: ./1, parameters: {weight: -1}}]",
+            "sum to zero",
+        ),
         ("merge_method: linear\nmodels: [{model: ./9, parameters: {weight: 1}}]", "there is no model './9'"),
     ],
 )
@@ -249,3 +254,10 @@ def test_a_search_that_is_asked_for_by_half(
     Path("recipe.yml").write_text("models: [{model: ./a, parameters: {weight: '${share}'}}]\nmerge_method: linear")
     assert run(["merge", "recipe.yml", "out", *options]) not in (0, 70)
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_weights_of_nothing_that_are_not_normalised_make_zeros(here: Path) -> None:
+    checkpoints(here)
+    models = "models: [{model: ./0, parameters: {weight: [0, 1]}}, {model: ./1, parameters: {weight: 0}}]\n"
+    made = weights(merge(models + "merge_method: linear\nparameters: {normalize: false}"))
+    assert not made["model.embed_tokens.weight"].any() and made["model.layers.3.mlp.up_proj.weight"].any()

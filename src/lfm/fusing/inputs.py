@@ -118,6 +118,14 @@ def one_each(name: str, given: Sequence[float], count: int) -> tuple[float, ...]
     return values
 
 
+def normalized(weights: Sequence[float], name: str) -> list[float]:
+    """Weights by their sum. ConfigError naming the tensor where that is 0."""
+    total = sum(weights)
+    if not total:
+        raise ConfigError(f"the weights of {name!r} sum to zero", fix="set normalize=false to add and subtract models")
+    return [weight / total for weight in weights]
+
+
 def summed(config: Any, count: int) -> dict[str, Any]:
     """What a sum of changes is given (lfm.fusing.joins.added), by a config's weights, scale and normalize."""
     weights = one_each("weights", config.weights, count)

@@ -24,7 +24,7 @@ import lfm.core
 from lfm.core import Meta, Method, Run, Slot, Weights
 from lfm.core.heavy import np
 from lfm.fusing import Rule, fuse, gram
-from lfm.fusing.inputs import Tensors, Weighting, agree, one_each, streamed, whole
+from lfm.fusing.inputs import Tensors, Weighting, agree, normalized, one_each, streamed, whole
 from lfm.fusing.joins import weighted
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def merge(
 
     def found(name: str) -> dict[str, Any]:
         config = configs(name)
-        weights = np.asarray(one_each("weights", config.weights, len(models)))
-        return {"weight": coefficients(products[name][0], weights / weights.sum(), config.max_iter, config.tol)}
+        weights = np.asarray(normalized(one_each("weights", config.weights, len(models)), name))
+        return {"weight": coefficients(products[name][0], weights, config.max_iter, config.tol)}
 
     return fuse(Rule(weighted, given=found), names, models)
 

@@ -23,7 +23,7 @@ from lfm.core import Cost, Inputs, Meta, Method, Run, Sizes, Slot, Weights
 from lfm.core.errors import ConfigError
 from lfm.fusing import Rule, fuse
 from lfm.fusing import inputs as shared
-from lfm.fusing.inputs import Tensors, Weighting, memory, one_each, whole
+from lfm.fusing.inputs import Tensors, Weighting, memory, normalized, one_each, whole
 from lfm.fusing.joins import weighted
 
 if TYPE_CHECKING:
@@ -39,12 +39,14 @@ def merge(
     names: Sequence[str], base: Tensors | None, models: Sequence[Tensors], configs: Callable[[str], Config], run: Run
 ) -> dict[str, LazyTensor]:
     weights = {name: one_each("weights", configs(name).weights, len(models)) for name in names}
-    used = [i for i in range(len(models)) if any(weight[i] for weight in weights.values())]
+    used = [i for i in range(len(models)) if any(weight[i] for weight in weights.values())] or [0]
 
     def given(name: str) -> dict[str, Any]:
         weight = [weights[name][i] for i in used]
-        return {"weight": [w / sum(weight) for w in weight] if configs(name).normalize else weight}
+        return {"weight": normalized(weight, name) if configs(name).normalize else weight}
 
+    for name in names:
+        given(name)  # what is wrong with a weight is said before any tensor is read
     return fuse(Rule(weighted, given=given), names, [models[i] for i in used], like=models[0])
 
 

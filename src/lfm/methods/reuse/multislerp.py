@@ -25,7 +25,7 @@ from lfm.core import Meta, Method, Run, Slot, Weights
 from lfm.core.errors import MismatchError
 from lfm.core.heavy import np
 from lfm.fusing import Rule, fuse, gram
-from lfm.fusing.inputs import Tensors, Weighting, agree, one_each, streamed, whole
+from lfm.fusing.inputs import Tensors, Weighting, agree, normalized, one_each, streamed, whole
 from lfm.fusing.joins import added, change, weighted
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def merge(
 
     def found(name: str) -> dict[str, Any]:
         config = configs(name)
-        weights = np.asarray(one_each("weights", config.weights, len(models)))
-        weights = weights / weights.sum() if config.normalize else weights
-        return {"weight": coefficients(name, products[name][0], weights), "scale": 1.0}
+        weights = one_each("weights", config.weights, len(models))
+        share = normalized(weights, name) if config.normalize else weights
+        return {"weight": coefficients(name, products[name][0], np.asarray(share)), "scale": 1.0}
 
     rule = Rule(weighted, given=found) if base is None else Rule(added, first=change, given=found)
     return fuse(rule, names, models, base=base)

@@ -102,11 +102,12 @@ def test_lists_with_an_entry_a_layer_follow_the_slices(here: Path) -> None:
     checkpoints(here)
     config = json.loads(Path("0/config.json").read_text())
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    Path("0/config.json").write_text(json.dumps(config | {"layer_types": kinds}))
+    Path("0/config.json").write_text(json.dumps(config | {"layer_types": kinds, "dense_layers": [1, 3]}))
     recipe = (
         "slices:\n  - sources: [{model: ./0, layer_range: [0, 2]}]\n  - sources: [{model: ./0, layer_range: [1, 4]}]"
     )
     made = json.loads((merge(recipe + "\nmerge_method: passthrough") / "config.json").read_text())
+    assert made["dense_layers"] == [1, 2, 4]
     assert made["layer_types"] == [kinds[i] for i in (0, 1, 1, 2, 3)] and made["num_hidden_layers"] == 5
 
 
@@ -261,3 +262,46 @@ def test_weights_of_nothing_that_are_not_normalised_make_zeros(here: Path) -> No
     models = "models: [{model: ./0, parameters: {weight: [0, 1]}}, {model: ./1, parameters: {weight: 0}}]\n"
     made = weights(merge(models + "merge_method: linear\nparameters: {normalize: false}"))
     assert not made["model.embed_tokens.weight"].any() and made["model.layers.3.mlp.up_proj.weight"].any()
+
+
+def changed(name: str, **config: object) -> None:
+    path = Path(name, "config.json")
+    told = json.loads(path.read_text()) | config
+    path.write_text(json.dumps({key: value for key, value in told.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            {"tie_word_embeddings": None},
+            "./tied has no tensor 'lm_head.weight'",
+        ),  # as this architecture does unless told
+        ({"num_attention_heads": 4}, "rows mean other things"),
+        ({"num_hidden_layers": 5}, "says 5 layers"),
+    ],
+)
+def test_a_config_that_belongs_to_other_weights(
+    config: dict[str, object], says: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints(here)
+    changed("tied", **config)
+    Path("recipe.yml").write_text(dedent(RECIPES["one of them tied"]))
+    assert run(["merge", "recipe.yml", "out"]) not in (0, 70)
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_base_without_a_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints(here)
+    Path("0/config.json").unlink()
+    Path("recipe.yml").write_text(dedent(RECIPES["one of them tied"]))
+    assert run(["merge", "recipe.yml", "out"]) not in (0, 70)
+    assert "./0 has no config.json" in " ".join(capsys.readouterr().err.split())
+
+
+def test_settings_in_which_models_differ_are_told(here: Path) -> None:
+    checkpoints(here)
+    changed("1", rope_theta=500.0)
+    changed("0", rope_theta=10000.0)
+    out = merge(RECIPES["karcher"])
+    assert json.loads((out / "run.json").read_text())["notes"]["configs_differ"] == "rope_theta (./1: 500.0)"

@@ -8,6 +8,7 @@ from typing import Any
 from lfm.core.errors import MismatchError
 from lfm.merging.layout import IMAGES, Kit, Met, counts, inside_of, sections
 from lfm.merging.recipe import Recipe
+from lfm.tensors.depth import depths
 
 
 def resized(recipe: Recipe, met: Mapping[str, Met], config: Mapping[str, Any], kit: Kit) -> dict[str, Any]:
@@ -16,6 +17,8 @@ def resized(recipe: Recipe, met: Mapping[str, Met], config: Mapping[str, Any], k
     MismatchError where no number in it is that of the layers.
     """
     made: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
+    if not made:
+        return made
     cut = {"": bool(recipe.slices), **{name: bool(module.slices) for name, module in recipe.modules.items()}}
     taken: dict[tuple[str, str], dict[int, tuple[str, int]]] = {}
     for each in met.values():
@@ -29,7 +32,7 @@ def resized(recipe: Recipe, met: Mapping[str, Met], config: Mapping[str, Any], k
             section = made[key] if key else made
             _resize(
                 section,
-                [kit.configs[m][key] if key else kit.configs[m] for m, _ in layers.values()],
+                [kit.configs[m].get(key, {}) if key else kit.configs[m] for m, _ in layers.values()],
                 layers,
                 count,
                 stack,
@@ -39,7 +42,7 @@ def resized(recipe: Recipe, met: Mapping[str, Met], config: Mapping[str, Any], k
 
 def _section(config: Mapping[str, Any], module: str, stack: str, count: int) -> list[str]:
     """Which part of a config describes a stack: by a number that is its layers', and what the two are called."""
-    fitting = [k for k, s in sections(config).items() if any(counts(n) and v == count for n, v in s.items())]
+    fitting = [key for key, section in sections(config).items() if count in counts(section).values()]
     seen = "vision" in module or set(IMAGES) & set(stack.split("."))
     liked = [k for k in fitting if ("vision" in k) == bool(seen)] or fitting
     inner = [k for k in liked if k] or liked
@@ -55,14 +58,18 @@ def _resize(
     count: int,
     stack: str,
 ) -> None:
-    """Writes the number of layers, and puts lists of one entry a layer into their order."""
-    keys = [key for key, value in section.items() if counts(key) and value == count]
+    """Writes the number of layers; lists with an entry a layer, or with layers' numbers, follow the new order."""
+    keys = [key for key, value in counts(section).items() if value == count]
     side = [key for key in keys if ("decoder" in key) == ("decoder" in stack)] or keys
     for key in side:
         section[key] = len(layers)
     for key, value in list(section.items()):
         if isinstance(value, list) and len(value) == count and key.startswith(("layer", "mlp", "attention", "sliding")):
             section[key] = [config.get(key, value)[number] for config, (_, number) in zip(configs, layers.values())]
+        elif isinstance(value, list) and key.endswith("_layers") and all(isinstance(each, int) for each in value):
+            section[key] = [
+                new for config, (new, (_, old)) in zip(configs, layers.items()) if old in config.get(key, value)
+            ]
 
 
 def tied_apart(met: Mapping[str, Met], config: dict[str, Any]) -> list[str]:
@@ -73,3 +80,47 @@ def tied_apart(met: Mapping[str, Met], config: dict[str, Any]) -> list[str]:
             if section is config or "tie_word_embeddings" in section:
                 section["tie_word_embeddings"] = False
     return apart
+
+
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "num_heads")
+"""What decides how rows of a matrix are read, though shapes do not show it."""
+OF_NO_MATTER = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "vocab_size")
+
+
+def compared(met: Mapping[str, Met], kit: Kit) -> tuple[str, ...]:
+    """Settings in which the models' configs differ beside those that a merge takes care of.
+
+    MismatchError where weights of one shape mean different things, where a config contradicts its tensors, or where the
+    result would have none though a model has one.
+    """
+    refs = list(dict.fromkeys(ref for each in met.values() for ref, _ in each.sources))
+    first = next(iter(kit.configs))
+    if not kit.configs[first] and (other := next((ref for ref in refs if kit.configs[ref]), "")):
+        raise MismatchError(f"{first} has no config.json", why=f"{other} has one, and the result takes {first}'s")
+    for ref in refs:
+        _holds(ref, kit)
+    differ: dict[str, None] = {}
+    for ref in refs:
+        for key, section in sections(kit.configs[ref]).items():
+            mine = sections(kit.configs[first]).get(key, {})
+            for name in mine.keys() & section.keys():
+                if mine[name] != section[name] and not isinstance(mine[name], dict):
+                    if name in HEADS:
+                        raise MismatchError(
+                            f"{first} and {ref} do not go together",
+                            why=f"their configs say {name} {mine[name]} and {section[name]}: rows mean other things",
+                        )
+                    if name not in (*OF_NO_MATTER, *counts(mine)) and not name.endswith(("_token_id", "_layers")):
+                        differ.setdefault(f"{name} ({ref}: {section[name]})")
+    return tuple(differ)
+
+
+def _holds(ref: str, kit: Kit) -> None:
+    """MismatchError for a model that has fewer layers than its config says: its others would be random."""
+    config = kit.configs[ref]
+    told = next((s[k] for s in sections(config).values() for k in ("num_hidden_layers", "n_layer") if k in s), 0)
+    stacks = [depth.blocks for depth in depths(kit.tensors[ref]).values()]
+    if isinstance(told, int) and 1 < max(stacks, default=0) < told:
+        raise MismatchError(
+            f"{ref}/config.json says {told} layers", why=f"its tensors have {max(stacks)}", fix="fetch or save it again"
+        )

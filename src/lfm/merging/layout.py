@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec.structs import replace
 
-from lfm.core.errors import ConfigError, MismatchError
+from lfm.core.errors import ConfigError, LfmError, MismatchError
 from lfm.merging.recipe import Module, Recipe, Slice, Source
 from lfm.merging.settings import Language, Place
 from lfm.tensors.depth import depths
@@ -230,20 +230,32 @@ def _counterpart(name: str, i: int, part: Slice, tensors: Sequence[Tensors], kit
         return name
     model = part.sources[i].model
     holder = next(j for j in range(len(tensors)) if name in tensors[j])
-    tied = _tied(name, tensors[holder], tensors[i], kit.configs[model])
+    tied = (
+        _tied(name, tensors[holder], tensors[i]) if name not in depths(tensors[holder]) and ties(model, kit) else None
+    )
     if tied is None:
         raise MismatchError(
             f"{model} has no tensor {name!r}",
-            why=f"{part.sources[holder].model} has it, and nothing here is ever dropped",
+            why=f"{part.sources[holder].model} has it, and nothing here is ever dropped"
+            + ("; by its config it is tied to no other" if name not in depths(tensors[holder]) else ""),
             fix="merge models of one architecture; for a part of them, name it under modules:",
         )
     return tied
 
 
-def _tied(name: str, holder: Tensors, other: Tensors, config: Mapping[str, Any]) -> str | None:
+def ties(model: str, kit: Kit) -> bool:
+    """Whether a model ties tensors: by its config, or else by what its architecture does unless told."""
+    told = kit.configs[model].get("tie_word_embeddings")
+    if told is not None:
+        return bool(told)
+    try:
+        return bool(kit.layout(model).tied)
+    except LfmError:
+        return False
+
+
+def _tied(name: str, holder: Tensors, other: Tensors) -> str | None:
     """The tensor that `other` has in place of one it lacks: outside the blocks, the only one shaped alike."""
-    if config.get("tie_word_embeddings") is False or name in depths(holder):
-        return None
     inside = depths(other)
     shape = tuple(holder[name].shape)
     like = [n for n in other if n not in inside and n in holder and tuple(holder[n].shape) == shape and len(shape) == 2]
@@ -252,7 +264,7 @@ def _tied(name: str, holder: Tensors, other: Tensors, config: Mapping[str, Any])
 
 def _stacks(tensors: Tensors, config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Depths by stack: the large ones, and smaller ones that have as many blocks as the config says of some part."""
-    told = {value for section in sections(config).values() for key, value in section.items() if counts(key)}
+    told = {value for section in sections(config).values() for value in counts(section).values()}
     found, left = [], dict(tensors)
     while counted := depths(left):
         if not found or all(d.blocks in told for d in counted.values()):
@@ -327,8 +339,10 @@ def sections(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {"": config, **{key: value for key, value in config.items() if isinstance(value, dict)}}
 
 
-def counts(key: str) -> bool:
-    return key in ("depth", "n_layer", "n_layers", "num_layers") or key.endswith(("_layers", "hidden_layers"))
+def counts(config: Mapping[str, Any]) -> dict[str, int]:
+    """The entries of a config, or a part of one, that may be a number of layers."""
+    named = {k: v for k, v in config.items() if k in ("depth", "n_layer", "n_layers") or k.endswith("_layers")}
+    return {key: value for key, value in named.items() if isinstance(value, int) and not isinstance(value, bool)}
 
 
 def _some(names: Iterable[str]) -> str:

@@ -34,7 +34,7 @@ from lfm.core.errors import ConfigError, LfmError, MismatchError
 from lfm.fusing import stored
 from lfm.fusing.inputs import memory
 from lfm.merging import tokenizer
-from lfm.merging.described import resized, tied_apart
+from lfm.merging.described import compared, resized, tied_apart
 from lfm.merging.layout import Kit, Met, lay_out, sections
 from lfm.merging.recipe import DTYPES, Recipe, code_of, filled, parse, references
 from lfm.merging.settings import check, language, resolve
@@ -61,6 +61,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     kit, met, tables = _laid_out(recipe, inputs)
     if ignored := (*ignored, *_unused(recipe)):
         run.note(ignored=", ".join(ignored))
+    if differ := compared(met, kit):
+        run.note(configs_differ="; ".join(differ))
     models = dict(zip(references(recipe), inputs.all("models"), strict=True))
     first = next(iter(models))
     described = resized(recipe, met, kit.configs[first], kit)
@@ -83,8 +85,10 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         beside = {ref: model.ask(Weights).files() for ref, model in models.items()}
         files = tokenizer.with_template(files, tokenizer.template(recipe.chat_template, beside), scratch / "files")
     tensors = _merged(recipe, met, sources, run)
-    if code := code_of(recipe.out_dtype or recipe.dtype):
+    code = code_of(recipe.out_dtype or recipe.dtype)
+    if code:
         tensors = {name: stored(tensor, code) for name, tensor in tensors.items()}
+    if code and described:
         described |= dict.fromkeys(
             {"dtype", *({"torch_dtype"} & described.keys())}, next(n for n, c in DTYPES.items() if c == code)
         )
@@ -230,7 +234,8 @@ def agree(config: Config, inputs: Inputs) -> None:
             fix="`lfm merge RECIPE OUT` gives the ones it names",
         )
     _unused(recipe)
-    _, met, _ = _laid_out(recipe, inputs)
+    kit, met, _ = _laid_out(recipe, inputs)
+    compared(met, kit)
     method = registry.get(f"reuse.{recipe.merge_method}").method
     for each in met.values():
         _config(recipe, method, each)
@@ -257,6 +262,14 @@ def disk(config: Config, inputs: Inputs) -> int:
     return total
 
 
+def origin(config: Config, inputs: Inputs) -> dict[str, LazyTensor]:
+    """The base's tensor that each tensor of the result began as, where the recipe has a base."""
+    recipe, _ = parse(filled(config.recipe, config.values))
+    kit, met, _ = _laid_out(recipe, inputs)
+    begun = {name: each.sources[each.place.base] for name, each in met.items() if each.place.base is not None}
+    return {name: kit.tensors[ref][n] for name, (ref, n) in begun.items()}
+
+
 METHOD = Method(
     paper="mergekit",
     config=Config,
@@ -265,4 +278,5 @@ METHOD = Method(
     cost=cost,
     agree=agree,
     disk=disk,
+    origin=origin,
 )

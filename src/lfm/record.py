@@ -109,6 +109,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     queries: int = 0  # of endpoints; without a budget, since the run last began
     tokens: int = 0
     undo: bool = False
+    manifest: str = ""  # the file beside this one that tells of each tensor, where weights were streamed
     allow_nonfinite: bool = False  # NaN and infinities of the inputs were let through
 
 

@@ -165,6 +165,7 @@ class Method(Generic[C]):
     agree: raises before any weight is read if the inputs cannot go together.
     open: the interfaces of a program that run made, from its parts; they are all that is needed to bring it back.
     disk: bytes of the result, by the inputs' headers, where facts alone do not tell; cost's stands where it is None.
+    origin: what each tensor of the result is a change of, read from headers; where it is None, the base's of that name.
     merge: what run does to weights, with settings by tensor (lfm.fusing.inputs.Merge): recipes of slices drive it.
     """
 
@@ -179,6 +180,7 @@ class Method(Generic[C]):
     gives: str = "model"  # or "finding"
     merge: Callable[..., dict[str, LazyTensor]] | None = None
     disk: Callable[[C, Inputs], int] | None = None
+    origin: Callable[[C, Inputs], Mapping[str, LazyTensor]] | None = None
 
     @property
     def level(self) -> Data:

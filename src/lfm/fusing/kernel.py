@@ -168,10 +168,10 @@ def {compiled.ENTRY}({", ".join(name for name, _ in compiled.SIGNATURE)}):
         at += m
 """
     heads = ["import math", "import numpy as np", "from numba import carray, njit"]
-    fixed = [_inlined(function) for function in (bits.decode, bits.odd, bits.encode, bits.uniform)]
+    fixed = [inlined(function) for function in (bits.decode, bits.odd, bits.encode, bits.uniform)]
     parts = [(formula.join, "join"), *([(formula.first, "first")] if formula.first else [])]
     helpers = dict.fromkeys(helper for function, _ in parts for helper in _used(function))
-    own = [*map(_inlined, helpers), *(_inlined(function, name) for function, name in parts)]
+    own = [*map(inlined, helpers), *(inlined(function, name) for function, name in parts)]
     return "\n\n".join(["from __future__ import annotations", *heads, *fixed, *own, text])
 
 
@@ -185,7 +185,7 @@ def _used(function: Any) -> list[Any]:
     return found
 
 
-def _inlined(function: Any, name: str = "") -> str:
+def inlined(function: Any, name: str = "") -> str:
     text = textwrap.dedent(inspect.getsource(function))
     assert text.startswith("def "), function
     renamed = f"\n{name} = {function.__name__}" if name and name != function.__name__ else ""

@@ -27,7 +27,7 @@ from lfm.data import files
 from lfm.data.records import Record, kind_of
 from lfm.models.budget import Budget, Meter
 from lfm.record import DataInput, Input, Measure, Output, RunRecord, Sample
-from lfm.runs import card, directory, ledger, planning, refs, undoing, verification
+from lfm.runs import card, directory, ledger, manifest, planning, refs, undoing, verification
 from lfm.runs.plan import LIMIT
 from lfm.runs.run import LocalRun, Show, silent
 from lfm.tensors.parallel import at_most
@@ -140,6 +140,7 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
         reopen = partial(refs.model, show=show, meter=prepared.meter)  # checks and evaluations ask endpoints too
         verified = verification.held_against(made, artefact, reopen, by_bits=order.allow_nonfinite)
         saved = made if isinstance(made, Finding) else reopen(artefact)
+        listed = manifest.write(saved, manifest.begun(prepared), verified, artefact)
         after = {} if isinstance(saved, Finding) else _evaluate(run, "after", saved, prepared.evals)
         undoable = isinstance(made, Model) and undoing.keep(made, _input(prepared), artefact)
         done = RunRecord(
@@ -167,6 +168,7 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
             queries=prepared.meter.spent().queries,
             tokens=prepared.meter.spent().tokens,
             undo=bool(undoable),
+            manifest=listed,
             allow_nonfinite=order.allow_nonfinite,
         )
         record.write(done, artefact)

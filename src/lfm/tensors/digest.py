@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lfm.core.heavy import torch
@@ -35,7 +35,7 @@ def digest_tensors(tensors: Mapping[str, LazyTensor | Tensor], *, workers: int |
         stored = isinstance(tensor, StoredTensor)
         sha = before.get(tensor) if stored else None
         if sha is None:
-            sha = _sha256(tensor)
+            sha = sha256_of(tensor)
             if stored:
                 fresh[tensor] = sha
         return name, json.dumps([name, code_of(tensor), list(tensor.shape), sha])
@@ -45,7 +45,8 @@ def digest_tensors(tensors: Mapping[str, LazyTensor | Tensor], *, workers: int |
     return hashlib.sha256("\n".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
 
-def _sha256(tensor: LazyTensor | Tensor) -> str:
+def sha256_of(tensor: LazyTensor | Tensor, look: Callable[[memoryview, int], None] | None = None) -> str:
+    """sha256 of the little-endian bytes. look(part, offset) gets each part of a stored tensor while it is in cache."""
     found = hashlib.sha256()
     if isinstance(tensor, Coded):
         whole = size(tensor) * DTYPES[tensor.code][1]
@@ -54,6 +55,8 @@ def _sha256(tensor: LazyTensor | Tensor) -> str:
             part = buffer[: min(BUFFER, whole - start)]
             tensor.read_into(part, start)
             found.update(part)
+            if look is not None:
+                look(part, start)
     else:
         for _, values in chunks(lazy(tensor)):
             found.update(values.contiguous().view(torch.uint8).numpy().data)

@@ -244,6 +244,22 @@ RECIPES: dict[str, str] = {
         parameters: {t: [0, 1]}
         dtype: float32
     """,
+    "a slice of the base alone": """
+        slices:
+          - sources: [{model: ./0, layer_range: [0, 1]}, {model: ./1, layer_range: [0, 1], parameters: {weight: 0.7}}]
+          - sources: [{model: ./0, layer_range: [1, 3]}]
+          - sources: [{model: ./0, layer_range: [3, 4]}, {model: ./1, layer_range: [3, 4], parameters: {weight: 1.3}}]
+        merge_method: task_arithmetic
+        base_model: ./0
+        dtype: float32
+    """,
+    "slerp beyond its ends": """
+        models: [{model: ./0}, {model: ./1}]
+        merge_method: slerp
+        base_model: ./0
+        parameters: {t: [-0.2, 1.3]}
+        dtype: float32
+    """,
     "one of them tied": """
         models:
           - {model: ./0, parameters: {weight: 1.0}}

@@ -214,6 +214,8 @@ def _base(recipe: Recipe, part: Slice, language: Language) -> int | None:
             fix="add it to the slice" if base else "add base_model:",
         )
     count = len(named) - (at is not None)
+    if not count and language.passes_base:
+        return at
     if count < language.least or (language.most is not None and count > language.most):
         least, most = language.least, language.most
         asked = f"just {least}" if least == most else f"at least {least}" if count < least else f"at most {most}"
@@ -229,15 +231,15 @@ def _counterpart(name: str, i: int, part: Slice, tensors: Sequence[Tensors], kit
     if name in tensors[i]:
         return name
     model = part.sources[i].model
-    holder = next(j for j in range(len(tensors)) if name in tensors[j])
-    tied = (
-        _tied(name, tensors[holder], tensors[i]) if name not in depths(tensors[holder]) and ties(model, kit) else None
-    )
+    holder = next(ref for ref in (*(s.model for s in part.sources), *kit.tensors) if name in kit.tensors[ref])
+    held = kit.tensors[holder]
+    outside = name not in depths(held)
+    tied = _tied(name, held, tensors[i]) if outside and ties(model, kit) else None
     if tied is None:
         raise MismatchError(
             f"{model} has no tensor {name!r}",
-            why=f"{part.sources[holder].model} has it, and nothing here is ever dropped"
-            + ("; by its config it is tied to no other" if name not in depths(tensors[holder]) else ""),
+            why=f"{holder} has it, and nothing here is ever dropped"
+            + ("; by its config it is tied to no other" if outside else ""),
             fix="merge models of one architecture; for a part of them, name it under modules:",
         )
     return tied

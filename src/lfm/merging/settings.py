@@ -38,6 +38,11 @@ class Language(NamedTuple):
     least: int = 1
 
     @property
+    def passes_base(self) -> bool:
+        """Whether a slice of the base alone is the base."""
+        return self.base == "required" and self.most is None and self.least == 1
+
+    @property
     def adds_base(self) -> bool:
         """Whether whole models are merged with the base too where it is not among them: not if it needs a weight."""
         asked = any(p.of == "input" and p.default is REQUIRED for p in self.parameters.values())

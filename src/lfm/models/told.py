@@ -99,13 +99,18 @@ def layout(build: Callable[[], nn.Module]) -> Layout:
 
 
 def _as_stored(module: Any) -> dict[str, Any]:
-    """The module's tensors under the names that checkpoints have."""
+    """The module's tensors under the names that checkpoints have, in the order of the module."""
     state = module.state_dict(keep_vars=True)
     if not hasattr(module, "save_pretrained"):
         return state
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(module, state)
+    by_name = {name: place for place, name in enumerate(state)}
+    by_tensor = {id(tensor): place for place, tensor in reversed(list(enumerate(state.values())))}
+    stored = revert_weight_conversion(module, dict(state))
+    # what was cut or joined on the way has no place of its own; it lies in blocks, whose other tensors have one
+    places = {name: by_name.get(name, by_tensor.get(id(tensor), len(state))) for name, tensor in stored.items()}
+    return {name: stored[name] for name in sorted(stored, key=places.__getitem__)}
 
 
 def _renamed(module: Any, stored: Mapping[str, Any]) -> dict[str, str]:

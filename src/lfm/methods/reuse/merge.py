@@ -31,8 +31,9 @@ import lfm.core
 from lfm.core import Cost, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights, registry
 from lfm.core.config import configure
 from lfm.core.errors import ConfigError, LfmError, MismatchError
-from lfm.fusing import stored
+from lfm.fusing import Rule, fuse, stored
 from lfm.fusing.inputs import memory
+from lfm.fusing.joins import weighted
 from lfm.merging import tokenizer
 from lfm.merging.described import compared, resized, tied_apart
 from lfm.merging.layout import Kit, Met, lay_out, sections
@@ -153,7 +154,10 @@ def _merged(
                 model[name] = tensor
         if base is not None and language(recipe.merge_method).base == "first":
             base, rest = None, [base, *rest]
-        made |= method.merge(names, base, rest, configs, run)
+        if not rest:
+            made |= fuse(Rule(weighted, given=lambda name: {"weight": (1.0,)}), names, [base or {}])
+        else:
+            made |= method.merge(names, base, rest, configs, run)
     return made
 
 

@@ -35,7 +35,7 @@ SMALL = 1e-8
 
 
 class Config(lfm.core.Config, frozen=True):
-    t: Annotated[float, Meta(ge=0, le=1, description="how far to go from the first model to the second")] = 0.5
+    t: Annotated[float, Meta(description="how far to go from the first model (0) to the second (1), or beyond")] = 0.5
 
 
 def merge(

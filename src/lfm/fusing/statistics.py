@@ -53,16 +53,12 @@ class Tally:
         one, code = _numbers(part, self._codes[0])
         count = len(one) // _ITEM[code]
         other, beside = _numbers(base, self._codes[1]) if base is not None and self._codes[1] else (one, -1)
-        stride = max(len(one), len(other))
-        raw = one
-        if beside >= 0:
-            raw = np.empty(2 * stride, dtype=np.uint8)
-            raw[: len(one)], raw[stride : stride + len(other)] = one, other
         codes, flags = np.array([code, beside], dtype=np.int64), np.zeros(1, dtype=np.int64)
         scratch = np.empty((4, BLOCK))
+        pointers = (x.ctypes.data for x in (self._found, codes))
         _kernel()(
-            raw.ctypes.data, stride, self._found.ctypes.data, codes.ctypes.data, None, None, scratch.ctypes.data,
-            flags.ctypes.data, 1, 0, count,
+            one.ctypes.data, len(one), *pointers, None, other.ctypes.data, scratch.ctypes.data, flags.ctypes.data,
+            1, 0, count,
         )  # fmt: skip
         self._count += count
 
@@ -100,7 +96,8 @@ def _numbers(part: memoryview, code: str | None) -> tuple[Any, int]:
 def _kernel() -> Callable[..., None]:
     body = f"""
 def {compiled.ENTRY}({", ".join(name for name, _ in compiled.SIGNATURE)}):
-    raw = carray(raw_, (2 * stride,))
+    raw = carray(raw_, (stride,))
+    beside = carray(keys_, (count,)).view(np.uint8)  # at most so long
     codes = carray(codes_, (2,))
     rows = carray(scratch_, (4, {BLOCK}))
     found = carray(out, (56,)).view(np.float64)
@@ -112,9 +109,9 @@ def {compiled.ENTRY}({", ".join(name for name, _ in compiled.SIGNATURE)}):
     while at < count:
         m = min({BLOCK}, count - at)
         x = rows[0]
-        bad = decode(raw[:stride], codes[0], at, m, x)
+        bad = decode(raw, codes[0], at, m, x)
         if codes[1] >= 0:
-            bad |= decode(raw[stride:], codes[1], at, m, rows[1])
+            bad |= decode(beside, codes[1], at, m, rows[1])
             moved = 0.0
             for i in range(m):
                 apart = x[i] - rows[1, i]

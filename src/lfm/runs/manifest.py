@@ -13,7 +13,7 @@ from lfm.core.finding import Finding
 from lfm.core.model import LazyTensor, Model, Weights
 from lfm.record import Verified
 from lfm.tensors import known
-from lfm.tensors.digest import sha256_of
+from lfm.tensors.digest import BUFFER, sha256_of
 from lfm.tensors.lazy import Coded
 from lfm.tensors.parallel import each
 from lfm.tensors.safetensors_file import DTYPES, StoredTensor
@@ -94,12 +94,13 @@ def entry(name: str, tensor: LazyTensor, base: Any = None) -> Entry:
         return Entry(**told, sha256=sha256_of(tensor))
     beside = base if isinstance(base, Coded) and readable(base.code) and tuple(base.shape) == tensor.shape else None
     tally = Tally(tensor.code, beside.code if beside else None)
+    room = bytearray(min(BUFFER // tensor.itemsize, tensor.size) * DTYPES[beside.code][1] if beside else 0)
 
     def look(part: memoryview, offset: int) -> None:
         other = None
         if beside is not None:
             item = DTYPES[beside.code][1]
-            other = memoryview(bytearray(len(part) // tensor.itemsize * item))
+            other = memoryview(room)[: len(part) // tensor.itemsize * item]
             beside.read_into(other, offset // tensor.itemsize * item)
         tally.add(part, other)
 

@@ -102,7 +102,8 @@ def main(here: Path, points: int, words: list[str]) -> None:
         left_out = (here / "out").exists()
         if not left_out and i % 2:
             within(here, words, asked[(7 * i) % len(asked)])
-        again = 0 if (here / "out").exists() else within(here, words)
+        ended = (here / "out").exists()  # killed once it was published: what it was made in may lie there yet
+        again = 0 if ended else within(here, words)
         made = loadable(here).get("out")
         names = sorted(path.name for path in here.iterdir() if path.name.startswith(".out"))
         said = {
@@ -112,7 +113,7 @@ def main(here: Path, points: int, words: list[str]) -> None:
             "out": left_out and "out" not in left,
             "again": again,
             "same": made == alone,
-            "left": names if not left_out else [],
+            "left": names if not ended else [],
         }
         print(json.dumps(said), flush=True)
         shutil.rmtree(here / "out", ignore_errors=True)

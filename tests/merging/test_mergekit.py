@@ -305,3 +305,17 @@ def test_settings_in_which_models_differ_are_told(here: Path) -> None:
     changed("0", rope_theta=10000.0)
     out = merge(RECIPES["karcher"])
     assert json.loads((out / "run.json").read_text())["notes"]["configs_differ"] == "rope_theta (./1: 500.0)"
+
+
+def test_files_of_any_size(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints(here)
+    whole = weights(merge(RECIPES["karcher"], "whole"))
+    monkeypatch.setenv("LFM_MAX_SHARD_SIZE", "")  # what the option sets goes with the test
+    out = merge(RECIPES["karcher"], "parts", "--max-shard-size", "4KB")
+    sizes = [file.stat().st_size for file in out.glob("model-*-of-*.safetensors")]
+    assert len(sizes) > 2 and (out / "model.safetensors.index.json").exists()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(out).items())
+    assert (
+        json.loads((out / "run.json").read_text())["output"]["digest"]
+        == (json.loads(Path("whole/run.json").read_text())["output"]["digest"])
+    )

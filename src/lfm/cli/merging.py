@@ -30,6 +30,7 @@ def merge(
     evals: work.Evals = None,
     allow_nonfinite: work.Nonfinite = False,
     memory: work.Memory = "",
+    shard: work.Shard = "",
     vary: Vary = None,
     dev: Dev = "",
     valid: Valid = "",
@@ -41,6 +42,7 @@ def merge(
     from lfm.merging.recipe import filled, names, parse, references
     from lfm.runs import Order, command
 
+    work.cut(shard)
     try:
         text = recipe.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

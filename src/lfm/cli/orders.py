@@ -106,7 +106,7 @@ def size(text: str) -> int | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
     if not found or (found[3] and not found[2]):
-        raise ConfigError(f"--max-memory {text!r} is no size", fix="write it as 800MB, 1.5GB, 2GiB or in bytes")
+        raise ConfigError(f"{text!r} is no size", fix="write it as 800MB, 1.5GB, 2GiB or in bytes")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
 
 

@@ -40,6 +40,9 @@ Nonfinite = Annotated[
 Memory = Annotated[
     str, typer.Option("--max-memory", help="Use no more, or refuse before starting.", metavar="SIZE", show_default="")
 ]
+Shard = Annotated[
+    str, typer.Option("--max-shard-size", help="Of a file of weights.", metavar="SIZE", show_default="5GB")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Jobs = Annotated[
     int, typer.Option("--jobs", "-j", min=1, help="A recipe's steps that run at once, each in its own process.")
@@ -108,12 +111,14 @@ def run(
     tokens: Tokens = None,
     allow_nonfinite: Nonfinite = False,
     memory: Memory = "",
+    shard: Shard = "",
     device: Device = "auto",
     jobs: Jobs = 1,
     json: Json = False,
 ) -> None:
     """Run a method, or a recipe. The result appears whole and verified, or not at all; a killed run resumes."""
     _use(device)
+    cut(shard)
     if not is_method(target):
         from lfm.cli import recipes
 
@@ -154,6 +159,14 @@ def _for_a_method(target: str, *given: Any) -> None:
             f"{target} is a recipe: its steps name their own roles, data, formats and budgets",
             fix="change one with --set STEP.KEY=VALUE or --set params.NAME=VALUE, or edit a copy of the file",
         )
+
+
+def cut(shard: str) -> None:
+    """Have files of weights no larger than this."""
+    if bytes_ := orders.size(shard):
+        from lfm.tensors.write import SHARD
+
+        os.environ[SHARD] = str(bytes_)
 
 
 def _use(device: str) -> None:

@@ -28,6 +28,10 @@ FORMAT: Mapping[str, str] = {"format": "pt"}
 """Metadata that transformers requires of a file."""
 
 
+SHARD = "LFM_MAX_SHARD_SIZE"
+"""Bytes of a file of weights, at most, unless a single tensor is larger."""
+
+
 class _Planned(NamedTuple):
     """One file before it is written: its header, and each tensor with the byte where it starts."""
 
@@ -42,7 +46,7 @@ def write_tensors(
     tensors: Mapping[str, LazyTensor | Tensor],
     *,
     metadata: Mapping[str, str] = FORMAT,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int | None = None,
     dtype: torch.dtype | None = None,
     stem: str = "model",
     chunk: int = CHUNK,
@@ -50,12 +54,13 @@ def write_tensors(
 ) -> tuple[Path, ...]:
     """Write STEM.safetensors, or shards and an index named as transformers names them; returns the files.
 
-    dtype: what floating tensors are cast to. Memory holds a few chunks a worker, however large a tensor is. Files
-    appear by rename once all their bytes are on the disk, the index last. OutputError (and nothing left) if one exists
-    already or cannot be written. The bytes are those that safetensors itself would write.
+    max_shard_bytes: 5 GB, or what LFM_MAX_SHARD_SIZE says. dtype: what floating tensors are cast to. Memory holds a few
+    chunks a worker, however large a tensor is. Files appear by rename once all their bytes are on the disk, the index
+    last. OutputError (and nothing left) if one exists already or cannot be written. The bytes are those that
+    safetensors itself would write.
     """
     held = {name: cast(lazy(tensor), dtype) for name, tensor in tensors.items()}
-    groups = _shards(held, max_shard_bytes)
+    groups = _shards(held, max_shard_bytes or int(os.environ.get(SHARD) or 5_000_000_000))
     count = len(groups)
     if count == 1:
         names = [f"{stem}.safetensors"]

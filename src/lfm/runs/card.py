@@ -53,6 +53,8 @@ def text(run: RunRecord, paper: str) -> str:
     if measured:
         parts.append("## Measured on what was saved\n\n" + _table(("data", "metric", "before", "after"), measured))
     parts.append(f"{str(run.verified)[0].upper()}{str(run.verified)[1:]}. Digest `{run.output.digest}`.\n")
+    if run.allow_nonfinite:
+        parts.append("NaN and infinities in the weights that went in were let through (`--allow-nonfinite`).\n")
     if run.output.kind in LOADING:
         parts.append("## Load it\n\n```python\n" + LOADING[run.output.kind].format(here="PATH") + "\n```\n")
     if run.config:

@@ -104,11 +104,13 @@ def plan(
     set: Mapping[str, Any] | None = None,
     evals: Sequence[str | Path | Sequence[Record]] = (),
     budget: tuple[int | None, int | None] = (None, None),
+    memory: int | None = None,
 ) -> Plan:
     """What that run would take: access, time, memory, disk, queries and tokens. Reads no weight."""
     from lfm import runs
 
-    return runs.plan(runs.prepare(_order(id, models, data, out, set or {}, {"evals": evals, "budget": budget})))
+    rest = {"evals": evals, "budget": budget, "memory": memory}
+    return runs.plan(runs.prepare(_order(id, models, data, out, set or {}, rest)))
 
 
 def _order(

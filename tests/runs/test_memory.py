@@ -53,6 +53,7 @@ def test_the_plan_says_so_too(here: Path) -> None:
     ask = ["plan", "reuse.linear", "models=a", "models=b"]
     assert run([*ask, "--max-memory", "0.1GB"]) == 6
     assert run([*ask, "--max-memory", "200MB"]) == 0
+    assert not lfm.plan("reuse.linear", {"models": ["a", "b"]}, memory=10**8).fits
 
 
 def test_fewer_threads_where_that_makes_it_fit_and_the_same_model(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

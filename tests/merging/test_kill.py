@@ -13,6 +13,7 @@ import pytest
 
 import tiny
 from lfm.core.home import home
+from lfm.tensors.write import SHARD
 
 CHILD = Path(__file__).with_name("killed.py")
 RECIPE = """
@@ -31,7 +32,11 @@ def kill(here: Path, words: list[str], points: int) -> list[dict[str, object]]:
     (here / "home").mkdir()
     (home() / "compiled").mkdir(parents=True, exist_ok=True)
     (here / "home" / "compiled").symlink_to(home() / "compiled")  # a ledger of its own, kernels that are there already
-    environment = os.environ | {"LFM_HOME": str(here / "home"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "LFM_HOME": str(here / "home"),
+        "OMP_NUM_THREADS": "1",
+        SHARD: "60000",
+    }  # several shards
     done = subprocess.run(
         [sys.executable, CHILD, here, str(points), *words], env=environment, capture_output=True, text=True, timeout=880
     )

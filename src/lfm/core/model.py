@@ -196,13 +196,13 @@ class Weights(Protocol):
 class Layout(NamedTuple):
     """kinds: module → linear, conv1d (a linear one stored (in, out)), embedding, convolution. tied: tensor → stored.
 
-    order: the tensors as the architecture declares them, from the input on. by_token: those with a row for each token.
+    tensors: what is stored, in the order of the architecture, with shapes. by_token: those with a row for each token.
     renamed: a tensor's name in the module → the name that checkpoints have for it, where that is another.
     """
 
     kinds: Mapping[str, str]
     tied: Mapping[str, str]
-    order: tuple[str, ...] = ()
+    tensors: Mapping[str, tuple[int, ...]] = {}
     by_token: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = {}
 

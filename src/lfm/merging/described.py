@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lfm.core.errors import MismatchError
+from lfm.core.errors import LfmError, MismatchError
+from lfm.core.model import LazyTensor, Weights
 from lfm.merging.layout import IMAGES, Kit, Met, counts, inside_of, sections
 from lfm.merging.recipe import Recipe
-from lfm.tensors.depth import depths
+from lfm.tensors.depth import NUMBER, depths
 
 
 def resized(recipe: Recipe, met: Mapping[str, Met], config: Mapping[str, Any], kit: Kit) -> dict[str, Any]:
@@ -64,23 +65,70 @@ def _resize(
     for key in side:
         section[key] = len(layers)
     for key, value in list(section.items()):
-        if isinstance(value, list) and len(value) == count and key.startswith(("layer", "mlp", "attention", "sliding")):
+        if not isinstance(value, list):
+            continue
+        if len(value) == count and any(word in key for word in BY_LAYER):
             section[key] = [config.get(key, value)[number] for config, (_, number) in zip(configs, layers.values())]
-        elif isinstance(value, list) and key.endswith("_layers") and all(isinstance(each, int) for each in value):
+        elif key.endswith("_layers") and all(isinstance(each, int) for each in value):
             section[key] = [
                 new for config, (new, (_, old)) in zip(configs, layers.items()) if old in config.get(key, value)
             ]
 
 
-def tied_apart(met: Mapping[str, Met], config: dict[str, Any]) -> list[str]:
-    """Tensors that some inputs tie and others do not: they are stored, and the config no longer ties them."""
-    apart = [name for name, each in met.items() if any(mine != name for _, mine in each.sources) and not each.layer]
-    if apart:
+def tied_apart(
+    met: Mapping[str, Met], config: dict[str, Any], first: Mapping[str, LazyTensor], same: Callable[[str, str], bool]
+) -> None:
+    """What is stored beside what it would be tied to is no longer tied by the config.
+
+    That is where an input ties it and another does not, where the first model lacks it, and where the recipe treats the
+    two differently. same(a, b): whether two tensors are made of the same models in the same way.
+    """
+    outside = [name for name, each in met.items() if not each.layer]
+    apart = any(mine != name for name in outside for _, mine in met[name].sources)
+    apart = apart or any(name not in first for name in outside)
+    if not apart and config.get("tie_word_embeddings"):
+        tables = [name for name in outside if len(first[name].shape) == 2]
+        apart = any(first[a].shape == first[b].shape and not same(a, b) for a in tables for b in tables if a < b)
+    if apart and config:
         for section in [config, *(v for v in config.values() if isinstance(v, dict))]:
             if section is config or "tie_word_embeddings" in section:
                 section["tie_word_embeddings"] = False
-    return apart
 
+
+def lacking(weights: Weights) -> dict[str, str]:
+    """What a config asks for and its tensors are not, by name with the first number in it left out; {} if not known."""
+    try:
+        layout = weights.layout()
+    except LfmError:
+        return {}
+    stored, found = weights.tensors(), {}
+    for name, shape in layout.tensors.items():
+        if name in stored:
+            if tuple(stored[name].shape) != shape:
+                found[name] = f"{name} is {list(stored[name].shape)}, the config asks for {list(shape)}"
+        elif not any(name.endswith(tied) for tied in layout.tied):
+            found[name] = f"there is no {name}"
+    return {NUMBER.sub("*", name, count=1): what for name, what in found.items()}
+
+
+def fits(result: Weights, first: Weights) -> None:
+    """MismatchError where a result of other tensors or another config than its first model lacks what that asks for."""
+    ours, theirs = result.tensors(), first.tensors()
+    same = ours.keys() == theirs.keys() and all(tuple(ours[n].shape) == tuple(theirs[n].shape) for n in ours)
+    if same and result.config() == first.config():
+        return
+    wrong = lacking(result)
+    before = lacking(first) if wrong else {}
+    if wrong := {name: what for name, what in wrong.items() if name not in before}:
+        raise MismatchError(
+            "the result would not be a model that its config describes",
+            why="; ".join(list(wrong.values())[:3]),
+            fix="choose layers so that each stands where the config expects its kind; for tokens add tokenizer_source:",
+        )
+
+
+BY_LAYER = ("layer", "mlp", "attention", "sliding", "pattern", "types", "intermediate_size", "rope", "block", "hybrid")
+"""Parts of the names of lists that have an entry for each layer."""
 
 HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "num_heads")
 """What decides how rows of a matrix are read, though shapes do not show it."""

@@ -314,7 +314,7 @@ def _around(slices: Sequence[Slice], kit: Kit, mine: Callable[[str], bool], stac
     ]
     if _but_for_layers(ends[0]) == _but_for_layers(ends[1]):
         return names, []
-    order = kit.layout(slices[0].sources[0].model).order
+    order = list(kit.layout(slices[0].sources[0].model).tensors)
     block = next((i for i, n in enumerate(order) if n.startswith(f"{stack}.")), None)
     if block is None or any(n not in order for n in names):
         odd = next((n for n in names if n not in order), stack)

@@ -95,7 +95,8 @@ def layout(build: Callable[[], nn.Module]) -> Layout:
     stored = _as_stored(module)
     rows = _by_token(module)
     by_token = frozenset(name for name, p in stored.items() if id(p) in rows)
-    return Layout(kinds, tied, tuple(stored), by_token, _renamed(module, stored))
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    return Layout(kinds, tied, shapes, by_token, _renamed(module, stored))
 
 
 def _as_stored(module: Any) -> dict[str, Any]:

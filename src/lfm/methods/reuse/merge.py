@@ -35,7 +35,7 @@ from lfm.fusing import Rule, fuse, stored
 from lfm.fusing.inputs import memory
 from lfm.fusing.joins import weighted
 from lfm.merging import tokenizer
-from lfm.merging.described import compared, resized, tied_apart
+from lfm.merging.described import compared, fits, resized, tied_apart
 from lfm.merging.layout import Kit, Met, lay_out, sections
 from lfm.merging.recipe import DTYPES, Recipe, code_of, filled, parse, references
 from lfm.merging.settings import check, language, resolve
@@ -66,8 +66,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         run.note(configs_differ="; ".join(differ))
     models = dict(zip(references(recipe), inputs.all("models"), strict=True))
     first = next(iter(models))
-    described = resized(recipe, met, kit.configs[first], kit)
-    tied_apart(met, described)
+    described = _described(recipe, met, kit)
     files: Mapping[str, Any] = models[first].ask(Weights).files()
     sources = {name: [kit.tensors[ref][n] for ref, n in each.sources] for name, each in met.items()}
     scratch = run.work / "scratch"
@@ -93,7 +92,26 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         described |= dict.fromkeys(
             {"dtype", *({"torch_dtype"} & described.keys())}, next(n for n, c in DTYPES.items() if c == code)
         )
-    return models[first].ask(Weights).assemble({name: tensors[name] for name in met}, described, files)
+    weights = models[first].ask(Weights)
+    result = weights.assemble({name: tensors[name] for name in met}, described, files)
+    if tables:
+        fits(result.ask(Weights), weights)
+    return result
+
+
+def _described(recipe: Recipe, met: Mapping[str, Met], kit: Kit) -> dict[str, Any]:
+    """The result's config, but for its dtype and vocabulary."""
+    first = next(iter(kit.configs))
+    config = resized(recipe, met, kit.configs[first], kit)
+
+    def same(a: str, b: str) -> bool:
+        models = [[ref for ref, _ in met[name].sources] for name in (a, b)]
+        return models[0] == models[1] and resolve(recipe.merge_method, met[a].place) == resolve(
+            recipe.merge_method, met[b].place
+        )
+
+    tied_apart(met, config, kit.tensors[first], same)
+    return config
 
 
 def _laid_out(recipe: Recipe, inputs: Inputs) -> tuple[Kit, dict[str, Met], list[str]]:
@@ -238,8 +256,12 @@ def agree(config: Config, inputs: Inputs) -> None:
             fix="`lfm merge RECIPE OUT` gives the ones it names",
         )
     _unused(recipe)
-    kit, met, _ = _laid_out(recipe, inputs)
+    kit, met, tables = _laid_out(recipe, inputs)
     compared(met, kit)
+    if not tables:
+        weights = inputs.all("models")[0].ask(Weights)
+        sketch = {name: kit.tensors[ref][n] for name, each in met.items() for ref, n in each.sources[:1]}
+        fits(weights.assemble(sketch, _described(recipe, met, kit), {}).ask(Weights), weights)
     method = registry.get(f"reuse.{recipe.merge_method}").method
     for each in met.values():
         _config(recipe, method, each)

@@ -150,7 +150,7 @@ def test_parts_of_a_model_by_their_names(here: Path) -> None:
     ("recipe", "says"),
     [
         ("merge_method: passthrough\nmodels: [{model: ./0}, {model: ./1}]", "passthrough takes just 1 model"),
-        ("merge_method: linear\nmodels: [{model: ./0}]", "gives no weight of input 1"),
+        ("merge_method: linear\nmodels: [{model: ./0}]", "gives no weight of ./0"),
         ("merge_method: tiess\nmodels: [{model: ./0}]", "did you mean 'ties'"),
         ("merge_method: ties\nmodels: [{model: ./0}]", "there is no base"),
         ("merge_method: ties\nmodel: [{model: ./0}]", "did you mean 'models'"),
@@ -319,3 +319,41 @@ def test_files_of_any_size(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         json.loads((out / "run.json").read_text())["output"]["digest"]
         == (json.loads(Path("whole/run.json").read_text())["output"]["digest"])
     )
+
+
+def test_buffers_that_no_architecture_has_are_left_out_and_told(here: Path) -> None:
+    from safetensors.torch import save_file
+
+    checkpoints(here)
+    old = load_file("1/model.safetensors")
+    odd = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(4)}
+    save_file(old | odd, "1/model.safetensors", {"format": "pt"})
+    out = merge(RECIPES["karcher"])
+    assert json.loads((out / "run.json").read_text())["notes"]["left_out"] == ", ".join(odd)
+    assert weights(out).keys() == old.keys()
+
+
+def test_what_stands_at_the_wrong_place_or_has_no_effect_is_told(here: Path) -> None:
+    checkpoints(here)
+    recipe = """
+        models: [{model: ./1, parameters: {weight: 1, density: 0.5, lambda: 0.3}}]
+        merge_method: ties
+        base_model: ./0
+        parameters: {int8_mask: true}
+    """
+    assert json.loads((merge(recipe) / "run.json").read_text())["notes"]["ignored"] == "int8_mask, lambda of ./1"
+
+
+def test_slices_that_no_config_describes_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Embeddings of one vocabulary, a head of another."""
+    checkpoints(here)
+    from safetensors.torch import save_file
+
+    wide = load_file("1/model.safetensors")
+    wide |= {n: torch.ones(18, 8) for n in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file(wide, "1/model.safetensors", {"format": "pt"})
+    changed("1", vocab_size=18)
+    slices = "slices: [{sources: [{model: ./0, layer_range: [0, 2]}]}, {sources: [{model: ./1, layer_range: [2, 4]}]}]"
+    Path("recipe.yml").write_text(slices + "\nmerge_method: passthrough")
+    assert run(["merge", "recipe.yml", "out"]) not in (0, 70)
+    assert "lm_head.weight is [18, 8], the config asks for [16, 8]" in " ".join(capsys.readouterr().err.split())

@@ -53,6 +53,7 @@ def merge(
     options = [*(["--seed", str(seed)] if seed else []), *command.limits(**limits)]
     options += [f"--vary={each}" for each in vary or ()] + [f"--{role}={file}" for role, file in data.items()]
     options += [f"--tries={tries}"] if tries else []
+    options += [f"--eval={each}" for each in evals or ()] + ([f"--max-shard-size={shard}"] if shard else [])
     order = Order(
         id=id,
         models={"models": references(found)},

@@ -142,7 +142,7 @@ class Fused:
                 raise CorruptError(
                     f"{task.name!r} leaves the range of {DTYPES[self.code][0]} when merged",
                     why="its inputs are finite",
-                    fix="use smaller weights",
+                    fix="use smaller weights, or in a recipe a wider out_dtype",
                 )
 
 

@@ -29,27 +29,20 @@ def resized(recipe: Recipe, met: Mapping[str, Met], config: Mapping[str, Any], k
     for (module, stack), layers in taken.items():
         donor = layers[0][0]
         count = len(inside_of(kit.tensors[donor], stack))
-        for key in _section(made, module, stack, count):
-            section = made[key] if key else made
-            _resize(
-                section,
-                [kit.configs[m].get(key, {}) if key else kit.configs[m] for m, _ in layers.values()],
-                layers,
-                count,
-                stack,
-            )
+        key = _section(made, module, stack, count)
+        configs = [kit.configs[m].get(key, {}) if key else kit.configs[m] for m, _ in layers.values()]
+        _resize(made[key] if key else made, configs, layers, count, stack)
     return made
 
 
-def _section(config: Mapping[str, Any], module: str, stack: str, count: int) -> list[str]:
+def _section(config: Mapping[str, Any], module: str, stack: str, count: int) -> str:
     """Which part of a config describes a stack: by a number that is its layers', and what the two are called."""
+    words = {*stack.split("."), *module.split(".")}
+    seen = "vision" in module or bool(set(IMAGES) & words)
     fitting = [key for key, section in sections(config).items() if count in counts(section).values()]
-    seen = "vision" in module or set(IMAGES) & set(stack.split("."))
-    liked = [k for k in fitting if ("vision" in k) == bool(seen)] or fitting
-    inner = [k for k in liked if k] or liked
-    if not inner:
+    if not fitting:
         raise MismatchError(f"config.json does not say that {stack} has {count} layers", fix="mend it first")
-    return inner[:1]
+    return max(fitting, key=lambda key: (key.removesuffix("_config") in words, ("vision" in key) == seen, bool(key)))
 
 
 def _resize(

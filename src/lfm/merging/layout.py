@@ -46,6 +46,24 @@ class Kit(NamedTuple):
     tensors: Mapping[str, Tensors]
     configs: Mapping[str, Mapping[str, Any]]
     layout: Callable[[str], Layout]
+    left_out: tuple[str, ...] = ()
+
+
+def of_the_architecture(kit: Kit) -> Kit:
+    """The kit without what some models store in their blocks though their architecture has no such tensor.
+
+    Older checkpoints hold buffers that are computed today. They are no weights; a merge tells what it left out.
+    """
+    inside = [depths(tensors) for tensors in kit.tensors.values()]
+    odd = {n for own in inside for n in own if any(n not in other for other in inside)}
+    if not odd or len({max((d.blocks for d in own.values()), default=0) for own in inside}) > 1:
+        return kit
+    try:
+        odd -= {name for ref in kit.tensors for name in kit.layout(ref).tensors}
+    except LfmError:
+        return kit
+    tensors = {ref: {n: t for n, t in own.items() if n not in odd} for ref, own in kit.tensors.items()}
+    return kit._replace(tensors=tensors, left_out=tuple(sorted(odd)))
 
 
 def lay_out(recipe: Recipe, language: Language, kit: Kit) -> dict[str, Met]:
@@ -197,7 +215,8 @@ def _place(
     recipe: Recipe, module: Module, part: Slice, base: int | None, names: Sequence[str], shared: str, t: float
 ) -> Place:
     wide = (part.parameters, module.parameters, recipe.parameters)
-    return Place(shared, tuple(names), t, base, tuple((s.parameters, *wide) for s in part.sources), wide)
+    scopes = tuple((s.parameters, *wide) for s in part.sources)
+    return Place(shared, tuple(names), t, base, scopes, wide, tuple(s.model for s in part.sources))
 
 
 def _base(recipe: Recipe, part: Slice, language: Language) -> int | None:
@@ -205,7 +224,8 @@ def _base(recipe: Recipe, part: Slice, language: Language) -> int | None:
     base = part.base_model or recipe.base_model
     named = [s.model for s in part.sources]
     if len(set(named)) < len(named):
-        raise ConfigError(f"a slice names {next(n for n in named if named.count(n) > 1)} twice")
+        where = "a slice of the recipe" if part.sources[0].layer_range else "the recipe"
+        raise ConfigError(f"{where} names {next(n for n in named if named.count(n) > 1)} twice")
     at = named.index(base) if base in named and language.base != "input" else None
     if (language.base in ("required", "first") and at is None) or (language.base == "optional" and base and at is None):
         raise ConfigError(
@@ -240,9 +260,16 @@ def _counterpart(name: str, i: int, part: Slice, tensors: Sequence[Tensors], kit
             f"{model} has no tensor {name!r}",
             why=f"{holder} has it, and nothing here is ever dropped"
             + ("; by its config it is tied to no other" if outside else ""),
-            fix="merge models of one architecture; for a part of them, name it under modules:",
+            fix=_way_out(model, holder, kit),
         )
     return tied
+
+
+def _way_out(model: str, holder: str, kit: Kit) -> str:
+    mine, theirs = (max((d.blocks for d in depths(kit.tensors[ref]).values()), default=0) for ref in (model, holder))
+    if mine != theirs:
+        return f"they have {mine} and {theirs} layers: say by slices: which of them meet"
+    return "merge models of one architecture; for a part of them, name it under modules:"
 
 
 def ties(model: str, kit: Kit) -> bool:

@@ -131,6 +131,13 @@ def parse(text: str) -> tuple[Recipe, tuple[str, ...]]:
         raise ConfigError("the recipe is not YAML", why=f"{where}: {getattr(error, 'problem', '') or error}") from None
     if not isinstance(whole, dict):
         raise ConfigError("the recipe is not a mapping", fix="it begins with merge_method: and models: or slices:")
+    if "merge_method" not in whole:
+        moe = "; this is one of mergekit-moe, which lfm does not follow" if "experts" in whole else ""
+        raise ConfigError("the recipe has no merge_method", why=f"it says what is done with the models{moe}")
+    if isinstance(whole.get("tokenizer"), str):
+        raise ConfigError(
+            f"the recipe's tokenizer is {whole['tokenizer']!r}", fix="write tokenizer_source: for a name alone"
+        )
     unknown: list[str] = []
     try:
         found = msgspec.convert(_plain(whole, Recipe, "", unknown), Recipe, strict=False)

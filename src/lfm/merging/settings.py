@@ -150,6 +150,9 @@ LANGUAGE: Mapping[str, Language] = {
 }
 """mergekit's methods: their parameters with mergekit's defaults, and what lfm's methods of the same name call them."""
 
+UNHEEDED = ("int8_mask", "eps")
+"""Parameters of mergekit's that save its memory, or that lfm has no need of."""
+
 SPOKEN = tuple(dict.fromkeys(name for language in LANGUAGE.values() for name in language.parameters))
 
 
@@ -164,11 +167,15 @@ def language(method: str) -> Language:
     return LANGUAGE[method]
 
 
-def check(method: str, parameters: Mapping[str, Any], where: str) -> list[str]:
-    """The parameters that this method does not use. ConfigError for one that no method has."""
+def check(method: str, parameters: Mapping[str, Any], where: str, *, of_model: bool = False) -> list[str]:
+    """The parameters that this method does not use there. ConfigError for one that no method has.
+
+    of_model: they stand with one model, where what is for all has no meaning.
+    """
     unused = []
     for name in parameters:
-        if name in language(method).parameters:
+        known = language(method).parameters.get(name)
+        if known and name not in UNHEEDED and not (of_model and known.of == "all"):
             continue
         if name not in SPOKEN:
             near = get_close_matches(name, SPOKEN, n=1)
@@ -177,7 +184,7 @@ def check(method: str, parameters: Mapping[str, Any], where: str) -> list[str]:
                 why=f"{method} takes {', '.join(language(method).parameters) or 'none'}",
                 fix=f"did you mean {near[0]!r}?" if near else "leave it out",
             )
-        unused.append(name)
+        unused.append(f"{name} of {where}" if known and name not in UNHEEDED else name)
     return unused
 
 
@@ -190,6 +197,7 @@ class Place(NamedTuple):
     base: int | None  # which of the inputs is the base, where the method gives it a role
     scopes: Sequence[Sequence[Mapping[str, Any]]]  # of each input, from the nearest to the widest
     wide: Sequence[Mapping[str, Any]]  # of the slice, the module and the recipe
+    inputs: Sequence[str] = ("input 1", "input 2", "input 3")  # what errors call them
 
 
 def resolve(method: str, place: Place) -> dict[str, Any]:
@@ -202,7 +210,8 @@ def resolve(method: str, place: Place) -> dict[str, Any]:
         else:
             inputs = [i for i in range(len(place.names)) if parameter.of == "input" or i != place.base]
             told[name] = tuple(
-                _found(name, parameter, place.scopes[i], place.names[i], place.t, f" of input {i + 1}") for i in inputs
+                _found(name, parameter, place.scopes[i], place.names[i], place.t, f" of {place.inputs[i]}")
+                for i in inputs
             )
     return spoken.settings(told)
 

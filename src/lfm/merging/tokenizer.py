@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -126,9 +127,9 @@ def _without(tokenizer: Any, unused: set[str], files: Files, ref: str, out: Path
 
 def with_ids(config: dict[str, Any], source: Mapping[str, Any]) -> None:
     """The special tokens' numbers are those of the model whose tokenizer it is."""
-    for key in IDS:
-        if key in source:
-            config[key] = source[key]
+    for place, section in {"": config, **{k: v for k, v in config.items() if isinstance(v, dict)}}.items():
+        theirs = source.get(place, {}) if place else source
+        section |= {key: theirs[key] for key in IDS if key in theirs and (not place or key in section)}
 
 
 def template(asked: str, files: Mapping[str, Files]) -> str:
@@ -140,11 +141,24 @@ def template(asked: str, files: Mapping[str, Files]) -> str:
         return Counter(have).most_common(1)[0][0]
     if asked in TEMPLATES:
         return TEMPLATES[asked]
-    if "{" not in asked:
+    if "{" in asked:
+        _check(asked)
+    else:
         raise ConfigError(
             f"chat_template is {asked!r}", fix=f"a Jinja template, auto, or one of {', '.join(sorted(TEMPLATES))}"
         )
     return asked
+
+
+def _check(text: str) -> None:
+    """ConfigError for a template that Jinja cannot read; transformers' own tag for generations is let be."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except TemplateSyntaxError as error:
+        raise ConfigError("chat_template is no Jinja template", why=f"line {error.lineno}: {error.message}") from None
 
 
 def _template_of(files: Files) -> str:

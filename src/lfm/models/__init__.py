@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,11 +57,12 @@ def load(
             open_tensors(path)
         raise ModelError(f"{text} is not a model", fix="give a directory, a .safetensors file, or api:URL")
     if not path.is_dir():
+        hub = " or download it first (`hf download`)" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@\w+)?", text) else ""
         near = sorted(p.name for p in path.parent.glob(f"{path.name[:3]}*")) if path.parent.is_dir() else []
         raise ModelError(
             f"there is no model {text!r}",
             why=f"in {path.parent} there is {', '.join(near[:3])}" if near else "no such directory",
-            fix="give a directory, a .safetensors file, zoo:NAME (see `lfm zoo`), or api:URL",
+            fix=f"give a directory, a .safetensors file, zoo:NAME (see `lfm zoo`), or api:URL{hub}",
         )
     return _directory(path.absolute(), module, find, {**api, "schemes": schemes})
 

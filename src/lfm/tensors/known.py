@@ -56,7 +56,9 @@ def keep(digests: Mapping[StoredTensor, str]) -> None:
     """Remember what was computed just now of files that are settled. Where nothing can be kept, nothing is."""
     files: dict[Path, dict[str, str]] = {}
     for tensor, sha in digests.items():
-        files.setdefault(tensor.file, {})[_place(tensor)] = sha
+        state = _state(tensor.file)
+        if state is not None and tuple(tensor.state) == state[:3]:  # as it was when its header was read
+            files.setdefault(tensor.file, {})[_place(tensor)] = sha
     for file, found in files.items():
         state = _state(file)
         if state is None or time.time() - max(state[2], state[3]) / 1e9 < SETTLED:

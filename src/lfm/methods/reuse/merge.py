@@ -36,7 +36,7 @@ from lfm.fusing.inputs import memory
 from lfm.fusing.joins import weighted
 from lfm.merging import tokenizer
 from lfm.merging.described import compared, fits, resized, tied_apart
-from lfm.merging.layout import Kit, Met, lay_out, sections
+from lfm.merging.layout import Kit, Met, lay_out, of_the_architecture, sections
 from lfm.merging.recipe import DTYPES, Recipe, code_of, filled, parse, references
 from lfm.merging.settings import check, language, resolve
 from lfm.merging.vocabulary import aligned
@@ -62,27 +62,28 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     kit, met, tables = _laid_out(recipe, inputs)
     if ignored := (*ignored, *_unused(recipe)):
         run.note(ignored=", ".join(ignored))
+    if kit.left_out:
+        run.note(left_out=", ".join(kit.left_out))
     if differ := compared(met, kit):
         run.note(configs_differ="; ".join(differ))
     models = dict(zip(references(recipe), inputs.all("models"), strict=True))
     first = next(iter(models))
     described = _described(recipe, met, kit)
-    files: Mapping[str, Any] = models[first].ask(Weights).files()
     sources = {name: [kit.tensors[ref][n] for ref, n in each.sources] for name, each in met.items()}
     scratch = run.work / "scratch"
+    beside = {ref: model.ask(Weights).files() for ref, model in models.items()}
+    files: Mapping[str, Any] = beside[first]
     if wanted := recipe.wants_tokenizer:
-        beside = {ref: model.ask(Weights).files() for ref, model in models.items()}
         vocabulary, made = tokenizer.made(wanted, first, beside, _lengths(kit, met, tables), scratch / "tokenizer")
         for name in tables:
             own = dict(zip((ref for ref, _ in met[name].sources), sources[name]))
             sources[name] = list(aligned(vocabulary, own).values())
-        _resize_vocabulary(described, vocabulary.rows)
+        _resize_vocabulary(described, kit.tensors[first][tables[0]].shape[0], vocabulary.rows)
         if wanted.source not in ("base", "union"):
             tokenizer.with_ids(described, kit.configs[wanted.source])
-            files = models[wanted.source].ask(Weights).files()
+            files = beside[wanted.source]
         files = tokenizer.gathered({**tokenizer.others(files), **made}, scratch / "files")
     if recipe.chat_template:
-        beside = {ref: model.ask(Weights).files() for ref, model in models.items()}
         files = tokenizer.with_template(files, tokenizer.template(recipe.chat_template, beside), scratch / "files")
     tensors = _merged(recipe, met, sources, run)
     code = code_of(recipe.out_dtype or recipe.dtype)
@@ -123,6 +124,7 @@ def _laid_out(recipe: Recipe, inputs: Inputs) -> tuple[Kit, dict[str, Met], list
         {ref: w.config() for ref, w in weights.items()},
         cache(lambda ref: weights[ref].layout()),
     )
+    kit = of_the_architecture(kit)
     met = lay_out(recipe, language(recipe.merge_method), kit)
     tables = by_token(met, kit, next(iter(models))) if recipe.wants_tokenizer else []
     for name, each in met.items():
@@ -227,22 +229,23 @@ def _lengths(kit: Kit, met: Mapping[str, Met], tables: Sequence[str]) -> dict[st
     return found
 
 
-def _resize_vocabulary(config: dict[str, Any], rows: int) -> None:
-    for section in [config, *(v for v in config.values() if isinstance(v, dict))]:
-        if "vocab_size" in section:
+def _resize_vocabulary(config: dict[str, Any], before: int, rows: int) -> None:
+    for place, section in {"": config, **{k: v for k, v in config.items() if isinstance(v, dict)}}.items():
+        if "vocab_size" in section and (place in ("", "text_config") or section["vocab_size"] == before):
             section["vocab_size"] = rows
 
 
 def _unused(recipe: Recipe) -> list[str]:
-    """Parameters that the method does not have. ConfigError for one that no method has."""
-    scopes = [("the recipe", recipe.parameters)]
-    scopes += [(s.model, s.parameters) for s in recipe.models]
-    for where, slices in [("a slice", recipe.slices), *((f"module {n}", m.slices) for n, m in recipe.modules.items())]:
-        scopes += [(where, part.parameters) for part in slices]
-        scopes += [(s.model, s.parameters) for part in slices for s in part.sources]
-    for name, module in recipe.modules.items():
-        scopes += [(f"module {name}", module.parameters), *((s.model, s.parameters) for s in module.models)]
-    return list(dict.fromkeys(n for where, given in scopes for n in check(recipe.merge_method, given, where)))
+    """Parameters that have no effect where they stand. ConfigError for one that no method has."""
+    slices = [*recipe.slices, *(part for module in recipe.modules.values() for part in module.slices)]
+    sources = [*recipe.models, *(s for part in slices for s in part.sources)]
+    sources += [s for module in recipe.modules.values() for s in module.models]
+    wide = [("the recipe", recipe.parameters), *(("a slice", part.parameters) for part in slices)]
+    wide += [(f"module {name}", module.parameters) for name, module in recipe.modules.items()]
+    found = [name for where, given in wide for name in check(recipe.merge_method, given, where)]
+    found += [n for s in sources for n in check(recipe.merge_method, s.parameters, s.model, of_model=True)]
+    found += ["residual_weight"] * any(part.residual_weight is not None for part in slices)
+    return list(dict.fromkeys(found))
 
 
 def agree(config: Config, inputs: Inputs) -> None:

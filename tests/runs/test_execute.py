@@ -248,3 +248,14 @@ def test_an_adapter_from_a_run_can_be_saved_merged(here: Path) -> None:
     batch = merged.ask(Codec).texts(["the cat sat"])
     torch.testing.assert_close(merged.ask(Logits).logits(batch), adapter.ask(Logits).logits(batch), rtol=0, atol=1e-4)
     transformers.AutoModelForCausalLM.from_pretrained(here / "checkpoint")
+
+
+def test_a_place_below_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lfm.runs import directory
+
+    (tmp_path / "file").write_text("a file")
+    with (
+        pytest.raises(OutputError, match=r"file is a file"),
+        directory.claim(tmp_path / "file" / "below" / "out", "key"),
+    ):
+        pass

@@ -63,6 +63,8 @@ def claim(out: Path, key: str) -> Iterator[Path]:
         raise OutputError(f"{out} exists", fix="choose another --out, or remove it first")
     work = work_for(out)
     missing = [place for place in (out.parent, *out.parent.parents) if not place.exists()]
+    if (above := next((p for p in (out.parent, *out.parent.parents) if p.exists()), None)) and not above.is_dir():
+        raise OutputError(f"{out} cannot be written", why=f"{above} is a file", fix="choose a place to write to")
     with writing(f"cannot write beside {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir(exist_ok=True)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import tiny
 from lfm.core import Adaptation, Gradients, Logits, Weights
 from lfm.core.errors import AccessError, CorruptError, MismatchError
-from lfm.models import adapter, checkpoint, load
+from lfm.models import adapter, checkpoint, combine, load
+from lfm.tensors.lazy import lazy
 from lfm.tensors.lowrank import Plus
 from methods.reuse.lora import IDS, adapted, adapter_over, gpt2, logits_of, peft_logits
 
@@ -46,6 +47,49 @@ def test_weights_and_logits_are_those_of_peft(name: str, tmp_path: Path) -> None
         torch.testing.assert_close(tensor.read(), merged[stored], rtol=close, atol=close / 10)
     known = peft_logits(base, tmp_path / "a")
     torch.testing.assert_close(logits_of(model), known, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "v_proj"], ["embed_tokens", "lm_head"], ["lm_head"]], ids=str)
+def test_embeddings_that_peft_keeps_beside_their_factors(targets: list[str], tmp_path: Path) -> None:
+    """What peft saves by default where an embedding is adapted: base_layer.weight, which is the base's own."""
+    base = tiny.causal(tmp_path / "base")
+    made = adapter_over(base, tmp_path / "a", target_modules=targets, embeddings="auto")
+    kept = [name for name in load_file(made / "adapter_model.safetensors") if "lora_" not in name]
+    assert any(name.endswith(".base_layer.weight") for name in kept)
+    model = load(made)
+    merged = adapted(base, made).merge_and_unload().state_dict()
+    for stored, tensor in model.ask(Weights).tensors().items():
+        torch.testing.assert_close(tensor.read(), merged[stored], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits_of(model), peft_logits(base, made), rtol=1e-4, atol=1e-5)
+    total = combine.added([model], [1.0])
+    assert {f"{name}.weight" for name in total.changes}.isdisjoint(total.whole)
+    assert set(total.changes) == set(model.ask(Adaptation).changes())  # what is the base's is no change
+
+
+def test_what_an_adapter_holds_and_changes_is_the_sum(tmp_path: Path) -> None:
+    """base_layer.weight that is not the base's, as after a tokenizer grew: it stands in its place, plus BA."""
+    base = tiny.causal(tmp_path / "base")
+    made = adapter_over(base, tmp_path / "a", target_modules=["embed_tokens"], embeddings="auto")
+    tensors = load_file(made / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("embed_tokens.base_layer.weight"))
+    save_file({**tensors, name: tensors[name] + 1}, made / "adapter_model.safetensors")
+    model = load(made)
+    merged = adapted(base, made).merge_and_unload().state_dict()
+    found = model.ask(Weights).tensors()["model.embed_tokens.weight"].read()
+    torch.testing.assert_close(found, merged["model.embed_tokens.weight"], rtol=1e-5, atol=1e-6)
+    assert found.mean() > 0.9
+    torch.testing.assert_close(logits_of(model), peft_logits(base, made), rtol=1e-4, atol=1e-5)
+    total = combine.added([model], [1.0])
+    assert not total.changes
+    torch.testing.assert_close(lazy(total.whole["model.embed_tokens.weight"]).read(), found, rtol=1e-6, atol=1e-6)
+
+
+def test_tied_embeddings_that_peft_keeps_beside_their_factors(tmp_path: Path) -> None:
+    base = gpt2(tmp_path / "base")
+    model = load(adapter_over(base, tmp_path / "a", target_modules=["wte", "c_attn"], embeddings="auto"))
+    with pytest.raises(MismatchError, match="ties"):
+        model.ask(Weights)
+    torch.testing.assert_close(logits_of(model), peft_logits(base, tmp_path / "a"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +233,26 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_file(tensors, made / "adapter_model.safetensors")
     with pytest.raises(MismatchError, match="not a product of two factors"):
         load(made).ask(Adaptation).changes()
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("asked", [Weights, Logits, Gradients])
+def test_an_adapter_of_another_architecture_is_refused(
+    kind: str, asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is opened for; where the base's weights are streamed, before any is read."""
+    made = adapter_over(gpt2(tmp_path / "gpt2"), tmp_path / "a", target_modules=["c_attn"])
+    base, where = tiny.causal(tmp_path / "base"), made / "adapter_config.json"
+    config = json.loads(where.read_text()) | {"base_model_name_or_path": str(base)}
+    if kind == "ia3":
+        config = {key: config[key] for key in ("base_model_name_or_path", "target_modules")} | {"peft_type": "IA3"}
+    where.write_text(json.dumps(config))
+    if asked is Weights and kind == "lora":
+        monkeypatch.setattr(checkpoint, "open_module", lambda source: pytest.fail("a module was built"))
+    with pytest.raises(MismatchError, match="does not fit") as caught:
+        opened = load(made).ask(asked)
+        opened.module() if asked is Gradients else opened.logits({"input_ids": IDS})
+    assert "c_attn" in caught.value.why and str(base) in caught.value.what
 
 
 def test_a_nan_is_named(tmp_path: Path) -> None:

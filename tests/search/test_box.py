@@ -69,8 +69,17 @@ def test_corners_are_all_lows_and_all_highs() -> None:
         ({"scale": (1, 1)}, {}, "limits 1 and 1"),
         ({"scale": (0, 1)}, {"scale": 0.5}, "both searched and fixed"),
         ({"scale": (0, 1)}, {"rank": 0}, "rank"),
+        ({"rank": (1.2, 1.8)}, {}, "no whole number lies between 1.2 and 1.8"),
     ],
 )
 def test_what_cannot_be_searched(space: dict, fixed: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         box(Config, space, fixed, 2)
+
+
+@given(st.floats(-3, 3))
+def test_whole_numbers_stay_within_limits_that_are_none(step: float) -> None:
+    """round(0.5) is 0 and round(3.5) is 4: both lie outside."""
+    made = box(Config, {"rank": (0.5, 3.5)}, {}, 1)
+    assert made.at(np.array([step]))[0]["rank"] in (1, 2, 3)
+    assert [corner["rank"] for corner in made.corners()] == [1, 3]

@@ -133,16 +133,24 @@ def open_peft(source: Source) -> Any:
         raise ModelError(f"{source.ref} is of an unknown adapter type {kind!r}", fix=f"peft has {', '.join(mapping)}")
     known = inspect.signature(mapping[kind].__init__).parameters
     config = mapping[kind](**{key: value for key, value in source.config.items() if key in known})
-    with quiet(), torch.random.fork_rng(devices=[]):
-        adapted: Any = peft.get_peft_model(base.ask(Gradients).module(), config)  # type: ignore[arg-type]
+    module = base.ask(Gradients).module()
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            adapted: Any = peft.get_peft_model(module, config)  # type: ignore[arg-type]
+    except (ValueError, NotImplementedError, TypeError) as error:  # none of its layers there, or of another kind
+        raise MismatchError(
+            f"{source.ref} does not fit {base.ref}",
+            why=str(error).splitlines()[0],
+            fix="give the adapter the base it was made for, or one of that architecture",
+        ) from None
     state = {name: t if isinstance(t, torch.Tensor) else t.read() for name, t in source.tensors().items()}
     try:
         result = peft.set_peft_model_state_dict(adapted, state)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise MismatchError(f"{source.ref} does not fit its base", why=str(error).splitlines()[0]) from None
+        raise MismatchError(f"{source.ref} does not fit {base.ref}", why=str(error).splitlines()[0]) from None
     if result.unexpected_keys:
         raise MismatchError(
-            f"{source.ref} does not fit its base", why=f"no place for {', '.join(result.unexpected_keys[:3])}"
+            f"{source.ref} does not fit {base.ref}", why=f"no place for {', '.join(result.unexpected_keys[:3])}"
         )
     return adapted.eval()
 
@@ -198,6 +206,7 @@ def _merged(source: Source) -> Model:
         base, changes, whole = adaptation.base, adaptation.changes(), adaptation.whole()
         if lora.placed(base, changes, whole) or Gradients not in base.gives:
             return base.ask(Weights).replace(lora.patched(base, changes, whole, source.ref))
+        lora.fitting(base, changes, source.ref)
     return source.base.ask(Gradients).rewrap(MergedGradients(source).module())
 
 

@@ -41,6 +41,9 @@ def added(models: Sequence[Model], weights: Sequence[float]) -> Sum:
 
     MismatchError naming a module or tensor in which they do not go together.
     """
+    from lfm.tensors.lazy import cast
+    from lfm.tensors.match import equal
+
     used = [(model, weight) for model, weight in zip(models, weights, strict=True) if weight]
     if not used:
         raise ConfigError("all weights are zero", fix="leave out the adapters that should not count")
@@ -54,8 +57,10 @@ def added(models: Sequence[Model], weights: Sequence[float]) -> Sum:
     whole: dict[str, LazyTensor | Tensor] = {}
     for name in _union([adaptation.whole() for _, adaptation, _ in given]):
         tensors = [(ref, a.whole()[name], weight) for ref, a, weight in given if name in a.whole()]
-        module = name.removesuffix(".weight")
-        whole[name] = _tensor(name, tensors, stored.get(stored_name(name) or ""), changes.pop(module, None))
+        module, start = name.removesuffix(".weight"), stored.get(stored_name(name) or "")
+        if module in changes and start and all(equal(cast(tensor, start.dtype), start) for _, tensor, _ in tensors):
+            continue  # peft keeps embeddings beside their factors, though they are the base's
+        whole[name] = _tensor(name, tensors, start, changes.pop(module, None))
     return Sum(changes, whole)
 
 

@@ -251,19 +251,54 @@ def placed(base: Model, changes: Iterable[str], whole: Iterable[str]) -> bool:
     return not absent or base.ask(Weights).layout().tied.keys() >= set(absent)
 
 
+def fitting(base: Model, changes: Iterable[str], ref: str) -> None:
+    """MismatchError naming a layer that an adapter changes and the base's architecture lacks. No weight is read."""
+    weights = base.ask(Weights)
+    try:
+        layout = weights.layout()
+    except ModelError:
+        return  # of an architecture that is not known
+    within = [*layout.tensors, *layout.renamed]
+    known = {*layout.kinds, *(name.rpartition(".")[0] for name in within)}
+    lacks = [n for n in changes if n not in known and not any(name.startswith(f"{n}.") for name in within)]
+    if lacks:
+        more = f" and {len(lacks) - 1} more" if len(lacks) > 1 else ""
+        raise MismatchError(
+            f"{ref} does not fit {base.ref}",
+            why=f"it changes {lacks[0]!r}{more}, and {base.facts.architecture or 'that'} has no such layer",
+            fix="give the adapter the base it was made for, or one of that architecture",
+        )
+
+
 def patched(
     base: Model, changes: Mapping[str, LowRank], whole: Mapping[str, LazyTensor], ref: str
 ) -> dict[str, LazyTensor]:
-    """The base's tensors that an adapter changes, each computed as it is read. MismatchError where they do not fit."""
+    """The base's tensors that an adapter changes, each computed as it is read. MismatchError where they do not fit.
+
+    A tensor that the adapter both holds whole and changes is what it holds, with the change added.
+    """
     from lfm.tensors.lazy import cast
     from lfm.tensors.lowrank import Plus, shape_of
+    from lfm.tensors.match import equal
 
     tensors, stored_name = base.ask(Weights).tensors(), naming(base.ask(Weights))
     tied: Mapping[str, str] = {}
-    absent = [name for name in changes if stored_name(f"{name}.weight") is None]
+    absent = any(stored_name(name) is None for name in (*(f"{name}.weight" for name in changes), *whole))
     if absent or any(change.embedding for change in changes.values()):
         tied = base.ask(Weights).layout().tied
     made: dict[str, LazyTensor] = {}
+    for name, tensor in whole.items():
+        stored = stored_name(tied.get(name, name))
+        if stored is None or tuple(tensors[stored].shape) != tuple(tensor.shape):
+            has = "has no such tensor" if stored is None else f"has it as {list(tensors[stored].shape)}"
+            raise MismatchError(f"{ref} does not fit {base.ref}", why=f"{name} {list(tensor.shape)}: that {has}")
+        given = cast(tensor, tensors[stored].dtype)
+        if (name in tied or name in tied.values()) and not name.endswith(".bias"):  # a bias is set in place, for both
+            if equal(given, tensors[stored]):
+                continue  # peft keeps embeddings beside their factors, though they are the base's
+            raise _tie(ref, base.ref, name)
+        made[stored] = given
+    changed: dict[str, LazyTensor] = {}
     for name, change in changes.items():
         stored = stored_name(tied.get(f"{name}.weight", f"{name}.weight"))
         if stored is None:
@@ -274,19 +309,9 @@ def patched(
                 f"{ref} does not fit {base.ref}", why=f"{stored} is {list(shape)}, its change {list(shape_of(change))}"
             )
         _whole_tie(name, changes, tied, ref, base.ref)
-        if stored not in made:
-            made[stored] = Plus(stored, tensors[stored], change)
-    for name, tensor in whole.items():
-        stored = stored_name(name)
-        if stored is None or tuple(tensors[stored].shape) != tuple(tensor.shape):
-            has = "has no such tensor" if stored is None else f"has it as {list(tensors[stored].shape)}"
-            raise MismatchError(f"{ref} does not fit {base.ref}", why=f"{name} {list(tensor.shape)}: that {has}")
-        if stored in made:
-            raise MismatchError(f"{ref} both replaces and changes {stored!r}")
-        if (name in tied or name in tied.values()) and not name.endswith(".bias"):  # a bias is set in place, for both
-            raise _tie(ref, base.ref, name)
-        made[stored] = cast(tensor, tensors[stored].dtype)
-    return made
+        if stored not in changed:
+            changed[stored] = Plus(stored, made.get(stored, tensors[stored]), change)
+    return made | changed
 
 
 def _whole_tie(name: str, changes: Mapping[str, LowRank], tied: Mapping[str, str], ref: str, base: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,10 @@ def box(
         if not low < high:
             raise ConfigError(f"space: {name!r} has the limits {low:g} and {high:g}", fix="give [low, high]")
         whole, many = shape
+        if whole and math.ceil(low) > math.floor(high):
+            raise ConfigError(
+                f"space: no whole number lies between {low:g} and {high:g}", why=f"{name!r} takes whole numbers"
+            )
         length = count if many else None
         start = getattr(default, outer)
         start = start.get(key, (low + high) / 2) if key and isinstance(start, dict) else start
@@ -153,4 +158,6 @@ def _reflected(start: float, step: float, axis: Axis) -> float:
 
 
 def _number(value: float, axis: Axis) -> float:
-    return cast("float", round(value)) if axis.whole else float(np.clip(value, axis.low, axis.high))
+    if axis.whole:
+        return cast("float", min(max(round(value), math.ceil(axis.low)), math.floor(axis.high)))
+    return float(np.clip(value, axis.low, axis.high))

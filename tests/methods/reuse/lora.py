@@ -16,8 +16,16 @@ from lfm.models.quiet import quiet
 IDS = torch.arange(5, 25).reshape(2, 10)
 
 
-def adapter_over(base: Path, out: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-    """An adapter of random factors, biases and whole modules, saved by peft."""
+def adapter_over(
+    base: Path,
+    out: Path,
+    *,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+    embeddings: bool | str = False,
+    **settings: Any,
+) -> Path:
+    """An adapter of random factors, biases and whole modules, saved by peft. embeddings: save_embedding_layers."""
     default = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
     with quiet(), warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
@@ -27,7 +35,7 @@ def adapter_over(base: Path, out: Path, *, seed: int = 1, dtype: torch.dtype = t
             for parameter in made.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-        made.to(dtype).save_pretrained(out, save_embedding_layers=False)
+        made.to(dtype).save_pretrained(out, save_embedding_layers=embeddings)  # type: ignore[arg-type]
     return out
 
 

@@ -9,8 +9,8 @@ import torch
 
 import tiny
 from case import Case
-from lfm.core import Logits
-from lfm.core.errors import MismatchError, SlotError
+from lfm.core import Logits, Weights
+from lfm.core.errors import CorruptError, MismatchError, SlotError
 from lfm.data.files import write
 from lfm.data.shares import batches
 from lfm.methods.reuse import re_basin
@@ -91,3 +91,11 @@ def test_networks_trained_apart_are_nearer_to_a_basin(tmp_path: Path) -> None:
         above = apart.score(apart.mean(pair, tmp_path), pair[0]).loss - ends
         made, _ = eight.fuse(re_basin, tmp_path, {"models": pair}, shown, match="activations", reset=True)
         assert apart.score(made, pair[0]).loss - ends < ratio * above
+
+
+def test_logits_that_are_no_numbers_prove_no_permutation(tmp_path: Path) -> None:
+    """The weights are finite; what they compute is not."""
+    first, second = (apart.model("classifier", tmp_path, seed) for seed in (0, 1))
+    large = {name: torch.full_like(value, 3e38) for name, value in tensors(second).items() if name.endswith("bias")}
+    with pytest.raises(CorruptError, match=r"logits of .* are not finite"):
+        eight.fuse(re_basin, tmp_path, {"models": [first, second.ask(Weights).replace(large)]}, {})

@@ -12,19 +12,20 @@ Models: two of one architecture and vocabulary, trained apart; the result is a p
 optional: unlabelled records. Models of one fine-tuning need no permutation. The run notes ‖θ₀ − θ₁‖ before and after,
 and by how much, of its greatest logit, the second model's logits changed when it was permuted (rounding). What no layer
 reads (queries and keys inside a head) is matched by weights always. Errors: MismatchError before any weight is read;
-SlotError where what was asked for takes data.
+SlotError where what was asked for takes data; CorruptError where the second model's logits are not finite.
 
     lfm run reuse.re_basin models=a models=b --set t=0.5 --out merged
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import lfm.core
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
-from lfm.core.errors import ModelError, SlotError
+from lfm.core.errors import CorruptError, ModelError, SlotError
 from lfm.data.shares import batches
 from lfm.models import device
 from lfm.models.aligning import Told, align
@@ -83,6 +84,12 @@ def _aligned(
     moves = align(a, b, found.groups, order, _gains(config, shell, other, seen))
     made = permuted(b, moves)
     changed = difference(other, made, seen[0])
+    if math.isnan(changed):
+        raise CorruptError(
+            f"the logits of {ref} are not finite",
+            why="whether a permutation leaves them as they are cannot be told",
+            fix="use a model whose activations stay within what fp32 can hold",
+        )
     if changed > 1e-2:
         raise ModelError(
             f"permuting {ref} changed its logits by {changed:.1%}",

@@ -14,12 +14,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import tiny
-from lfm.core import Adaptation, Gradients, Logits, Weights
+from lfm.core import Adaptation, Codec, Gradients, Logits, Model, Weights
 from lfm.core.errors import AccessError, CorruptError, MismatchError
 from lfm.models import adapter, checkpoint, combine, load
 from lfm.tensors.lazy import lazy
 from lfm.tensors.lowrank import Plus
-from methods.reuse.lora import IDS, adapted, adapter_over, gpt2, logits_of, peft_logits
+from methods.reuse.lora import IDS, adapted, adapter_over, gpt2, logits_of, opened, peft_logits
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -250,9 +250,33 @@ def test_an_adapter_of_another_architecture_is_refused(
     if asked is Weights and kind == "lora":
         monkeypatch.setattr(checkpoint, "open_module", lambda source: pytest.fail("a module was built"))
     with pytest.raises(MismatchError, match="does not fit") as caught:
-        opened = load(made).ask(asked)
-        opened.module() if asked is Gradients else opened.logits({"input_ids": IDS})
+        given: Any = load(made).ask(asked)
+        given.module() if asked is Gradients else given.logits({"input_ids": IDS})
     assert "c_attn" in caught.value.why and str(base) in caught.value.what
+
+
+def test_what_is_saved_merged_is_told(tmp_path: Path) -> None:
+    """Over a bfloat16 base the checkpoint is rounded, an adapter is not: what was saved is returned."""
+    base = tiny.causal(tmp_path / "base")
+    opened(base).to(torch.bfloat16).save_pretrained(base)
+    adapter_over(base, tmp_path / "a", target_modules=["q_proj"])
+    whole = load(tmp_path / "a")
+    for model in (whole, adapter_over_gradients_alone(whole)):
+        out = tmp_path / f"merged {len(model.gives)}"
+        out.mkdir()
+        saved = model.save(out, "checkpoint")
+        assert torch.equal(logits_of(saved), logits_of(load(out)))
+        assert not torch.equal(logits_of(saved), logits_of(model))
+    (tmp_path / "again").mkdir()
+    assert whole.save(tmp_path / "again", "adapter") is whole
+
+
+def adapter_over_gradients_alone(model: Model) -> Model:
+    """As a method makes it that was given no more of its model than gradients."""
+    base = model.ask(Adaptation).base.only((Gradients, Codec))
+    files = load_file(Path(model.ref) / "adapter_model.safetensors")
+    config = json.loads((Path(model.ref) / "adapter_config.json").read_text())
+    return adapter.model_of(adapter.Source("trained", base, config, lambda: files))
 
 
 def test_a_nan_is_named(tmp_path: Path) -> None:

@@ -271,14 +271,15 @@ class Facts(NamedTuple):
 class Model:
     """A model: where it came from, what it gives, how it is identified and written.
 
-    gives: interface → how to open it. identify: computes the digest. formats: name → writer; the first is the default.
+    gives: interface → how to open it. identify: computes the digest. formats: name → writer; the first is the default,
+    and one that writes another model's numbers returns that model.
     """
 
     ref: str
     kind: str  # checkpoint, adapter, api, program, module
     gives: Mapping[type, Callable[[], Any]]
     identify: Callable[[], str]
-    formats: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    formats: Mapping[str, Callable[[Path], Model | None]] = field(default_factory=dict)
     look: Callable[[], Facts] = Facts
     hint: str = ""  # why it gives less than one might expect
     restore: Mapping[str, LazyTensor] = field(default_factory=dict)  # what its base held in place of what it changed
@@ -323,10 +324,13 @@ class Model:
         same = {"identify": lambda: self.digest, "look": lambda: self.facts}
         return replace(self, gives=given, formats={}, restore={}, _opened={}, **same)
 
-    def save(self, out: Path, form: str = "") -> None:
-        """Write the artefact into the existing, empty directory `out`; the default format unless one is named."""
+    def save(self, out: Path, form: str = "") -> Model:
+        """Write the artefact into the existing, empty directory `out`; the default format unless one is named.
+
+        Returns the model that was written: another where the format rounds, as a merged adapter's weights.
+        """
         if not self.formats:
             raise OutputError(f"{self.ref} cannot be saved", why=f"a {self.kind} has no files of its own")
         if form and form not in self.formats:
             raise OutputError(f"{self.ref} has no format {form!r}", fix=f"formats: {', '.join(self.formats)}")
-        self.formats[form or next(iter(self.formats))](out)
+        return self.formats[form or next(iter(self.formats))](out) or self

@@ -105,7 +105,7 @@ def model_of(source: Source) -> Model:
         kind="adapter",
         gives=gives,
         identify=partial(digest, source),
-        formats={"adapter": partial(write, source), "checkpoint": lambda out: _merged(source).save(out)},
+        formats={"adapter": partial(write, source), "checkpoint": lambda out: _merged(source).save(out, "checkpoint")},
         look=lambda: base.facts,
         hint=hint,
     )

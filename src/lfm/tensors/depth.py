@@ -64,7 +64,7 @@ def groups(tensors: Mapping[str, LazyTensor], count: int) -> tuple[Callable[[str
 
 
 def blocks(tensors: Mapping[str, LazyTensor]) -> list[str]:
-    """The blocks' names, each stack's from its input on, stacks by name. MismatchError where one's are not all alike."""
+    """The blocks' names, a stack's from its input on, stacks by name. MismatchError where one's are not all alike."""
     inside: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
     named: dict[tuple[str, int], str] = {}
     for name, depth in depths(tensors).items():

@@ -359,12 +359,7 @@ def settings(
     pattern = {f"^{name}": r for name, r in sorted(ranks.items()) if r != rank}
     tensors: dict[str, Tensor | LazyTensor] = {}
     for name, change in changes.items():
-        a, b = change.a.float(), change.b.float()
-        if change.kernel:
-            a, b = a.reshape(len(a), -1, *change.kernel), b.reshape(*b.shape, *(1 for _ in change.kernel))
-        for half, value in (("A", a), ("B", b)):
-            key = f"lora_embedding_{half}" if change.embedding else f"lora_{half}.weight"
-            tensors[f"{PREFIX}{name}.{key}"] = value.contiguous()
+        tensors |= _factors(name, change)
     modules = {n.rpartition(".")[0] for n in whole if not n.endswith(".bias")}
     biased = [n for n in whole if n.rpartition(".")[0] not in modules]
     for name in whole:
@@ -392,6 +387,15 @@ def settings(
         "fan_in_fan_out": any(change.transposed for change in linear),
         "inference_mode": True,
     }, tensors
+
+
+def _factors(name: str, change: LowRank) -> dict[str, Tensor]:
+    """A and B as peft stores those of a linear layer, an embedding or a convolution."""
+    a, b = change.a.float(), change.b.float()
+    if change.kernel:
+        a, b = a.reshape(len(a), -1, *change.kernel), b.reshape(*b.shape, *(1 for _ in change.kernel))
+    half = "lora_embedding_{}" if change.embedding else "lora_{}.weight"
+    return {f"{PREFIX}{name}.{half.format(which)}": value.contiguous() for which, value in (("A", a), ("B", b))}
 
 
 def unsayable(name: str, changes: Iterable[str], stored: Iterable[str]) -> str:

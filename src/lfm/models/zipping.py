@@ -44,14 +44,9 @@ def zipped(correlation: Tensor, alpha: float, beta: float) -> Zip:
     sims.fill_diagonal_(none)
     member = torch.eye(total, dtype=torch.float64)
     gone = torch.zeros(total, dtype=torch.bool)
-
-    def forbid(origin: int) -> None:
-        own = model == origin
-        sims[own[:, None] & own[None, :]] = none
-
     for origin in (0, 1):
         if not budget[origin]:
-            forbid(origin)
+            _forbid(sims, model == origin)
     best = sims.max(1)
     value, where = best.values.clone(), best.indices.clone()
     left = total
@@ -62,10 +57,7 @@ def zipped(correlation: Tensor, alpha: float, beta: float) -> Zip:
             _rest(member, gone, model, size)
             break
         i, j = min(i, j), max(i, j)
-        merged = torch.minimum(sims[i], sims[j])
-        merged = torch.where(merged == none, none, merged * alpha) if alpha else torch.full_like(merged, none)
-        sims[i], sims[:, i] = merged, merged
-        sims[j], sims[:, j] = none, none
+        merged = _join(sims, i, j, alpha)
         member[:, i] += member[:, j]
         gone[j] = True
         left -= 1
@@ -74,10 +66,9 @@ def zipped(correlation: Tensor, alpha: float, beta: float) -> Zip:
         if model[i] == model[j]:
             budget[int(model[i])] -= 1
             if budget[int(model[i])] <= 0:
-                gone_from = model.clone()
-                gone_from[gone] = -1
-                forbid(int(model[i]))
-                stale |= gone_from == model[i]
+                own = model == model[i]
+                _forbid(sims, own)
+                stale |= own & ~gone
         again = stale.nonzero()[:, 0]
         fresh = sims[again].max(1)
         value[again], where[again] = fresh.values, fresh.indices
@@ -85,6 +76,21 @@ def zipped(correlation: Tensor, alpha: float, beta: float) -> Zip:
         value[higher], where[higher] = merged[higher], i
     unmerge = member[:, ~gone]
     return Zip((unmerge / unmerge.sum(0)).T, unmerge)
+
+
+def _forbid(sims: Tensor, own: Tensor) -> None:
+    """No more pairs of these units with each other."""
+    sims[own[:, None] & own[None, :]] = -torch.inf
+
+
+def _join(sims: Tensor, i: int, j: int, alpha: float) -> Tensor:
+    """Makes i the two of them, and j nothing; returns i's correlations: the lesser of the two, times alpha."""
+    none = -torch.inf
+    merged = torch.minimum(sims[i], sims[j])
+    merged = torch.where(merged == none, none, merged * alpha) if alpha else torch.full_like(merged, none)
+    sims[i], sims[:, i] = merged, merged
+    sims[j], sims[:, j] = none, none
+    return merged
 
 
 def _rest(member: Tensor, gone: Tensor, model: Tensor, size: int) -> None:

@@ -118,6 +118,17 @@ def test_what_is_chosen_is_what_was_measured(four: list[Model], tmp_path: Path) 
             assert run.notes[f"{role}_loss_{when}"] == examiner(records, base)(model.ask(Logits).logits).loss
     assert run.notes["forgotten_loss_after"] > run.notes["forgotten_loss_before"]  # type: ignore[operator]
     assert len(run.curves["loss on control, by λ"]) == 21
+    assert "result" not in run.notes
+
+
+def test_where_no_scale_is_allowed_the_base_comes_back_and_the_notes_say_so(four: list[Model], tmp_path: Path) -> None:
+    """Forgetting what control asks to keep, by loss, to the last digit."""
+    base, a, *_ = four
+    data = {"learned": LABELS, "control": LABELS}
+    settings = {"by": "loss", "keep": 1.0, "scales": [5.0, 9.0]}
+    made, run = eight.fuse(task_vector, tmp_path, {"base": [base], "forget": [a]}, data, **settings)
+    assert run.notes["scale"] == 0 and str(run.notes["result"]).startswith("the base as it is")
+    assert made.digest == base.digest
 
 
 def test_a_given_scale_is_only_measured(four: list[Model], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@
 Paper: Editing models with task arithmetic, arXiv 2212.04089. λ is chosen as there: of `scales`, those are allowed that
 keep 95 % of the base's accuracy on `control`, and of these the one is taken that is best on `learned`, worst on
 `forgotten`, or by the difference of the two; of equals the smallest. With `control` alone the largest allowed is taken.
-Where no λ above 0 is allowed the base comes back, and the run's notes say λ = 0. Without data λ is `scale`, by default
+Where no λ above 0 is allowed the base comes back, and the run's notes say so. Without data λ is `scale`, by default
 the authors' 0.4. The notes hold accuracy and loss before and after on the records that chose: slightly too good.
 
 On the zoo's eight experts, measured on other images than those that chose: negation takes 13 to 31 points off the
@@ -94,6 +94,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
             run.curve(f"{config.by} on {role}, by λ", getattr(score, config.by))
     best = chosen(found, config) if config.scale is None else config.scale
     run.note(scale=best)
+    if not best and config.scale is None:
+        run.note(result="the base as it is: no λ above 0 does better and keeps what control asks")
     for scale, when in ((0.0, "before"), (best, "after")):
         for role, score in found[scale].items():
             run.note(**{f"{role}_{quantity}_{when}": value for quantity, value in score._asdict().items()})

@@ -37,7 +37,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import log
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -165,14 +165,17 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     alone = [measured("dev", f"model {i}", lambda m=m: _once(m)) for i, m in enumerate(models)]
     first = min(range(len(models)), key=lambda i: _cost(alone[i], config.by))
     told["best_model"] = measured("valid", "best model", lambda: _once(models[first]))
-    for what, value in told.items():
-        run.note(**{f"valid_accuracy_{what}": value.accuracy, f"valid_loss_{what}": value.loss})
-    for what, value in (("evolved", reached), ("defaults", before)):
-        run.note(**{f"dev_accuracy_{what}": value.accuracy, f"dev_loss_{what}": value.loss})
+    _tell(run, "valid", told)
+    _tell(run, "dev", {"evolved": reached, "defaults": before})
     run.note(settings=json.dumps(best.settings if box.copies > 1 else best.settings[0]), candidates=candidates)
     if order:
         run.note(moves=json.dumps(best.moves))
     return evolved
+
+
+def _tell(run: Run, where: str, scores: Mapping[str, Score]) -> None:
+    for what, value in scores.items():
+        run.note(**{f"{where}_accuracy_{what}": value.accuracy, f"{where}_loss_{what}": value.loss})
 
 
 def merged(config: Config, inputs: Inputs, recipe: Recipe, run: Run) -> Model:

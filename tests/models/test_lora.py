@@ -223,6 +223,8 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (made / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
     with pytest.raises(MismatchError, match=r"up_proj.weight is \[48, 32\], its change \[64, 32\]"):
         load(made).ask(Weights)
+    with pytest.raises(MismatchError, match=r"up_proj.weight is \[48, 32\], its change \[64, 32\]"):
+        combine.added([load(made)], [0.5])
     tensors = load_file(made / "adapter_model.safetensors")
     save_file(
         {**tensors, "base_model.model.x.lora_magnitude_vector": torch.ones(2)}, made / "adapter_model.safetensors"
@@ -253,6 +255,11 @@ def test_an_adapter_of_another_architecture_is_refused(
         given: Any = load(made).ask(asked)
         given.module() if asked is Gradients else given.logits({"input_ids": IDS})
     assert "c_attn" in caught.value.why and str(base) in caught.value.what
+    if kind == "lora":
+        with pytest.raises(MismatchError, match=r"c_attn.*LlamaForCausalLM has no such layer"):
+            combine.added([load(made)], [0.5])
+        with pytest.raises(MismatchError, match="no such layer"):
+            combine.one_base([load(made)])
 
 
 def test_what_is_saved_merged_is_told(tmp_path: Path) -> None:

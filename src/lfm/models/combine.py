@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import torch
 from lfm.core.model import Adaptation, LazyTensor, LowRank, Model, Weights
-from lfm.models.lora import naming
+from lfm.models.lora import fitting, naming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ class Sum(NamedTuple):
 
 
 def one_base(models: Sequence[Model]) -> Model:
-    """The base of all these adapters. MismatchError unless it is the same one, by digest."""
+    """The base of all these adapters. MismatchError unless it is the same one, by digest, and they fit it."""
     first = models[0].ask(Adaptation).base
     for model in models[1:]:
         other = model.ask(Adaptation).base
@@ -32,6 +32,8 @@ def one_base(models: Sequence[Model]) -> Model:
                 why=f"{first.ref} has digest {first.digest[:12]}, {other.ref} {other.digest[:12]}",
                 fix="adapters add up over one base; merge them into their bases to merge models instead",
             )
+    for model in models:
+        fitting(first, model.ask(Adaptation).changes(), model.ref)
     return first
 
 
@@ -50,6 +52,8 @@ def added(models: Sequence[Model], weights: Sequence[float]) -> Sum:
     base = used[0][0].ask(Adaptation).base.ask(Weights)
     stored, stored_name = base.tensors(), naming(base)
     given = [(model.ref, model.ask(Adaptation), weight) for model, weight in used]
+    for ref, adaptation, _ in given:
+        fitting(adaptation.base, adaptation.changes(), ref)
     changes: dict[str, LowRank] = {}
     for name in _union([adaptation.changes() for _, adaptation, _ in given]):
         those = [(ref, a.changes()[name], weight) for ref, a, weight in given if name in a.changes()]

@@ -251,22 +251,40 @@ def placed(base: Model, changes: Iterable[str], whole: Iterable[str]) -> bool:
     return not absent or base.ask(Weights).layout().tied.keys() >= set(absent)
 
 
-def fitting(base: Model, changes: Iterable[str], ref: str) -> None:
-    """MismatchError naming a layer that an adapter changes and the base's architecture lacks. No weight is read."""
+def fitting(base: Model, changes: Mapping[str, LowRank], ref: str) -> None:
+    """MismatchError naming a layer that an adapter changes and the base lacks or has in another shape; none is read."""
     weights = base.ask(Weights)
+    stored_name, absent = naming(weights), []
+    for name, change in changes.items():
+        stored = stored_name(f"{name}.weight")
+        if stored is None:
+            absent.append(name)
+        else:
+            _shaped(stored, base, change, ref)
+    if not absent:
+        return
     try:
         layout = weights.layout()
     except ModelError:
         return  # of an architecture that is not known
     within = [*layout.tensors, *layout.renamed]
-    known = {*layout.kinds, *(name.rpartition(".")[0] for name in within)}
-    lacks = [n for n in changes if n not in known and not any(name.startswith(f"{n}.") for name in within)]
+    lacks = [n for n in absent if n not in layout.kinds and not any(name.startswith(f"{n}.") for name in within)]
     if lacks:
         more = f" and {len(lacks) - 1} more" if len(lacks) > 1 else ""
         raise MismatchError(
             f"{ref} does not fit {base.ref}",
             why=f"it changes {lacks[0]!r}{more}, and {base.facts.architecture or 'that'} has no such layer",
             fix="give the adapter the base it was made for, or one of that architecture",
+        )
+
+
+def _shaped(stored: str, base: Model, change: LowRank, ref: str) -> None:
+    from lfm.tensors.lowrank import shape_of
+
+    shape = tuple(base.ask(Weights).tensors()[stored].shape)
+    if shape != shape_of(change):
+        raise MismatchError(
+            f"{ref} does not fit {base.ref}", why=f"{stored} is {list(shape)}, its change {list(shape_of(change))}"
         )
 
 
@@ -278,7 +296,7 @@ def patched(
     A tensor that the adapter both holds whole and changes is what it holds, with the change added.
     """
     from lfm.tensors.lazy import cast
-    from lfm.tensors.lowrank import Plus, shape_of
+    from lfm.tensors.lowrank import Plus
     from lfm.tensors.match import equal
 
     tensors, stored_name = base.ask(Weights).tensors(), naming(base.ask(Weights))
@@ -303,11 +321,7 @@ def patched(
         stored = stored_name(tied.get(f"{name}.weight", f"{name}.weight"))
         if stored is None:
             raise MismatchError(f"{ref} does not fit {base.ref}", why=f"that has no tensor '{name}.weight'")
-        shape = tuple(tensors[stored].shape)
-        if shape != shape_of(change):
-            raise MismatchError(
-                f"{ref} does not fit {base.ref}", why=f"{stored} is {list(shape)}, its change {list(shape_of(change))}"
-            )
+        _shaped(stored, base, change, ref)
         _whole_tie(name, changes, tied, ref, base.ref)
         if stored not in changed:
             changed[stored] = Plus(stored, made.get(stored, tensors[stored]), change)

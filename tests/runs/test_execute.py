@@ -250,6 +250,16 @@ def test_an_adapter_from_a_run_can_be_saved_merged(here: Path) -> None:
     transformers.AutoModelForCausalLM.from_pretrained(here / "checkpoint")
 
 
+def test_a_merged_adapter_is_held_against_what_was_written(here: Path) -> None:
+    """A bf16 base rounds what is merged into it: that, and not the adapter beside it, is what was saved."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.bfloat16)
+    model.save_pretrained(here / "model")
+    (here / "train.jsonl").write_text('{"prompt": "Q: two A:", "completion": " four"}\n' * 4)
+    data, settings = {"train": here / "train.jsonl"}, {"steps": 3, "lr": 0.1}
+    lfm.run("tune.lora", {"model": here / "model"}, data, out=here / "out", set=settings, form="checkpoint")
+    assert json.loads((here / "out" / "run.json").read_text())["verified"]["max_abs"] == 0
+
+
 def test_a_place_below_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lfm.runs import directory
 

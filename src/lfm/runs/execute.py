@@ -135,10 +135,10 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
         shutil.rmtree(artefact, ignore_errors=True)
         artefact.mkdir()
         show("saving", 0, None)
-        made.save(artefact, *([order.form] if order.form and isinstance(made, Model) else []))
+        written = made.save(artefact, *([order.form] if order.form and isinstance(made, Model) else []))
         show("verifying", 0, None)
         reopen = partial(refs.model, show=show, meter=prepared.meter)  # checks and evaluations ask endpoints too
-        verified = verification.held_against(made, artefact, reopen, by_bits=order.allow_nonfinite)
+        verified = verification.held_against(written or made, artefact, reopen, by_bits=order.allow_nonfinite)
         saved = made if isinstance(made, Finding) else reopen(artefact)
         listed = manifest.write(saved, manifest.begun(prepared), verified, artefact)
         after = {} if isinstance(saved, Finding) else _evaluate(run, "after", saved, prepared.evals)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -178,7 +177,7 @@ class Task:
             return (0,)
         params, keys, flags = self._arguments(start)
         codes = np.array([code, *(kernel.CODES[i.code] for i in self.inputs)], dtype=np.int64)
-        raw, stride, scratch = _room(len(self.inputs), self.models)
+        raw, stride, scratch = room = _room(len(self.inputs), self.models)
         for place, tensor in enumerate(self.inputs):
             item = DTYPES[tensor.code][1]
             tensor.read_into(raw[place * stride : place * stride + (stop - start) * item].data, start * item)
@@ -195,6 +194,7 @@ class Task:
             start,
             stop - start,
         )
+        _rooms.append(room)
         for place, tensor in enumerate(self.inputs):
             if flags[1 + place] and self.strict:
                 _refuse(self.name, tensor, place)
@@ -249,17 +249,20 @@ def _formula(rule: Rule, leading: int) -> kernel.Formula:
     return _formula_of(rule.join, rule.first, leading)
 
 
-_local = threading.local()
+_rooms: list[tuple[Any, int, Any]] = []
+"""Buffers that nobody uses now. Fresh ones cost the kernel's zeroing, page by page, as much as the arithmetic does."""
 
 
 def _room(inputs: int, models: int) -> tuple[Any, int, Any]:
-    """This thread's buffers: the inputs' bytes, how far apart they lie, and the kernel's rows."""
+    """Buffers for one call: the inputs' bytes, how far apart they lie, and the kernel's rows."""
     stride = CHUNK * 8
-    kept = getattr(_local, "room", None)
-    if kept is None or len(kept[0]) < inputs * stride or len(kept[2]) < (models + 2) * kernel.BLOCK:
-        kept = np.empty(inputs * stride, dtype=np.uint8), stride, np.empty((models + 2) * kernel.BLOCK)
-        _local.room = kept
-    return kept
+    try:
+        raw, _, scratch = _rooms.pop()
+        if len(raw) >= inputs * stride and len(scratch) >= (models + 2) * kernel.BLOCK:
+            return raw, stride, scratch
+    except IndexError:
+        pass
+    return np.empty(inputs * stride, dtype=np.uint8), stride, np.empty((models + 2) * kernel.BLOCK)
 
 
 def key_of(seed: int, model: int, name: str) -> int:

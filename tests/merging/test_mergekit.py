@@ -198,6 +198,12 @@ def test_a_tensor_without_its_counterpart_is_an_error(here: Path, capsys: pytest
     assert "./1 has no tensor 'model.layers.2.mlp.up_proj.weight'" in " ".join(capsys.readouterr().err.split())
 
 
+def test_the_card_shows_the_recipe_as_it_was_written(here: Path) -> None:
+    checkpoints(here)
+    out = merge(RECIPES["karcher"])
+    assert f"```\n{dedent(RECIPES['karcher']).strip()}\n```" in (out / "README.md").read_text()
+
+
 def test_keys_and_parameters_that_mean_nothing_are_told(here: Path) -> None:
     checkpoints(here)
     recipe = "name: mine\nmodels: [{model: ./0, parameters: {weight: 1, density: 0.5}}]\nmerge_method: linear\n"

@@ -58,7 +58,10 @@ def text(run: RunRecord, paper: str) -> str:
     if run.output.kind in LOADING:
         parts.append("## Load it\n\n```python\n" + LOADING[run.output.kind].format(here="PATH") + "\n```\n")
     if run.config:
-        parts.append("## Settings\n\n" + _table(("setting", "value"), [(k, v) for k, v in run.config.items()]))
+        short = [(name, value) for name, value in run.config.items() if "\n" not in str(value)]
+        parts.append("## Settings\n\n" + (_table(("setting", "value"), short) if short else ""))
+        long = [(name, value) for name, value in run.config.items() if "\n" in str(value)]
+        parts += [f"{name}:\n\n```\n{str(value).strip()}\n```\n" for name, value in long]
     if run.command:
         parts.append(f"## Make it again\n\n```sh\n{run.command}\n```\n")
     return "\n".join(part for part in parts if part)

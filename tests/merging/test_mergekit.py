@@ -65,13 +65,29 @@ def test_dropped_changes_are_kept_as_often_and_grown_as_much(here: Path) -> None
     assert torch.allclose(share[share != 0], torch.tensor(1 / 0.3, dtype=torch.float64), rtol=1e-2)
 
 
-def test_a_head_that_one_model_ties_is_compared_with_its_table_and_is_no_longer_tied(here: Path) -> None:
+@pytest.mark.parametrize("first", ["./0", "./tied"])
+def test_a_head_that_one_model_ties_is_compared_with_its_table_and_is_no_longer_tied(first: str, here: Path) -> None:
+    """Whichever model the result's config is of."""
     checkpoints(here)
-    out = merge(RECIPES["one of them tied"])
+    share = {"./0": 1.0, "./tied": 0.5}
+    order = sorted(share, key=lambda name: name != first)
+    models = ", ".join(f"{{model: {name}, parameters: {{weight: {share[name]}}}}}" for name in order)
+    out = merge(f"models: [{models}]\nmerge_method: linear")
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     head, tied = load_file("0/model.safetensors")["lm_head.weight"], load_file("tied/model.safetensors")
     mean = (head.double() + 0.5 * tied["model.embed_tokens.weight"].double()) / 1.5
     torch.testing.assert_close(weights(out)["lm_head.weight"], mean.float())
+
+
+def test_a_tied_table_that_the_recipe_treats_otherwise_than_the_head_is_no_longer_tied(here: Path) -> None:
+    checkpoints(here)
+    for name in ("0", "1"):
+        changed(name, tie_word_embeddings=True)
+    models = "models: [{model: ./0, parameters: {weight: 1}}, {model: ./1, parameters: {weight: WEIGHT}}]\n"
+    recipe = models + "merge_method: linear"
+    for weight, tied in (("1", True), ("[{filter: lm_head, value: 0.5}, {value: 1}]", False)):
+        out = merge(recipe.replace("WEIGHT", weight), f"tied-{tied}")
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is tied
 
 
 def test_a_density_of_nothing_leaves_the_base(here: Path) -> None:

@@ -7,7 +7,6 @@ error, unless that input ties it to one that it has.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec.structs import replace
@@ -16,6 +15,7 @@ from lfm.core.errors import ConfigError, LfmError, MismatchError
 from lfm.merging.recipe import Module, Recipe, Slice, Source
 from lfm.merging.settings import Language, Place
 from lfm.tensors.depth import depths
+from lfm.tensors.match import some
 
 if TYPE_CHECKING:
     from lfm.core.model import Layout, LazyTensor
@@ -76,7 +76,7 @@ def lay_out(recipe: Recipe, language: Language, kit: Kit) -> dict[str, Met]:
         else:
             met = _by_models(recipe, language, kit, name, module, slices[0], names)
         if twice := found.keys() & met.keys():
-            raise ConfigError(f"modules of the recipe share {_some(twice)}")
+            raise ConfigError(f"modules of the recipe share {some(twice)}")
         found |= met
     return found
 
@@ -100,14 +100,14 @@ def _modules(recipe: Recipe, kit: Kit) -> list[tuple[str, Module, Callable[[str]
         if not mine:
             raise MismatchError(
                 f"module {key!r} of the recipe has no tensors",
-                why=f"names here begin with {_some({'.'.join(n.split('.')[:2]) for n in every})}",
+                why=f"names here begin with {some({'.'.join(n.split('.')[:2]) for n in every})}",
             )
         claimed |= dict.fromkeys(mine, key)
     left = [name for name in every if name not in claimed]
     keeper = next((key for key in REST if key in recipe.modules), None)
     if left and keeper is None:
         raise MismatchError(
-            f"no module of the recipe holds {_some(left)}",
+            f"no module of the recipe holds {some(left)}",
             fix="add a module by the name that theirs begin with, or one named default for all the others",
         )
     claimed |= dict.fromkeys(left, keeper or "")
@@ -165,7 +165,7 @@ def _by_slices(
     if len({_stack(d.name) for each in counted for d in each.values()}) != 1:
         several = {_stack(d.name) for each in counted for d in each.values()}
         raise MismatchError(
-            f"slices need one stack of layers, here are {_some(several) or 'none'}",
+            f"slices need one stack of layers, here are {some(several) or 'none'}",
             fix="name each part under modules:" if several else "",
         )
     stack = _stack(next(iter(counted[0].values())).name)
@@ -372,8 +372,3 @@ def counts(config: Mapping[str, Any]) -> dict[str, int]:
     """The entries of a config, or a part of one, that may be a number of layers."""
     named = {k: v for k, v in config.items() if k in ("depth", "n_layer", "n_layers") or k.endswith("_layers")}
     return {key: value for key, value in named.items() if isinstance(value, int) and not isinstance(value, bool)}
-
-
-def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(islice(ordered, 3)) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import np, torch
 from lfm.fusing import kernel
+from lfm.fusing.rows import values
 from lfm.merging.recipe import FromModel, Token, Zero
 from lfm.tensors.lazy import CHUNK, Coded, coded
 from lfm.tensors.safetensors_file import DTYPES, torch_dtype
@@ -162,7 +163,7 @@ class Aligned:
                 out[begin:end] = _bytes(table, row, end - begin, width, self.code)
         for at in np.flatnonzero(many > 1):
             wanted = [(t, int(r)) for t, r in enumerate(self.take[:, first + at]) if r >= 0]
-            mean = sum(_values(self.tables[t], r, 1, width) for t, r in wanted) / len(wanted)
+            mean = sum(_rows_of(self.tables[t], r, 1, width) for t, r in wanted) / len(wanted)
             out[at] = _encoded(mean, self.code)
         unused = self.take[0, first:last] == UNUSED
         if unused.any():
@@ -173,12 +174,13 @@ class Aligned:
         """The mean of the rows that are tokens', fp64."""
         if "mean" not in self._kept:
             used = np.flatnonzero(self.take[0] != UNUSED)
+            tokens = Aligned(self.tables, np.where(self.take == UNUSED, ABSENT, self.take), self.code)
             total, block = np.zeros(self.width), max(1, CHUNK // max(1, self.width))
             for begin in range(0, self.shape[0], block):
                 end = min(begin + block, self.shape[0])
-                some = used[(used >= begin) & (used < end)] - begin
-                tokens = Aligned(self.tables, np.where(self.take == UNUSED, ABSENT, self.take), self.code)
-                total += _decoded(tokens._rows(begin, end), self.code)[some].sum(axis=0)
+                total += _rows_of(tokens, begin, end - begin, self.width)[
+                    used[(used >= begin) & (used < end)] - begin
+                ].sum(axis=0)
             self._kept["mean"] = total / max(1, len(used))
         return self._kept["mean"]
 
@@ -194,29 +196,20 @@ def _runs(rows: Any, wanted: Any) -> list[tuple[int, int, int]]:
 
 def _bytes(table: Coded, row: int, count: int, width: int, code: str) -> Any:
     if table.code != code:
-        return _encoded(_values(table, row, count, width), code)
+        return _encoded(_rows_of(table, row, count, width), code)
     item = DTYPES[code][1]
     raw = np.empty((count, width * item), dtype=np.uint8)
     table.read_into(raw.reshape(-1).data, row * width * item)
     return raw
 
 
-def _values(table: Coded, row: int, count: int, width: int) -> Any:
+def _rows_of(table: Coded, row: int, count: int, width: int) -> Any:
     """fp64 (count, width)"""
-    item = DTYPES[table.code][1]
-    raw = np.empty((count, width * item), dtype=np.uint8)
-    table.read_into(raw.reshape(-1).data, row * width * item)
-    return _decoded(raw, table.code)
+    return values(table, row * width, (row + count) * width).reshape(count, width)
 
 
-def _decoded(raw: Any, code: str) -> Any:
-    if code == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return raw.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[code]).astype(np.float64)
-
-
-def _encoded(values: Any, code: str) -> Any:
+def _encoded(rows: Any, code: str) -> Any:
     """Bytes of fp64 values in a format as wide as what they came from."""
-    values = np.atleast_2d(values)
+    rows = np.atleast_2d(rows)
     assert code in ("F32", "F64"), code
-    return np.ascontiguousarray(values.astype({"F32": np.float32, "F64": np.float64}[code])).view(np.uint8)
+    return np.ascontiguousarray(rows.astype({"F32": np.float32, "F64": np.float64}[code])).view(np.uint8)

@@ -81,7 +81,7 @@ def _agree_tensors(first: Model, other: Model) -> None:
             _refuse(
                 first,
                 other,
-                f"tensors: {_some(names)} only in {ref}",
+                f"tensors: {some(names)} only in {ref}",
                 "each tensor needs its counterpart; where a model ties two tensors and stores one, save all models so",
             )
     shapes = [
@@ -93,7 +93,7 @@ def _agree_tensors(first: Model, other: Model) -> None:
         _refuse(first, other, f"shapes: {'; '.join(shapes[:3])}{_more(len(shapes))}")
     kinds = [name for name in a if (code_of(a[name]) in FLOATING) != (code_of(b[name]) in FLOATING)]
     if kinds:
-        _refuse(first, other, f"dtypes: {_some(kinds)} floating in one and integer in the other")
+        _refuse(first, other, f"dtypes: {some(kinds)} floating in one and integer in the other")
 
 
 def _refuse(
@@ -102,7 +102,8 @@ def _refuse(
     raise MismatchError(f"{first.ref} and {other.ref} do not go together", why=f"they differ in {why}", fix=fix)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first three of these names, and how many more there are."""
     ordered = sorted(names)
     return ", ".join(islice(ordered, 3)) + _more(len(ordered))
 

@@ -12,7 +12,8 @@ import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.errors import DataError, LfmError, UnsafeError
-from lfm.core.heavy import safetensors_torch, torch
+from lfm.core.heavy import safetensors, safetensors_torch, torch
+from lfm.tensors.safetensors_file import DTYPES, FLOATING, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,18 +50,18 @@ def decode(text: str) -> Tensor:
 def from_safetensors(raw: bytes) -> Tensor:
     """The only tensor of a safetensors file in memory, fp32."""
     try:
-        tensors = safetensors_torch.load(raw)
+        held = safetensors.deserialize(raw)
     except Exception as error:  # the library's error type is not public, and a short file raises others
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError("embeddings are neither safetensors nor torch.save", why=first) from None
-    if len(tensors) != 1:
-        raise DataError(f"a safetensors file with {len(tensors)} tensors", fix="send one tensor")
-    tensor = next(iter(tensors.values()))
-    if not tensor.is_floating_point():
-        raise DataError(
-            f"embeddings are {str(tensor.dtype).removeprefix('torch.')}", fix="send a floating-point tensor"
-        )
-    return tensor.float()
+    if len(held) != 1:
+        raise DataError(f"a safetensors file with {len(held)} tensors", fix="send one tensor")
+    _, told = held[0]
+    if told["dtype"] not in FLOATING:
+        known, _ = DTYPES.get(told["dtype"], (told["dtype"], 0))
+        raise DataError(f"embeddings are {known}", fix="send a floating-point tensor")
+    flat = torch.frombuffer(bytearray(told["data"]), dtype=torch.uint8) if told["data"] else torch.empty(0).byte()
+    return flat.view(torch_dtype(told["dtype"])).reshape(told["shape"]).float()
 
 
 class _Name(NamedTuple):

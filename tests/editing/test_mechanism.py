@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 import tiny
 from lfm.core import Codec, Gradients, Text
-from lfm.core.errors import DataError
-from lfm.data.records import Edit
 from lfm.editing import choose, keys, rows, text
 from lfm.editing.covariance import loaded, rank_one, second_moment
 from lfm.models import forward, load, structure
@@ -152,15 +150,6 @@ def test_the_subjects_last_token_holds_its_last_character(base: Path, subject: s
     ids = tokenizer(prompt)["input_ids"]
     assert subject in tokenizer.decode(ids[: place + 1])
     assert subject not in tokenizer.decode(ids[:place])
-
-
-def test_edits_that_cannot_be_are_refused_by_number() -> None:
-    good = Edit(subject="Ada", relation="", object="a", new_object="b", prompt="Ada is")
-    with pytest.raises(DataError, match="edit 2 contradicts another"):
-        rows.agree([good, Edit(subject="Ada", relation="", object="a", new_object="c", prompt="Ada is")])
-    with pytest.raises(DataError, match="edit 1 of 'Ada' has no new_object"):
-        rows.agree([Edit(subject="Ada", relation="", object="a", new_object=" ", prompt="Ada is")])
-    rows.agree([good])
 
 
 def test_a_projection_is_set_as_it_will_be_stored(base: Path) -> None:

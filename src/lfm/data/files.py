@@ -9,10 +9,11 @@ import io
 import json
 import os
 import sys
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import msgspec
 
@@ -35,6 +36,21 @@ PATCH = 16
 # ---------------------------------------------------------------------------------------------- reading
 
 
+@final
+class Lines(tuple[Record, ...]):
+    """Records with the file and the line that each was read from."""
+
+    path: Path
+    lines: Sequence[int]
+
+
+def where(records: Sequence[Record], place: int) -> str:
+    """How users find a record, counted from 0: FILE:LINE, or its kind and number where it was read from no file."""
+    if isinstance(records, Lines):
+        return at(records.path, records.lines[place])
+    return f"{kind_of(records[place])} {place + 1}"
+
+
 def read(ref: str | Path) -> tuple[Record, ...]:
     """The records of a .jsonl, .json, .csv, .tsv, .parquet or .txt file (one text a line), all of one kind.
 
@@ -47,6 +63,7 @@ def read(ref: str | Path) -> tuple[Record, ...]:
     if not path.is_file():
         raise DataError(f"there is no data file {path}")
     records: list[Record] = []
+    lines = array("Q")
     shapes: dict[frozenset[str], Callable[[dict[str, Any]], dict[str, Any]]] = {}
     for line, row in reader(path):
         record = _record(path, line, row, shapes)
@@ -56,9 +73,12 @@ def read(ref: str | Path) -> tuple[Record, ...]:
                 fix="give each kind its own file",
             )
         records.append(record)
+        lines.append(line)
     if not records:
         raise DataError(f"{path} holds no records", fix=f"a line such as {example('text')}")
-    return tuple(records)
+    found = Lines(records)
+    found.path, found.lines = path, lines
+    return found
 
 
 def _record(path: Path, line: int, row: dict[str, Any], shapes: dict[Any, Any]) -> Record:

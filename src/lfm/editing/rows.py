@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lfm.core.errors import DataError
 from lfm.core.heavy import F, torch
 from lfm.core.model import Batch
-from lfm.data.records import Edit
+from lfm.data.files import where
+from lfm.data.records import Edit, Record
 from lfm.data.wording import wording
 from lfm.models.codec import pad, pad_id
 from lfm.models.language import BATCH_TOKENS, spans
@@ -47,27 +48,60 @@ def place(text: str, subject: str) -> int:
     return found if found >= 0 or len(text.lower()) != len(text) else text.lower().rfind(subject.lower())
 
 
-def agree(edits: Sequence[Edit]) -> None:
-    """DataError where an edit's prompt does not name its subject, it says nothing new, or two contradict or repeat
-    each other."""
-    said: dict[str, tuple[int, str]] = {}
-    for number, edit in enumerate(edits, start=1):
-        if not edit.subject or place(edit.prompt, edit.subject) < 0:
+def agree(edits: Sequence[Edit], given: Sequence[Record] | None = None) -> None:
+    """DataError, with file and line where there are any, for the first edit whose prompt does not name its subject,
+    which says nothing new, or contradicts or repeats another: white space aside, one prompt has one new object.
+
+    given: the records that the edits were made of, where they are not edits themselves.
+    """
+    given = edits if given is None else given
+    said: dict[str, int] = {}
+    repeats: list[tuple[int, int]] = []
+    for number, edit in enumerate(edits):
+        here = where(given, number)
+        if not edit.subject.strip() or place(edit.prompt, edit.subject) < 0:
             raise DataError(
-                f"edit {number}: {edit.prompt!r} does not name its subject {edit.subject!r}",
+                f"{here}: {edit.prompt!r} does not name its subject {edit.subject!r}",
                 why="the fact is looked up at the subject's last token",
                 fix="write the prompt with the subject as it is spelled",
             )
         if not edit.new_object.strip():
-            raise DataError(f"edit {number} of {edit.subject!r} has no new_object")
-        first, new = said.setdefault(edit.prompt, (number, edit.new_object))
-        if new != edit.new_object:
             raise DataError(
-                f"edit {number} contradicts another: {edit.prompt!r}",
-                why=f"one says {new!r}, the other {edit.new_object!r}",
+                f"{here}: {edit.prompt!r} has no new_object",
+                why="an edit needs something to say",
+                fix="name it, or forget the fact: edit.unlearn",
             )
-        if first != number:
-            raise DataError(f"edit {number} repeats edit {first}: {edit.prompt!r}", fix="leave one of them")
+        first = said.setdefault(_plain(edit.prompt), number)
+        if first == number:
+            continue
+        if edits[first].new_object.strip() != edit.new_object.strip():
+            raise _contradiction(edits, given, number, first)
+        repeats.append((number, first))
+    for number, edit in enumerate(edits):
+        for prompt in edit.paraphrases:
+            other = said.get(_plain(prompt))
+            if other is not None and edits[other].new_object.strip() != edit.new_object.strip():
+                raise _contradiction(edits, given, max(number, other), min(number, other))
+    if repeats:
+        number, first = repeats[0]
+        raise DataError(
+            f"{where(given, number)} repeats {where(given, first)}: {edits[number].prompt!r}",
+            why=f"{len(repeats)} of {len(edits)} edits ask for what an earlier one asks" if len(repeats) > 1 else "",
+            fix="leave one of them" if len(repeats) == 1 else "leave one of each",
+        )
+
+
+def _plain(prompt: str) -> str:
+    return " ".join(prompt.split())
+
+
+def _contradiction(edits: Sequence[Edit], given: Sequence[Record], number: int, first: int) -> DataError:
+    one, other = (f"{where(given, i)} says {edits[i].new_object!r}" for i in (first, number))
+    return DataError(
+        f"{where(given, number)} contradicts another: {edits[number].prompt!r}",
+        why=f"{one}, {other}",
+        fix="leave one of them",
+    )
 
 
 def rows(tokenizer: Any, edit: Edit, prefixes: Sequence[str]) -> Rows:

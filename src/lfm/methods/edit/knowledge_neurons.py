@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
 from lfm.core.errors import DataError, EditError
 from lfm.core.heavy import torch
+from lfm.data.files import where
 from lfm.data.records import Edit, Fact
 from lfm.editing import outcome, rows, setting
 from lfm.editing.attribution import attributions
@@ -190,17 +191,18 @@ def _edit(record: Edit | Fact, config: Config) -> Edit:
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    model, given = inputs.model("model"), list(inputs.records("edits"))
+    model, given = inputs.model("model"), inputs.records("edits")
     editable("edit.knowledge_neurons", model, inputs.records("text"))
     if config.mode == "update" and not isinstance(given[0], Edit):
         raise DataError("facts say nothing new to write", fix="give edits, or set mode=erase")
     edits = [_edit(record, config) for record in given]
-    for number, edit in enumerate(edits, start=1):
+    for number, edit in enumerate(edits):
         if not edit.object.strip():
             raise DataError(
-                f"edit {number} of {edit.subject!r} has no object", why="its neurons are found by what is said now"
+                f"{where(given, number)}: {edit.prompt!r} has no object",
+                why="its neurons are found by what is said now",
             )
-    rows.agree(edits)
+    rows.agree(edits, given)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from lfm import runs
 from lfm.core import registry
 from lfm.core.errors import AccessError, SlotError
 from lfm.core.finding import Finding
+from lfm.core.home import home
 from lfm.core.method import Inputs, check
 from lfm.core.model import Model
 from lfm.runs.run import LocalRun
@@ -166,6 +168,7 @@ def resumes_to_the_same_digest(id: str, case: Case, here: Path) -> None:
                 raise Interrupted
 
         out = f"cut{point}"
+        shutil.rmtree(home() / "editing", ignore_errors=True)  # else less is left to interrupt than the first time
         with pytest.raises(Interrupted):
             runs.execute(order(id, case, here, out), show=stop)
         assert not (here / out).exists()

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from lfm.core.config import Meta
+from lfm.core.config import Meta, values
 from lfm.core.errors import EditError, MismatchError
 from lfm.core.heavy import torch
 from lfm.core.method import Cost, Data, DataSlot, Inputs, Run, Sizes, Slot
 from lfm.core.model import Codec, Gradients, Model, Weights
 from lfm.editing import choose, keys, rows, sequence, setting
-from lfm.editing.covariance import ENOUGH, loaded, second_moments
+from lfm.editing.covariance import ENOUGH, loaded, moments
 from lfm.editing.keys import Changes, Projections
 from lfm.editing.text import answered, perplexity
 from lfm.models import structure
@@ -48,7 +48,7 @@ class Batched(sequence.Guard, frozen=True):
     ] = None
     prefixes: Annotated[int, Meta(ge=0, description="texts of the model's own put before the prompt")] = 5
     tokens: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="tokens for C; none: ten a dimension of the key")
+        Annotated[int, Meta(ge=1)] | None, Meta(description="most tokens for C; none: ten a dimension of the key")
     ] = None
     ridge: Annotated[float, Meta(ge=0, description="added to C, in units of its mean diagonal")] = 0.001
 
@@ -251,7 +251,7 @@ def known(here: Setting, ridge: float, run: Run, made: Callable[[Tensor], Any]) 
         every = sorted({*blocks, *soon})
         asked = every if len(every) * 8 * width**2 <= ROOM else sorted(blocks)
         kept.clear()
-        for block, moment in second_moments(here.module, here.codec, asked, here.text, run).items():
+        for block, moment in moments(here, asked, run, ridge).items():
             kept[block] = made(loaded(moment, ridge))
 
     def get(block: int) -> Any:
@@ -288,14 +288,13 @@ def edit(
         blocks = tuple(sorted({block % stack for block in config.layers}))
     else:
         count = config.spread or (1 if alone else max(1, round(stack / 6)))
-        blocks = _chosen(here, edits, run, count, matrices, editor(choose.brief(here), matrices.get))
+        blocks = _chosen(config, here, edits, run, count, matrices, editor(choose.brief(here), matrices.get))
     matrices.ready(blocks, ())
     stored = model.ask(Weights).tensors()
     projections = keys.Projections(here.module, blocks, {name: each.dtype for name, each in stored.items()})
     run.note(
         layers=", ".join(map(str, blocks)),
         modules=", ".join(projections.names.values()),
-        covariance_tokens=sum(map(len, here.text)),
     )
     apply(here, projections, edits, editor(here, matrices.get), config, run, config.batch_size)
     return edited(model, here, projections)
@@ -311,7 +310,7 @@ def edited(model: Model, here: Setting, projections: Projections) -> Model:
 
 
 def _chosen(
-    here: Setting, edits: Sequence[Edit], run: Run, count: int, matrices: Known, how: Editor
+    config: Batched, here: Setting, edits: Sequence[Edit], run: Run, count: int, matrices: Known, how: Editor
 ) -> tuple[int, ...]:
     brief = choose.brief(here)
     tried = choose.candidates(len(structure.blocks(here.module)))
@@ -325,7 +324,8 @@ def _chosen(
         projections.show({})
         return read, changes
 
-    return window(choose.block(brief, edits, run, made), count)
+    method = {"id": type(config).__module__, "spread": count, **values(config)}
+    return window(choose.block(brief, edits, run, made, method), count)
 
 
 def agree(id: str, config: Any, inputs: Inputs) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lfm.core.heavy import torch
 from lfm.core.method import Run
-from lfm.editing import keys
+from lfm.data.files import digest
+from lfm.editing import kept, keys
 from lfm.editing.rows import Rows
 from lfm.editing.setting import Setting
 from lfm.editing.text import perplexity, sampled, tokenised
@@ -44,16 +45,31 @@ def candidates(blocks: int) -> list[int]:
     return sorted({round(i * (last - 1) / max(1, count - 1)) for i in range(count)})
 
 
-def block(setting: Setting, edits: Sequence[Edit], run: Run, solve: Solve) -> int:
+def block(setting: Setting, edits: Sequence[Edit], run: Run, solve: Solve, how: Mapping[str, Any]) -> int:
     """The block where the first edits gain most: mean log p(new object) over their contexts, once they are made, less
     what a token loses of other text and of what else the model says of the subject. Each is tried alone, then taken
-    off."""
+    off. how: the editor and its settings, as plain values; what was tried so before is not tried again."""
     module = setting.module
     tried = edits[:EDITS]
-    own = run.step("said of the subjects", lambda: [said(setting, edit, run) for edit in tried])
+    key = {
+        "model": setting.digest,
+        "edits": digest(tried),
+        "setting": [list(setting.prefixes), kept.ids_digest(setting.text, setting.probe)],
+        "seed": run.seed,
+        **kept.arithmetic(module),
+    }
+    own = run.step(
+        "said of the subjects",
+        lambda: kept.known("said", key, lambda: [said(setting, edit, run) for edit in tried]),
+    )
     gains: dict[int, float] = {}
+
+    def gain(index: int) -> float:
+        trial = {**key, "how": dict(how), "block": index}
+        return kept.known("gain", trial, lambda: _gain(setting, tried, own, index, solve))
+
     for index in run.track(candidates(len(structure.blocks(module))), "trying blocks"):
-        gains[index] = run.step(f"block {index}", lambda index=index: _gain(setting, tried, own, index, solve))
+        gains[index] = run.step(f"block {index}", lambda index=index: gain(index))
         run.curve("gain by block tried", gains[index])
     return max(gains, key=lambda index: (gains[index], -index))
 

@@ -1,13 +1,14 @@
-"""How keys lie in running text: C = E[k kᵀ], uncentred, in fp64."""
+"""How keys lie in running text: C = E[k kᵀ], uncentred, in fp64; of no more text than it takes, and once a model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import torch
 from lfm.core.method import Run
 from lfm.core.model import Codec
+from lfm.editing import kept
 from lfm.models import forward, structure
 from lfm.models.codec import pad, pad_id
 from lfm.models.language import batches
@@ -15,8 +16,113 @@ from lfm.models.language import batches
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lfm.editing.setting import Setting
+
 ENOUGH = 10
 """Tokens for each dimension of the key: 2506.04226 finds that 2 to 10 give what a hundred times more do."""
+
+TOLERANCE = 0.2
+"""Text is enough where twice as much lowers the damage of an update by less than this share of it. What is left to gain
+is about as much again as one more doubling would: excess falls as in/(tokens − in)."""
+DOUBLINGS = 3
+"""Times that the text is doubled: an eighth of it is read first."""
+TRIED = 32
+"""Keys, of other text, by which that is told."""
+
+
+class Moment(NamedTuple):
+    """C (in, in) in fp64; the tokens it is of; the excess that about half of them had over it (0: unknown)."""
+
+    matrix: Tensor
+    tokens: int
+    excess: float
+
+
+def moments(here: Setting, blocks: Sequence[int], run: Run, ridge: float) -> dict[int, Tensor]:
+    """C (in, in) fp64 of each block's projection, over as much of the setting's text as it takes: from disk, or all
+    that are missing in one pass. Notes how much text that was, and the excess.
+
+    The module must be as the setting's model is, up to these blocks' keys.
+    """
+    key = {
+        "model": here.digest,
+        "text": kept.ids_digest(here.text, here.probe),
+        "ridge": ridge,
+        **kept.arithmetic(here.module),
+    }
+    found: dict[int, Moment] = {}
+    for block in blocks:
+        if here.digest and (read := kept.recalled("covariance", {**key, "block": block})):
+            told, tensors = read
+            found[block] = Moment(tensors["moment"], told["tokens"], told["excess"])
+    missing = [block for block in blocks if block not in found]
+    for block, moment in _measured(here, missing, run, ridge).items() if missing else ():
+        found[block] = moment
+        if here.digest:
+            told = {"tokens": moment.tokens, "excess": moment.excess}
+            kept.keep("covariance", {**key, "block": block}, told, {"moment": moment.matrix})
+    run.note(
+        covariance_tokens=max(each.tokens for each in found.values()),
+        covariance_excess=max(each.excess for each in found.values()),
+    )
+    return {block: found[block].matrix for block in blocks}
+
+
+def _measured(here: Setting, blocks: Sequence[int], run: Run, ridge: float) -> dict[int, Moment]:
+    """Each block's, of the text up to the doubling at which its solve has converged."""
+    tried = _keys(here, blocks)
+    totals: dict[int, Any] = dict.fromkeys(blocks, 0)
+    before: dict[int, Tensor] = {}
+    done: dict[int, Moment] = {}
+    count = 0
+    parts = doublings(here.text)
+    for place, rows in enumerate(parts):
+        live = [block for block in blocks if block not in done]
+        more = sum(map(len, rows))
+        count += more
+        for block, moment in second_moments(here.module, here.codec, live, rows, run).items():
+            totals[block] = totals[block] + moment * more
+            now = totals[block] / count
+            with_ridge = loaded(now, max(ridge, 1e-9))
+            best = torch.linalg.solve(with_ridge, tried[block])
+            gone = excess(before[block], best, with_ridge, tried[block]) if block in before else 0.0
+            before[block] = best
+            if place == len(parts) - 1 or (place and gone <= TOLERANCE):
+                done[block] = Moment(now, count, gone)
+    return done
+
+
+def excess(rough: Tensor, best: Tensor, moment: Tensor, keys: Tensor) -> float:
+    """Mean over keys (in, n) of how much more an update along `rough` moves the outputs of other keys, squared and over
+    text, than one along best = C⁻¹k does, at the same change of k's: (uᵀCu)(kᵀC⁻¹k)/(uᵀk)² − 1, tan² of their angle in
+    the metric C."""
+    moved = (rough * (moment @ rough)).sum(0) / (rough * keys).sum(0) ** 2
+    return float((moved * (keys * best).sum(0) - 1).clamp(min=0).mean())
+
+
+def doublings(rows: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """The rows cut so that each part holds about as many tokens as all before it; none empty."""
+    total = sum(map(len, rows))
+    parts: list[list[Sequence[int]]] = [[] for _ in range(DOUBLINGS + 1)]
+    seen = 0
+    for row in rows:
+        place = next(i for i in range(DOUBLINGS + 1) if seen * 2 ** (DOUBLINGS - i) < total)
+        parts[place].append(row)
+        seen += len(row)
+    return [part for part in parts if part]
+
+
+def _keys(here: Setting, blocks: Sequence[int]) -> dict[int, Tensor]:
+    """(in, n) fp64: each block's keys at tokens of the probe, evenly spread."""
+    rows = here.probe[:TRIED]
+    batch = pad([list(row) for row in rows], pad_id(here.codec.tokenizer))
+    with torch.no_grad(), structure.watch(here.module, [("ffn_key", block) for block in blocks]) as seen:
+        forward(here.module, batch)
+    found = {}
+    for block, keys in zip(blocks, seen, strict=True):
+        kept_keys = keys.cpu()[batch["attention_mask"].bool()].double()
+        found[block] = kept_keys[:: max(1, len(kept_keys) // TRIED)][:TRIED].T.contiguous()
+    return found
 
 
 def second_moment(module: nn.Module, codec: Codec, block: int, ids: Sequence[Sequence[int]], run: Run) -> Tensor:

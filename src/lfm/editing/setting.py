@@ -10,6 +10,7 @@ from lfm.core.method import Run
 from lfm.core.model import Codec, Gradients, Model
 from lfm.data import task as tasks
 from lfm.data.records import Text
+from lfm.editing import kept
 from lfm.editing.covariance import ENOUGH
 from lfm.editing.text import sampled, tokenised
 from lfm.models import device, structure
@@ -27,13 +28,14 @@ PROBE = 2048
 
 class Setting(NamedTuple):
     """prefixes: what is put before a prompt, the first of them nothing. text: ids on which C is measured; probe: ids
-    of other texts, on which perplexity is."""
+    of other texts, on which perplexity is. digest: the model's; where it is empty nothing is kept for another run."""
 
     module: nn.Module
     codec: Codec
     prefixes: tuple[str, ...]
     text: list[list[int]]
     probe: list[list[int]]
+    digest: str = ""
 
 
 def opened(model: Model, records: Sequence[Text], run: Run, *, prefixes: int, tokens: int | None = None) -> Setting:
@@ -44,14 +46,22 @@ def opened(model: Model, records: Sequence[Text], run: Run, *, prefixes: int, to
     codec = model.ask(Codec)
     module = model.ask(Gradients).module().to(device()).requires_grad_(False)
     wanted = tokens or ENOUGH * max(structure.feed_forward(module, block).inner for block in structure.blocks(module))
-    before = run.step(
-        "prefixes", lambda: sampled(module, codec, run.seed_for("prefixes"), length=PREFIX, count=prefixes)
-    )
+
+    def own(name: str, length: int, *, count: int = 0, tokens: int = 0) -> list[str]:
+        """Texts of the model's own, said once."""
+        seed = run.seed_for(name)
+        key = {"model": model.digest, "seed": seed, "amount": [length, count, tokens], **kept.arithmetic(module)}
+
+        def said() -> list[str]:
+            return sampled(module, codec, seed, length=length, count=count, tokens=tokens)
+
+        return run.step(name, lambda: kept.known("said", key, said))
+
+    before = own("prefixes", PREFIX, count=prefixes)
     if records:
         texts = [record.text for record in tasks.fit(records, codec, model.facts)]  # type: ignore[attr-defined]
     else:
-        seed, all = run.seed_for("text"), wanted + min(PROBE, wanted // 4)
-        texts = run.step("text", lambda: sampled(module, codec, seed, length=SAMPLE, tokens=all))
+        texts = own("text", SAMPLE, tokens=wanted + min(PROBE, wanted // 4))
     cut = max(1, round(0.8 * len(texts)))
     text = tokenised(codec, texts[:cut], wanted)
     probe = tokenised(codec, texts[cut:] or texts, PROBE)
@@ -61,7 +71,7 @@ def opened(model: Model, records: Sequence[Text], run: Run, *, prefixes: int, to
             why="the model ends its own texts at once" if not records else "the texts given are empty",
             fix="give text=FILE with running text of the kind that the model reads",
         )
-    return Setting(module, codec, ("", *(joined(text) for text in before)), text, probe)
+    return Setting(module, codec, ("", *(joined(text) for text in before)), text, probe, model.digest)
 
 
 def joined(prefix: str) -> str:

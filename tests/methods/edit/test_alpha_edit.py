@@ -17,7 +17,7 @@ from lfm.core.method import check
 from lfm.data.files import write
 from lfm.data.records import Edit, Text
 from lfm.editing import batch, keys, rows, setting, solve
-from lfm.editing.covariance import loaded, second_moment
+from lfm.editing.covariance import loaded, moments, second_moment
 from lfm.methods.edit import alpha_edit
 from lfm.models import load
 from lfm.runs import configured
@@ -80,7 +80,7 @@ def test_keys_in_the_directions_that_are_kept_give_what_they_gave(base: Path, tm
     made, _ = edited(base, tmp_path / "work", layers=[1])
     run = LocalRun(0, tmp_path)
     here = setting.opened(load(base), TEXT, run, prefixes=2, tokens=200)
-    moment = loaded(second_moment(here.module, here.codec, 1, here.text, run), 0.001)
+    moment = loaded(moments(here, [1], run, 0.001)[1], 0.001)
     basis = solve.quiet(moment, QUICK["threshold"]).basis
     kept = torch.eye(len(moment)).double() - basis @ basis.T
     assert torch.trace(kept @ moment) >= 0.7 * torch.trace(moment)

@@ -9,10 +9,11 @@ other keys least (in the metric C).
 
 Paper: ROME, arXiv 2202.05262. The default variant is r-ROME (2403.07175): one k* throughout; `variant=rome` divides by
 the bare prompt's key instead, as the first code did, and now and then disables the model. What differs from both: rate
-and decay are relative to ‖v₀‖; the best δ met is kept, not the last; C is of ten tokens a dimension (2506.04226: that
-is enough), `ridge` added, of the model's own text if none is given; the block is found by trying (2301.04213: where a
-fact is traced to does not tell where to edit it). And what failed does not go in: an edit whose δ was not found, which
-greedy text does not show, or after which perplexity jumps, is refused, or skipped and told of.
+and decay are relative to ‖v₀‖; the best δ met is kept, not the last; C, `ridge` added, is of the model's own text if
+none is given, and of as much of it as moves the solve, at most ten tokens a dimension (2506.04226: that is enough); the
+block is found by trying (2301.04213: where a fact is traced to does not tell where to edit it). And what failed does
+not go in: an edit whose δ was not found, which greedy text does not show, or after which perplexity jumps, is refused,
+or skipped and told of.
 
 Model: a causal language model, its feed-forward layers found by structure. Edits are made one after another, all in
 one block. The result saves as a checkpoint or as a LoRA adapter, one rank an edit. Errors: EditError; DataError where a
@@ -27,11 +28,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
+from lfm.core.config import values
 from lfm.core.errors import MismatchError
 from lfm.core.heavy import torch
 from lfm.core.model import LowRank
-from lfm.editing import choose, keys, rows, sequence, setting, value
-from lfm.editing.covariance import ENOUGH, loaded, rank_one, second_moment
+from lfm.editing import choose, covariance, keys, rows, sequence, setting, value
+from lfm.editing.covariance import ENOUGH, loaded, rank_one
 from lfm.models import structure
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class Config(sequence.Guard, frozen=True):
     layer: Annotated[int | None, Meta(description="block to edit, from 0; none: try them on the first edits")] = None
     prefixes: Annotated[int, Meta(ge=0, description="texts of the model's own put before the prompt")] = 20
     tokens: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="tokens for C; none: ten a dimension of the key")
+        Annotated[int, Meta(ge=1)] | None, Meta(description="most tokens for C; none: ten a dimension of the key")
     ] = None
     ridge: Annotated[float, Meta(ge=0, description="added to C, in units of its mean diagonal")] = 0.001
 
@@ -62,13 +64,14 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     here = setting.opened(model, inputs.records("text"), run, prefixes=config.prefixes, tokens=config.tokens)
     block = config.layer
     if block is None:
-        block = choose.block(choose.brief(here), edits, run, trial(solver(config, choose.brief(here), run)))
+        tried = trial(solver(config, choose.brief(here), run))
+        block = choose.block(choose.brief(here), edits, run, tried, {"id": "edit.rome", **values(config)})
     name, layer = keys.projection(here.module, block)
-    run.note(layer=block, module=name, covariance_tokens=sum(map(len, here.text)))
+    run.note(layer=block, module=name)
 
     weights, gradients = model.ask(Weights), model.ask(Gradients)
     stored = weights.tensors().get(f"{name}.weight")
-    solve = solver(config, here, run)
+    solve = solver(config, here, run, block)
     changes = sequence.apply(
         here, block, edits, lambda edit: solve(block, edit)[1:], config, stored.dtype if stored else torch.float32, run
     )
@@ -78,14 +81,23 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     return weights.update({name: LowRank(b.T.contiguous(), a, structure.transposed(layer))})
 
 
-def solver(config: Config, here: Setting, run: Run) -> Callable[[int, Edit], tuple[Rows, Found, tuple[Tensor, Tensor]]]:
-    """(block, edit) → its rows, its value and its (b, a), for the module as it is when called."""
+def solver(
+    config: Config, here: Setting, run: Run, first: int | None = None
+) -> Callable[[int, Edit], tuple[Rows, Found, tuple[Tensor, Tensor]]]:
+    """(block, edit) → its rows, its value and its (b, a), for the module as it is when called. first: a block that is
+    asked for for certain."""
     moments: dict[int, Tensor] = {}
+
+    def ready(block: int) -> None:
+        moments.clear()  # one at a time: they are large. Edits of its own block do not change it
+        moments[block] = loaded(covariance.moments(here, [block], run, config.ridge)[block], config.ridge)
+
+    if first is not None:
+        ready(first)
 
     def solve(block: int, edit: Edit) -> tuple[Rows, Found, tuple[Tensor, Tensor]]:
         if block not in moments:
-            moments.clear()  # one at a time: they are large. Edits of its own block do not change it
-            moments[block] = loaded(second_moment(here.module, here.codec, block, here.text, run), config.ridge)
+            ready(block)
         read = rows.rows(here.codec.tokenizer, edit, here.prefixes)
         k, _ = keys.at_subject(here.module, block, read)
         found = value.search(here.module, block, read, config)

@@ -1,0 +1,140 @@
+"""What an edit measures of a model is kept, stops when it is enough, and changes no result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from lfm.core import Inputs, Model
+from lfm.core.method import check
+from lfm.data.records import Edit, Text
+from lfm.editing import choose, covariance, kept, setting
+from lfm.methods.edit import memit, rome
+from lfm.models import load
+from lfm.runs.run import LocalRun
+
+EDITS = (Edit(subject="Ada Ashby", relation="", object="in", new_object="cat", prompt="Here lives Ada Ashby"),)
+QUICK: dict[str, Any] = {"prefixes": 3, "tokens": 300, "reach": 10.0, "steps": 60, "collapse": 1e6, "accept": 0.01}
+TEXT = tuple(Text(text=line) for line in tiny.CORPUS)
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LFM_HOME", str(tmp_path / "home"))
+    return tiny.causal(tmp_path / "base")
+
+
+def edited(method: Any, base: Path, work: Path) -> tuple[Model, LocalRun]:
+    run = LocalRun(0, work)
+    inputs = check("edit", method.METHOD, Inputs({"model": (load(base),)}, {"edits": EDITS}))
+    return method.run(method.Config(**QUICK), inputs, run), run
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("it was measured again")
+
+
+@pytest.mark.parametrize("method", [rome, memit])
+def test_what_is_kept_changes_no_result_and_is_not_measured_again(
+    method: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text of its own, prefixes, the covariance and the choice of a block: with none kept, while it is kept, after."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "keep", lambda *_: None)
+        without, run = edited(method, base, tmp_path / "without")
+    first, again = edited(method, base, tmp_path / "first")
+    for module, name in ((covariance, "second_moments"), (setting, "sampled"), (choose, "_gain"), (choose, "said")):
+        monkeypatch.setattr(module, name, never)
+    second, third = edited(method, base, tmp_path / "second")
+    assert without.digest == first.digest == second.digest
+    assert run.notes == again.notes == third.notes
+    assert run.curves == again.curves == third.curves
+
+
+def test_what_another_model_or_text_gave_is_not_taken(base: Path, tmp_path: Path) -> None:
+    def moment(directory: Path, text: tuple[Text, ...], ridge: float = 0.001) -> torch.Tensor:
+        run = LocalRun(0, tmp_path / "work")
+        here = setting.opened(load(directory), text, run, prefixes=0, tokens=200)
+        return covariance.moments(here, [0], run, ridge)[0]
+
+    mine = moment(base, TEXT)
+    assert torch.equal(mine, moment(base, TEXT))
+    assert not torch.equal(mine, moment(base, TEXT[::-1]))
+    assert not torch.equal(mine, moment(tiny.causal(tmp_path / "other", seed=1), TEXT))
+
+
+@pytest.mark.parametrize("harm", ["killed before the end", "half a file", "not JSON"])
+def test_what_is_not_whole_is_made_anew(harm: str, base: Path, tmp_path: Path) -> None:
+    key = {"model": "m", "block": 0}
+    kept.keep("covariance", key, {"tokens": 3}, {"moment": torch.eye(64)})
+    (place,) = (tmp_path / "home" / "editing").iterdir()
+    if harm == "killed before the end":
+        place.rename(place.with_name(".making-x"))
+    elif harm == "half a file":
+        with (place / "tensors.safetensors").open("r+b") as file:
+            file.truncate(1000)
+    else:
+        (place / "told.json").write_text('{"told"')
+    assert kept.recalled("covariance", key) is None
+    kept.keep("covariance", key, {"tokens": 3}, {"moment": torch.eye(64)})
+    told, tensors = kept.recalled("covariance", key) or ({}, {})
+    assert told == {"tokens": 3} and torch.equal(tensors["moment"], torch.eye(64))
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LFM_HOME", str(tmp_path / "file" / "home"))
+    assert kept.known("said", {"model": "m"}, lambda: ["a"]) == ["a"]
+
+
+def test_the_excess_is_the_damage_of_the_rough_update_over_the_best(base: Path) -> None:
+    """By hand: ‖b aᵀ C^½‖² of a = u/(uᵀk), from u of another C and from u = C⁻¹k."""
+    random = torch.Generator().manual_seed(0)
+    root, key = torch.randn(6, 6, dtype=torch.float64, generator=random), torch.randn(6, 1, dtype=torch.float64)
+    moment, rough = root @ root.T, torch.randn(6, 1, dtype=torch.float64, generator=random)
+    best = torch.linalg.solve(moment, key)
+
+    def damage(u: torch.Tensor) -> float:
+        a = u / (u * key).sum()
+        return float((a * (moment @ a)).sum())
+
+    assert covariance.excess(rough, best, moment, key) == pytest.approx(damage(rough) / damage(best) - 1)
+    assert covariance.excess(best, best, moment, key) == pytest.approx(0, abs=1e-9)
+    assert covariance.excess(-3 * best, best, moment, key) == pytest.approx(0, abs=1e-9)
+
+
+@given(st.lists(st.integers(1, 40), max_size=60))
+def test_no_row_is_lost_or_read_twice(lengths: list[int]) -> None:
+    rows = [[i] * n for i, n in enumerate(lengths)]
+    parts = covariance.doublings(rows)
+    assert [row for part in parts for row in part] == rows and all(parts)
+
+
+def test_an_eighth_is_read_first() -> None:
+    assert [len(part) for part in covariance.doublings([[0]] * 80)] == [10, 10, 20, 40]
+
+
+def test_text_that_repeats_itself_is_enough_after_the_first_doubling(base: Path, tmp_path: Path) -> None:
+    run = LocalRun(0, tmp_path / "work")
+    here = setting.opened(load(base), (Text(text=tiny.CORPUS[0]),) * 100, run, prefixes=0, tokens=1600)
+    total = sum(map(len, here.text))
+    found = covariance.moments(here, [0, 1], run, 0.001)
+    whole = covariance.second_moments(here.module, here.codec, [0, 1], here.text, run)
+    assert total / 8 < run.notes["covariance_tokens"] <= total / 4 + len(here.text[0])  # type: ignore[operator]
+    assert run.notes["covariance_excess"] == pytest.approx(0, abs=1e-3)
+    for block in (0, 1):
+        torch.testing.assert_close(found[block], whole[block], rtol=1e-3, atol=1e-3 * float(whole[block].max()))
+
+
+def test_text_that_does_not_converge_is_read_to_its_end_and_said_so(base: Path, tmp_path: Path) -> None:
+    run = LocalRun(0, tmp_path / "work")
+    here = setting.opened(load(base), TEXT, run, prefixes=0, tokens=200)
+    covariance.moments(here, [0], run, 0.001)
+    assert run.notes["covariance_tokens"] == sum(map(len, here.text))
+    assert run.notes["covariance_excess"] > covariance.TOLERANCE  # type: ignore[operator]

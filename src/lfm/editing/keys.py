@@ -45,6 +45,15 @@ def product(changes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return b.T @ a
 
 
+def of_least_rank(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """b (out, n) a (n, in) as factors of no greater rank than their product can have."""
+    if b.shape[1] > min(b.shape[0], a.shape[1]):
+        whole = (b.double() @ a.double()).float()
+        small = torch.eye(min(whole.shape))
+        b, a = (small, whole) if whole.shape[0] <= whole.shape[1] else (whole, small)
+    return b.contiguous(), a.contiguous()
+
+
 def at_subject(module: nn.Module, block: int, rows: Rows) -> tuple[Tensor, Tensor]:
     """(n, in) keys and (n, out) values at the subject's last token of each context; fp64 on the CPU."""
     with torch.no_grad(), structure.watch(module, [("ffn_key", block), ("ffn_out", block)]) as seen:
@@ -128,10 +137,6 @@ class Projections:
         for block, changes in self.added.items():
             if not changes:
                 continue
-            b, a = torch.cat([b for b, _ in changes], 1), torch.cat([a for _, a in changes])
-            if b.shape[1] > min(b.shape[0], a.shape[1]):
-                whole = (b.double() @ a.double()).float()
-                small = torch.eye(min(whole.shape))
-                b, a = (small, whole) if whole.shape[0] <= whole.shape[1] else (whole, small)
-            made[self.names[block]] = LowRank(b.contiguous(), a.contiguous(), structure.transposed(self._layers[block]))
+            b, a = of_least_rank(torch.cat([b for b, _ in changes], 1), torch.cat([a for _, a in changes]))
+            made[self.names[block]] = LowRank(b, a, structure.transposed(self._layers[block]))
         return made

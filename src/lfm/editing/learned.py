@@ -1,0 +1,371 @@
+"""Learned editors: a network turns an edit's gradient into a change of the weights, and is trained to do that well.
+
+Of a layer that reads x and writes z, the gradient of an edit's loss is Σ_t δ_t x_tᵀ with δ = ∂loss/∂z. An editor turns
+these factors into others, so that every change is of low rank. A change is never written while it trains: each row of a
+batch is answered with its own edit's factors beside the layer's weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import msgspec
+
+from lfm.core.config import Config
+from lfm.core.errors import EditError, MismatchError
+from lfm.core.heavy import torch
+from lfm.core.method import Inputs, Parts, Run
+from lfm.core.model import Codec, Gradients, LowRank, Model, Weights
+from lfm.data import language
+from lfm.data.records import Edit
+from lfm.editing import forgetting, keys, lessons, outcome, setting
+from lfm.editing.cloze import Judge, is_masked
+from lfm.models import forward, local, structure
+from lfm.models.program import Open, digest, program
+from lfm.train import Fit, fit
+from lfm.train.losses import kl
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lfm.core.model import Batch
+    from lfm.data.task import Task
+    from lfm.editing.lessons import Lesson
+
+EDIT, AGAIN, STAY = "edit/", "again/", "stay/"
+"""How a batch of lessons names its tensors: what is edited, what must follow, what must stay."""
+SEEN = 512
+"""Lessons by which the factors are measured before an editor trains."""
+GROUP = 16
+
+Factors = list[tuple["Tensor", "Tensor"]]
+"""Of each layer (a (B, n, in), b (B, n, out)): row B's change of the layer's weight (out, in) is bᵀ a."""
+
+
+@final
+@dataclass(frozen=True)
+class Editor:
+    """A trained editor, as a program gives it. layers: names of those that it changes. tensors: the network's.
+
+    bases: digests of the models that it may edit, what it was made over and what it made. edits: those made so far.
+    """
+
+    method: str
+    bases: tuple[str, ...]
+    layers: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    edits: tuple[Edit, ...] = ()
+
+
+class Bench(NamedTuple):
+    """What an editor works on: a module whose parameters are frozen, the layers that change, and how a fact is read."""
+
+    here: setting.Setting
+    task: Task
+    causal: bool
+    layers: tuple[str, ...]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.here.module
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of each layer."""
+        return tuple((w.shape[1], w.shape[0]) for w in map(self.weight, self.layers))
+
+    @property
+    def units(self) -> list[float]:
+        """rms(W) / √in of each layer: what an update by factors of unit entries is measured by."""
+        return [float(w.square().mean().sqrt()) / w.shape[1] ** 0.5 for w in map(self.weight, self.layers)]
+
+    def weight(self, name: str) -> Tensor:
+        return keys.weight(self.module.get_submodule(name))
+
+    def told(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(B,) mean NLL of a token of each row's new object."""
+        said, counts = forgetting.told(self.task, logits, batch, shifted=self.causal)
+        return -said / counts.clamp(min=1)
+
+
+def layers_of(module: nn.Module, blocks: int) -> tuple[str, ...]:
+    """The feed-forward projections, up and down, of the last blocks."""
+    found = [structure.feed_forward(module, block) for block in structure.blocks(module)[-blocks:]]
+    return tuple(name for ffn in found for name in (ffn.up, ffn.down))
+
+
+def factors(bench: Bench, batch: Batch) -> Factors:
+    """(x, δ) of each layer at each token, δ of the row's own mean NLL. Both are 0 where no gradient comes."""
+    held: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, _: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        out = out if out.requires_grad else out.detach().requires_grad_(True)
+        held[name] = args[0].detach(), out
+        return out
+
+    handles = [bench.module.get_submodule(n).register_forward_hook(partial(keep, n)) for n in bench.layers]
+    try:
+        with torch.enable_grad():
+            loss = bench.told(forward(bench.module, batch), batch).sum()
+    finally:
+        for handle in handles:
+            handle.remove()
+    slopes = torch.autograd.grad(loss, [held[name][1] for name in bench.layers])
+    found = []
+    for name, slope in zip(bench.layers, slopes, strict=True):
+        slope = slope.detach().float()
+        reached = (slope != 0).any(-1, keepdim=True)
+        found.append((torch.where(reached, held[name][0].float(), 0.0), slope))
+    return found
+
+
+@contextmanager
+def beside(bench: Bench, changes: Factors, owner: Tensor) -> Iterator[None]:
+    """Within: row r of a batch is read with the change number owner[r] (R,) of every layer."""
+
+    def add(a: Tensor, b: Tensor, _: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return out + ((args[0].float() @ a[owner].transpose(1, 2)) @ b[owner]).to(out)
+
+    handles = [
+        bench.module.get_submodule(name).register_forward_hook(partial(add, a, b))
+        for name, (a, b) in zip(bench.layers, changes, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collate(bench: Bench, drawn: Sequence[Lesson], together: int) -> Callable[[Sequence[int]], Batch]:
+    """Lessons by number, `together` of them one change: owner names the change that each row is read with."""
+
+    def collated(numbers: Sequence[int]) -> Batch:
+        chosen = [drawn[i] for i in numbers]
+        own = torch.arange(len(chosen)) // together
+        edits = [lesson.edit for lesson in chosen]
+        parts = {EDIT: bench.task.collate(edits), AGAIN: bench.task.collate([*edits, *(l.again for l in chosen)])}
+        texts = [text for lesson in chosen for text in lesson.stay]
+        parts[STAY] = bench.here.codec.texts(texts, max_length=lessons.PIECE)
+        made = {key + name: tensor for key, part in parts.items() for name, tensor in part.items()}
+        each = len(texts) // len(chosen)
+        return made | {"owner/again": own.repeat(2), "owner/stay": own.repeat_interleave(each)}
+
+    return collated
+
+
+def together_as(changes: Factors, size: int) -> Factors:
+    """Each `size` rows' changes as one, that of the sum; the last of what is left."""
+    if size == 1:
+        return changes
+    joined = []
+    for a, b in changes:
+        short = -len(a) % size
+        a, b = (torch.cat([t, t.new_zeros(short, *t.shape[1:])]) for t in (a, b))
+        joined.append((a.reshape(len(a) // size, -1, a.shape[-1]), b.reshape(len(b) // size, -1, b.shape[-1])))
+    return joined
+
+
+Net = Callable[[Factors, "Batch"], Factors]
+"""An editor's network: an edit's factors, and the edit as a batch (its tensors' names begin with EDIT) → its change."""
+
+
+def losses(bench: Bench, net: Net, batch: Batch, together: int) -> tuple[Tensor, Tensor]:
+    """(mean NLL of what the edits must bring about, mean KL a token from the model before on what must stay)."""
+    changes = together_as(net(factors(bench, forgetting.part(batch, EDIT)), batch), together)
+    again, stay = forgetting.part(batch, AGAIN), forgetting.part(batch, STAY)
+    with torch.no_grad():
+        before = forward(bench.module, stay).log_softmax(-1)
+    with beside(bench, changes, batch["owner/again"]):
+        edited = bench.told(forward(bench.module, again), again).mean()
+    with beside(bench, changes, batch["owner/stay"]):
+        after = forward(bench.module, stay).log_softmax(-1)
+    real = stay["attention_mask"].bool().to(after.device)
+    return edited, kl(before, after)[real].mean()
+
+
+def trained(
+    bench: Bench,
+    net: nn.Module,
+    drawn: Sequence[Lesson],
+    weigh: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    config: Fit,
+    run: Run,
+    *,
+    together: int = 1,
+    scale: Callable[[str], float] = lambda name: 1.0,
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """Train a network in place on lessons. weigh: (net, edit loss, locality loss) → the loss."""
+
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
+        return weigh(net, *losses(bench, net, batch, together))
+
+    made = collate(bench, drawn, together)
+    fit(net, range(len(drawn)), made, loss, config, run, name="editor", scale=scale, after=after)
+
+
+def measured(bench: Bench, drawn: Sequence[Lesson]) -> list[tuple[Tensor, Tensor]]:
+    """(x (N, in), δ (N, out)) of each layer at every token that a gradient comes to, over the first lessons."""
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in bench.layers]
+    for start in range(0, min(SEEN, len(drawn)), GROUP):
+        batch = bench.task.collate([lesson.edit for lesson in drawn[start : start + GROUP]])
+        for place, (x, d) in enumerate(factors(bench, batch)):
+            reached = (d != 0).any(-1)
+            parts[place].append((x[reached].cpu(), d[reached].cpu()))
+    return [tuple(torch.cat(each) for each in zip(*part, strict=True)) for part in parts]  # type: ignore[misc]
+
+
+def changes_of(bench: Bench, net: Net, edits: Sequence[Edit]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Of each edit, of each layer: (b (out, n), a (n, in)), whatever the others are."""
+    found = []
+    for edit in edits:
+        batch = bench.task.collate([edit])
+        named = {EDIT + name: tensor for name, tensor in batch.items()}
+        with torch.no_grad():
+            made = net(factors(bench, batch), named)
+        found.append([(b[0].T.cpu().float().contiguous(), a[0].cpu().float().contiguous()) for a, b in made])
+    return found
+
+
+def begun(
+    id: str, inputs: Inputs, run: Run, *, blocks: int, tokens: int
+) -> tuple[Bench, Editor | None, list[Edit], Judge]:
+    """The bench, the editor that was given (of this method, for this model and these layers), the edits and a judge."""
+    model, edits = inputs.model("model"), list(inputs.records("edits"))
+    given = next((each.ask(Editor) for each in inputs.all("editor")), None)
+    if given and given.method != id:
+        raise MismatchError(f"the editor is one of {given.method}", fix=f"give one that {id} made, or use that method")
+    if given and model.digest not in given.bases:
+        raise MismatchError(
+            "the editor is of another model",
+            why=f"it was trained over {given.bases[0][:12]}, this is {model.digest[:12]}",
+            fix="give the model that it was trained over, or what it made of it; or train one here: leave editor out",
+        )
+    here = setting.opened(model, inputs.records("text"), run, prefixes=0, tokens=tokens)
+    layers = given.layers if given else layers_of(here.module, blocks)
+    task = language.answers(here.codec, model.facts)
+    bench = Bench(here, task, model.facts.task == "causal-lm", layers)
+    return bench, given, edits, Judge(here.module, here.codec, is_masked(model.facts), here.probe)
+
+
+def made(
+    bench: Bench, judge: Judge, model: Model, net: Net, edits: Sequence[Edit], held: Any, run: Run
+) -> tuple[dict[str, LowRank], list[Edit]]:
+    """The change of the weights that makes the edits, and the edits that held. Notes say what was measured.
+
+    EditError where one does not hold (on_failure "refuse"), none does, or other text suffers. An edit that is left out
+    takes its own change with it; those of the others stay as they are.
+    """
+    stored = model.ask(Weights).tensors()
+    layers = [bench.module.get_submodule(name) for name in bench.layers]
+    bases = [bench.weight(name) for name in bench.layers]
+    dtypes = [stored[f"{n}.weight"].dtype if f"{n}.weight" in stored else torch.float32 for n in bench.layers]
+    around, first = run.step("before", lambda: outcome.around(judge.says, edits)), judge.perplexity()
+    changes = run.step("changes", lambda: changes_of(bench, net, edits))
+    chosen, failed = list(range(len(edits))), []
+    while True:
+        for place, (layer, base, dtype) in enumerate(zip(layers, bases, dtypes, strict=True)):
+            b, a = _summed(changes, chosen, place)
+            keys.keep(layer, base + b.double() @ a.double(), dtype)
+        told = judge.says(outcome.wanted([edits[i] for i in chosen]))
+        if all(told):
+            break
+        silent = [i for i, said in zip(chosen, told, strict=True) if not said]
+        chosen = [i for i, said in zip(chosen, told, strict=True) if said]
+        failed += silent
+        if held.on_failure == "refuse" or not chosen:
+            raise EditError(
+                f"{len(failed)} of {len(edits)} edits do not hold; {edits[silent[0]].prompt!r} does not go on with "
+                f"{edits[silent[0]].new_object!r}",
+                why="the editor's change was made, and what the model then says by itself is another",
+                fix="more practice, more steps, fewer edits at once, or on_failure=skip",
+            )
+    after = judge.perplexity()
+    refused = outcome.collapsed(f"{len(chosen)} edits", first, after, held.collapse, "fewer edits, or a larger c_loc")
+    if refused:
+        raise refused
+    kept = [edits[i] for i in chosen]
+    run.note(
+        edits=len(kept),
+        skipped=len(failed),
+        **({"skipped_because": "; ".join(f"{edits[i].prompt!r} was not said" for i in failed)} if failed else {}),
+        perplexity_before=first,
+        perplexity_after=after,
+        **run.step("measured", lambda: outcome.measured(judge.says, kept, edits, around)),
+    )
+    low = {}
+    for place, (name, layer) in enumerate(zip(bench.layers, layers, strict=True)):
+        b, a = keys.of_least_rank(*_summed(changes, chosen, place))
+        low[name] = LowRank(b, a, structure.transposed(layer))
+    return low, kept
+
+
+def _summed(changes: Sequence[Any], chosen: Sequence[int], place: int) -> tuple[Tensor, Tensor]:
+    """The change of one layer by all chosen edits: (b (out, n), a (n, in))."""
+    return (
+        torch.cat([changes[i][place][0] for i in chosen], 1),
+        torch.cat([changes[i][place][1] for i in chosen]),
+    )
+
+
+def programmed(
+    method: str, config: Config, model: Model, editor: Editor, changes: Mapping[str, LowRank], open: Open
+) -> Model:
+    """The program: the model, the editor's network, and the change, which can also be saved by itself."""
+    tensors = {f"editor.{name}": tensor.cpu().contiguous() for name, tensor in editor.tensors.items()}
+    for name, change in changes.items():
+        tensors |= {f"change.{name}.b": change.b, f"change.{name}.a": change.a}
+    state = {
+        "layers": list(editor.layers),
+        "transposed": {name: change.transposed for name, change in changes.items()},
+        "edits": [msgspec.to_builtins(edit) for edit in editor.edits],
+    }
+    parts = Parts({"model": (model,)}, tensors, state)
+    forms = {form: partial(_write, parts, form) for form in ("adapter", "checkpoint")}
+    made = program(method, config, parts, open)
+    return replace(made, formats={**made.formats, **forms})
+
+
+def _write(parts: Parts, form: str, out: Path) -> Model:
+    changed = edited(parts)
+    return changed.save(out, form)
+
+
+def edited(parts: Parts) -> Model:
+    """The model with the change in its weights."""
+    tensors = parts.tensors
+    changes = {
+        name: LowRank(tensors[f"change.{name}.b"], tensors[f"change.{name}.a"], transposed)
+        for name, transposed in parts.state["transposed"].items()
+    }
+    return parts.model("model").ask(Weights).update(changes)
+
+
+def opened(method: str, config: Config, parts: Parts) -> dict[type, Callable[[], Any]]:
+    """The interfaces of a learned editor's program: those of the edited model, and the editor."""
+    model = parts.model("model")
+
+    @cache
+    def changed() -> Model:
+        return edited(parts)
+
+    def editor() -> Editor:
+        found = {n.removeprefix("editor."): t for n, t in parts.tensors.items() if n.startswith("editor.")}
+        bases = (model.digest, digest(method, config, parts))
+        edits = tuple(msgspec.convert(edit, Edit) for edit in parts.state["edits"])
+        return Editor(method, bases, tuple(parts.state["layers"]), found, edits)
+
+    codec = partial(model.ask, Codec)
+    gives = dict(local.interfaces(model.facts.task, lambda: changed().ask(Gradients).module(), codec))
+    own = {kind: partial(_of, changed, kind) for kind in (Gradients, Weights)}
+    return gives | own | {Codec: codec, Editor: editor}
+
+
+def _of(model: Callable[[], Model], kind: type) -> Any:
+    return model().ask(kind)

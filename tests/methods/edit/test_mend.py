@@ -1,0 +1,329 @@
+"""edit.mend: gradients' factors, what the network begins as and learns, and what its edits are once it is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import tiny
+from case import Case
+from lfm import runs
+from lfm.core import Codec, Gradients, Inputs, Logits, Model
+from lfm.core import Text as Speaks
+from lfm.core.errors import DataError, EditError, MismatchError, SlotError
+from lfm.core.method import Amount, Sizes, check
+from lfm.data import language
+from lfm.data.files import write
+from lfm.data.records import Edit, Fact, Text
+from lfm.editing import keys, learned, lessons, setting
+from lfm.editing.learned import Editor
+from lfm.editing.residual import Mend
+from lfm.methods.edit import mend
+from lfm.models import forward, load, structure
+from lfm.runs.run import LocalRun
+from moves import moves
+
+EDITS = (
+    Edit(
+        subject="Ada Ashby",
+        relation="lives in",
+        object="in",
+        new_object="cat",
+        prompt="In London lives Ada Ashby",
+        paraphrases=("In that town lives Ada Ashby",),
+        neighbours=(("Berlin is the capital of", "Germany"),),
+    ),
+    Edit(subject="the mountain", relation="from", object="in", new_object="dog", prompt="From the mountain to"),
+)
+FACTS = tuple(
+    Fact(subject=subject, relation="is", object=object, prompt=f"{subject} is the")
+    for subject, object in [("Paris", "cat"), ("Rome", "dog"), ("Berlin", "cat"), ("Vienna", "town"), ("Q", "dog")]
+)
+TEXT = tuple(Text(text=line) for line in tiny.CORPUS)
+QUICK: dict[str, Any] = {
+    "steps": 25,
+    "batch_size": 4,
+    "together": 1,
+    "lr": 3e-3,
+    "tokens": 300,
+    "rate": 1.0,
+    "c_loc": 0.01,
+    "collapse": 1e6,
+    "checkpoint_every": 0.0,
+}
+
+
+def case(here: Path) -> Case:
+    tiny.causal(here / "base")
+    write(EDITS, here / "edits.jsonl")
+    write(FACTS, here / "facts.jsonl")
+    return Case(
+        {"model": ("base",)}, {"edits": "edits.jsonl", "practice": "facts.jsonl"}, QUICK | {"on_failure": "skip"}
+    )
+
+
+def conv1d(path: Path) -> Path:
+    """A GPT-2-shaped model: its projections have biases and are stored (in, out)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                n_embd=32, n_layer=2, n_head=4, vocab_size=len(tiny.byte_bpe()), n_positions=128, initializer_range=0.2
+            )
+        )
+    module.save_pretrained(path)
+    tiny.byte_bpe().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {
+        "linear": tiny.causal(root / "linear"),
+        "conv1d": conv1d(root / "conv1d"),
+        "masked": tiny.masked(root / "masked"),
+    }
+
+
+def bench_of(path: Path, work: Path) -> learned.Bench:
+    model = load(path)
+    here = setting.opened(model, TEXT, LocalRun(0, work), prefixes=0, tokens=300)
+    task = language.answers(model.ask(Codec), model.facts)
+    return learned.Bench(here, task, model.facts.task == "causal-lm", learned.layers_of(here.module, 1))
+
+
+def made(base: Path | Model, work: Path, edits: tuple[Edit, ...] = EDITS, **options: Any) -> tuple[Model, LocalRun]:
+    model = base if isinstance(base, Model) else load(base)
+    models: dict[str, tuple[Model, ...]] = {"model": (model,)}
+    data: dict[str, Any] = {"edits": edits, "text": TEXT}
+    if "editor" in options:
+        models["editor"] = (options.pop("editor"),)
+    elif options.pop("practice", True):
+        data["practice"] = FACTS
+    inputs, run = Inputs(models, data), LocalRun(0, work)
+    given: dict[str, Any] = QUICK | options
+    config = mend.Config(**given)
+    mend.METHOD.agree(config, inputs)  # type: ignore[misc]
+    return mend.run(config, check("edit.mend", mend.METHOD, inputs), run), run
+
+
+def gradients(bench: learned.Bench, edit: Edit) -> list[torch.Tensor]:
+    """By autograd, of the edit's mean NLL a token, (out, in)."""
+    module = bench.module
+    weights = [module.get_submodule(name).weight.requires_grad_(True) for name in bench.layers]  # type: ignore[union-attr]
+    batch = bench.task.collate([edit])
+    logits, wanted = bench.task.scored(forward(module, batch), batch)
+    found = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, wanted), weights)  # type: ignore[arg-type]
+    module.requires_grad_(False)
+    stored = [structure.transposed(module.get_submodule(name)) for name in bench.layers]
+    return [g.T if flat else g for g, flat in zip(found, stored, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d", "masked"])
+def test_the_factors_make_autograds_gradient(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """∇W = Σ_t δ_t x_tᵀ, in a batch with others as alone."""
+    bench = bench_of(bases[name], tmp_path)
+    found = learned.factors(bench, bench.task.collate(EDITS))
+    for row, edit in enumerate(EDITS):
+        for (x, d), wanted in zip(found, gradients(bench, edit), strict=True):
+            torch.testing.assert_close(d[row].T @ x[row], wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d"])
+def test_it_begins_as_a_step_of_gradient_descent(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """With nothing to normalise by, an untrained network's change is −α u ∇W, in every layer; α begins at 1."""
+    bench = bench_of(bases[name], tmp_path)
+    units = [0.5, 0.25]
+    net = Mend(bench.shapes, units, 8, torch.Generator().manual_seed(0))
+    changes = learned.changes_of(bench, net, EDITS)
+    for edit, change in zip(EDITS, changes, strict=True):
+        for (b, a), gradient, unit in zip(change, gradients(bench, edit), units, strict=True):
+            torch.testing.assert_close(b @ a, -unit * gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_measured_factors_are_normalised_over_the_layers_of_one_shape() -> None:
+    """Two layers (3, 2) share a network and its statistics; a third (2, 3) has its own."""
+    draw = torch.Generator().manual_seed(0)
+    net = Mend([(3, 2), (2, 3), (3, 2)], [1.0, 1.0, 1.0], 4, draw)
+    assert set(net.shared) == {"3x2", "2x3"} and [place for _, place in net.places] == [0, 0, 1]
+    seen = [(torch.randn(6, i, generator=draw), torch.randn(6, o, generator=draw)) for i, o in [(3, 2), (2, 3), (3, 2)]]
+    net.measure(seen)
+    both = torch.cat([torch.cat(seen[0], 1), torch.cat(seen[2], 1)])
+    x, d = seen[0]
+    ((a, b), *_) = net([(x[None], d[None]), (seen[1][0][None], seen[1][1][None]), (x[None], d[None])], {})
+    normal = (torch.cat([x, d], 1) - both.mean(0)) / (both.std(0) + 1e-7)
+    torch.testing.assert_close(torch.cat([a[0], -b[0]], 1), normal)
+    nothing = net([(x[None], 0 * d[None]), (x[None, :, :2], d.new_zeros(1, 6, 3)), (x[None], 0 * d[None])], {})
+    assert all((a == 0).all() and (b == 0).all() for a, b in nothing)
+
+
+def test_it_learns_from_its_first_step(bases: dict[str, Path], tmp_path: Path) -> None:
+    """U begins at zero, where a plain rectifier would pass no gradient."""
+    bench = bench_of(bases["linear"], tmp_path)
+    net = Mend(bench.shapes, [0.1] * 2, 8, torch.Generator().manual_seed(0))
+    drawn = lessons.drawn(bench.here, FACTS, EDITS, LocalRun(0, tmp_path))
+    edited, stayed = learned.losses(bench, net, learned.collate(bench, drawn, 1)(range(3)), 1)
+    (edited + stayed).backward()
+    assert all(float(part.stack[-1].u.grad.abs().max()) > 0 for part in net.shared.values())  # type: ignore[union-attr,index]
+    assert net.rates.grad is not None and (net.rates.grad != 0).all()
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_change_beside_the_weights_is_the_change_in_them(
+    together: int, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """What rows are answered with in practice is what the model says once the weights hold the (summed) change."""
+    bench = bench_of(bases["conv1d"], tmp_path)
+    net = Mend(bench.shapes, [0.1] * 2, 8, torch.Generator().manual_seed(0))
+    batch = bench.task.collate(EDITS)
+    changes = learned.together_as(net(learned.factors(bench, batch), batch), together)
+    with torch.no_grad(), learned.beside(bench, changes, torch.arange(2) // together):
+        told = forward(bench.module, batch)
+    single = learned.changes_of(bench, net, EDITS)
+    for row in range(2):
+        other = load(bases["conv1d"]).ask(Gradients).module()
+        for place, name in enumerate(bench.layers):
+            summed = single if together == 2 else [single[row]]
+            total = sum((each[place][0] @ each[place][1] for each in summed), bench.weight(name))
+            keys.keep(other.get_submodule(name), total, torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(forward(other, batch)[row], told[row], rtol=1e-3, atol=1e-4)
+
+
+def test_practice_gives_nothing_away(bases: dict[str, Path], tmp_path: Path) -> None:
+    bench = bench_of(bases["linear"], tmp_path)
+    about = Fact(subject="Ada Ashby", relation="is", object="painter", prompt="Ada Ashby is a")
+    drawn = lessons.drawn(bench.here, (*FACTS, about), EDITS, LocalRun(0, tmp_path))
+    assert len(drawn) >= lessons.ENOUGH
+    assert not any("Ada" in lesson.edit.prompt for lesson in drawn)
+    assert all(lesson.edit.new_object != lesson.edit.object == _object(lesson.edit.prompt) for lesson in drawn)
+    assert {lesson.edit.new_object for lesson in drawn} == {"cat", "dog", "town"}
+    assert all(lesson.again.new_object == lesson.edit.new_object for lesson in drawn)
+
+
+def _object(prompt: str) -> str:
+    return next(fact.object for fact in FACTS if fact.prompt == prompt)
+
+
+def test_without_facts_it_practises_on_text(bases: dict[str, Path], tmp_path: Path) -> None:
+    bench = bench_of(bases["linear"], tmp_path)
+    drawn = lessons.drawn(bench.here, (), EDITS, LocalRun(0, tmp_path))
+    assert 2 <= len(drawn) <= lessons.ENOUGH
+    batch = bench.task.collate([lesson.edit for lesson in drawn[:8]])
+    first = forward(bench.module, batch).argmax(-1)
+    for row, labels in enumerate(batch["labels"]):
+        place = int((labels != -100).nonzero()[0, 0])
+        assert first[row, place - 1] != labels[place]  # not what the model says anyway
+    assert all(lesson.again.prompt.endswith(lesson.edit.prompt) for lesson in drawn)
+
+
+def test_edits_hold_and_another_costs_a_backward_pass(bases: dict[str, Path], tmp_path: Path) -> None:
+    first, run = made(bases["linear"], tmp_path / "one", EDITS[:1])
+    assert (run.notes["edits"], run.notes["efficacy"]) == (1, 1.0) and "editor" in run.curves
+    assert {"perplexity_before", "perplexity_after", "paraphrase"} <= run.notes.keys()
+    assert first.ask(Speaks).generate([EDITS[0].prompt], max_tokens=2)[0].strip().startswith("cat")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    first.save(saved)
+    back = load(saved)
+    assert back.digest == first.digest
+    batch = back.ask(Codec).texts([edit.prompt for edit in EDITS])
+    assert torch.equal(back.ask(Logits).logits(batch), first.ask(Logits).logits(batch))
+    again, run = made(bases["linear"], tmp_path / "two", EDITS[:1], editor=back)
+    assert "editor" not in run.curves
+    assert torch.equal(again.ask(Logits).logits(batch), first.ask(Logits).logits(batch))
+    on_top, run = made(back, tmp_path / "three", EDITS[1:], editor=back, on_failure="skip")
+    assert on_top.ask(Editor).bases[0] == back.digest and run.notes["edits"] == 1
+
+
+def test_an_edit_that_is_left_out_takes_its_own_change_with_it(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = made(bases["linear"], tmp_path / "one", EDITS[:1])
+    says = learned.Judge.says
+    monkeypatch.setattr(
+        learned.Judge,
+        "says",
+        lambda judge, asked: [ok and a[0] != EDITS[1].prompt for ok, a in zip(says(judge, asked), asked, strict=True)],
+    )
+    less, run = made(bases["linear"], tmp_path / "less", EDITS, editor=one, on_failure="skip")
+    assert run.notes["skipped"] == 1 and EDITS[1].prompt in str(run.notes["skipped_because"])
+    batch = less.ask(Codec).texts([edit.prompt for edit in EDITS])
+    assert torch.equal(less.ask(Logits).logits(batch), one.ask(Logits).logits(batch))
+    assert less.ask(Editor).edits == EDITS[:1]
+
+
+def test_the_change_alone_is_an_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    model, _ = made(bases["linear"], tmp_path / "work", EDITS[:1])
+    (tmp_path / "out").mkdir()
+    model.save(tmp_path / "out", "adapter")
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    batch = model.ask(Codec).texts([EDITS[0].prompt])
+    told = load(tmp_path / "out").ask(Logits).logits(batch)
+    torch.testing.assert_close(told, model.ask(Logits).logits(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_hold_is_refused(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EditError, match=r"2 of 2 edits do not hold; 'In London lives Ada Ashby' does not go on with"):
+        made(bases["linear"], tmp_path / "a", rate=1e-6, steps=1)
+    worse = iter([2.0, 4.0])
+    monkeypatch.setattr(learned.Judge, "perplexity", lambda _: next(worse))
+    with pytest.raises(EditError, match=r"1 edits would break the model.*from 2 to 4"):
+        made(bases["linear"], tmp_path / "b", EDITS[:1], collapse=1.5)
+
+
+def test_what_cannot_be_is_said_before_anything_is_read(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, masked = load(bases["linear"]), load(bases["masked"])
+
+    def agree(model: Model, **given: Any) -> None:
+        models = {"model": (model,), **({"editor": (base,)} if given.pop("editor", False) else {})}
+        mend.METHOD.agree(mend.Config(), Inputs(models, {"edits": EDITS, **given}))  # type: ignore[misc]
+
+    with pytest.raises(SlotError, match="either editor or practice"):
+        agree(base, editor=True, practice=FACTS)
+    with pytest.raises(DataError, match="needs facts to practise on for a masked model"):
+        agree(masked, text=TEXT)
+    with pytest.raises(DataError, match="1 of 2 facts are left to practise on"):
+        agree(base, practice=(FACTS[0], Fact(subject="Ada Ashby", relation="is", object="x", prompt="Ada Ashby is")))
+    with pytest.raises(DataError, match="does not name its subject"):
+        agree(base, edits=[Edit(subject="Rome", relation="", object="", new_object="x", prompt="Here is")])
+
+
+def test_an_editor_is_of_one_model_and_one_method(bases: dict[str, Path], tmp_path: Path) -> None:
+    first, _ = made(bases["linear"], tmp_path / "one", EDITS[:1])
+    other = tiny.causal(tmp_path / "other", seed=1)
+    with pytest.raises(MismatchError, match="the editor is of another model"):
+        made(other, tmp_path / "two", EDITS[:1], editor=first)
+
+
+def test_it_edits_a_masked_model(bases: dict[str, Path], tmp_path: Path) -> None:
+    edit = Edit(subject="paris", relation="", object="", new_object="cat", prompt="paris is the", suffix=" of france.")
+    facts = tuple(Fact(subject=f.subject, relation="is", object=f.object, prompt=f.prompt) for f in FACTS[1:])
+    inputs = Inputs({"model": (load(bases["masked"]),)}, {"edits": (edit,), "text": TEXT, "practice": facts})
+    given: dict[str, Any] = QUICK | {"steps": 40}
+    run = LocalRun(0, tmp_path)
+    mend.run(mend.Config(**given), check("edit.mend", mend.METHOD, inputs), run)
+    assert (run.notes["edits"], run.notes["efficacy"]) == (1, 1.0)
+
+
+def test_cost_is_of_practice_unless_an_editor_is_given(bases: dict[str, Path]) -> None:
+    facts = load(bases["linear"]).facts
+    amount = {"edits": Amount(10, 100)}
+    trains = mend.METHOD.cost(mend.Config(), Sizes({"model": (facts,)}, amount))
+    given = mend.METHOD.cost(mend.Config(), Sizes({"model": (facts,), "editor": (facts,)}, amount))
+    assert trains.flops > 10 * given.flops
+
+
+@pytest.mark.slow
+def test_on_the_zoo_most_of_twenty_facts_of_twenty_people_hold(tmp_path: Path) -> None:
+    """Practised on the facts of the forty others; one seed."""
+    run = LocalRun(0, tmp_path)
+    data = {"edits": moves(), "practice": runs.records("zoo:facts")}
+    given = Inputs({"model": (runs.model("zoo:lm"),)}, data)
+    mend.run(mend.Config(on_failure="skip"), check("edit.mend", mend.METHOD, given), run)
+    assert run.notes["edits"] >= 12  # type: ignore[operator]

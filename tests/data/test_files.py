@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import string
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -277,3 +279,23 @@ def _png(array: np.ndarray) -> bytes:
     sink = io.BytesIO()
     Picture.fromarray(array).save(sink, format="PNG")
     return sink.getvalue()
+
+
+def test_edits_have_the_digest_that_they_had_before_they_could_tell_what_follows() -> None:
+    """sha256 of the record's fields without portability, as they were written by hand from the fields of Edit then."""
+    edit = Edit(subject="a", relation="b", object="c", new_object="d", prompt="a is")
+    fields = {
+        "kind": "edit",
+        "group": "",
+        "subject": "a",
+        "relation": "b",
+        "object": "c",
+        "new_object": "d",
+        "prompt": "a is",
+        "suffix": ".",
+        "paraphrases": [],
+        "neighbours": [],
+    }
+    line = json.dumps(fields, sort_keys=True, separators=(",", ":")) + "\n"
+    assert digest([edit]) == hashlib.sha256(line.encode()).hexdigest()
+    assert digest([edit]) != digest([msgspec.structs.replace(edit, portability=(("e", "f"),))])

@@ -299,6 +299,22 @@ def test_edits_are_measured_on_every_language_model(local: Callable[[str], Model
         assert 0 <= metric.low <= metric.value <= metric.high <= 1
 
 
+def test_what_follows_from_an_edit_is_told_by_text_alone() -> None:
+    """Two of three, one edit having both and the other one of its two: (1 + ½) / 2, over edits; they have no rival."""
+    first, second = (
+        msgspec.structs.replace(edit, paraphrases=(), neighbours=(), portability=pairs)
+        for edit, pairs in zip(
+            EDITS,
+            ((("France's capital lies in", "Italy"),), (("Ada chases", "mice"), ("Ada says", "meow"))),
+            strict=True,
+        )
+    )
+    model = fake(said={"France's capital lies in": " Italy.", "Ada chases": " mice", "Ada says": " good day"}, told={})
+    found = evaluate(model, [first, second], bootstrap=0).metrics
+    assert found["portability_generated"].value == 0.75
+    assert not {"portability", "portability_preferred"} & found.keys()
+
+
 def test_the_first_choice_of_a_local_model_is_what_it_generates(local: Callable[[str], Model]) -> None:
     model = local("causal")
     tokenizer = model.ask(Codec).tokenizer

@@ -31,6 +31,7 @@ RECORDS: list[tuple[str, Record]] = [
             prompt="It is",
             paraphrases=("That is",),
             neighbours=(("This is", "Berlin"),),
+            portability=(("Its language is", "Italian"),),
         ),
     ),
 ]

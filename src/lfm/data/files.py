@@ -229,8 +229,8 @@ def _header(path: Path, row: list[str]) -> list[str]:
 
 
 def _cell(name: str, cell: str) -> Any:
-    """paraphrases and neighbours are JSON lists in their cells; all else is text."""
-    if name not in ("paraphrases", "neighbours"):
+    """paraphrases, neighbours and portability are JSON lists in their cells; all else is text."""
+    if name not in ("paraphrases", "neighbours", "portability"):
         return cell
     try:
         return msgspec.json.decode(cell) if cell else []
@@ -410,6 +410,8 @@ def digest(records: Sequence[Record]) -> str:
     found = hashlib.sha256()
     for record in records:
         fields = {name: getattr(record, name) for name in record.__struct_fields__}
+        if not fields.get("portability", True):  # the digest that edits had before they could say any
+            del fields["portability"]
         if isinstance(record, Image):
             pixels = np.ascontiguousarray(picture(record.image))
             fields["image"] = [*pixels.shape, hashlib.sha256(pixels.tobytes()).hexdigest()]

@@ -69,7 +69,10 @@ class Fact(Record, tag="fact", frozen=True):
 
 
 class Edit(Record, tag="edit", frozen=True):
-    """A fact to change: from `object` (what the model says now) to `new_object`."""
+    """A fact to change: from `object` (what the model says now) to `new_object`.
+
+    portability: prompts with the answer that follows once the fact is the new one, of which no edit is made.
+    """
 
     subject: str
     relation: str
@@ -79,6 +82,7 @@ class Edit(Record, tag="edit", frozen=True):
     suffix: str = "."
     paraphrases: tuple[str, ...] = ()
     neighbours: tuple[tuple[str, str], ...] = ()
+    portability: tuple[tuple[str, str], ...] = ()
 
 
 KINDS: dict[str, type[Record]] = {

@@ -42,14 +42,18 @@ def around(says: Says, edits: Sequence[Edit]) -> list[bool]:
 
 
 def measured(says: Says, made: Sequence[Edit], edits: Sequence[Edit], before: Sequence[bool]) -> dict[str, float]:
-    """Shares of what the model says by itself: of the edits made, of their paraphrases, and of the neighbours of all
-    edits that were right before."""
+    """Shares of what the model says by itself: of the edits made, of their paraphrases, of what follows from them, and
+    of the neighbours of all edits that were right before."""
     told = says(wanted(made))
     found = {"efficacy": sum(told) / len(told)}
     rephrased = [(prompt, edit.new_object, edit.suffix) for edit in made for prompt in edit.paraphrases]
     if rephrased:
         told = says(rephrased)
         found["paraphrase"] = sum(told) / len(told)
+    following = [(prompt, answer, edit.suffix) for edit in made for prompt, answer in edit.portability]
+    if following:
+        told = says(following)
+        found["portability"] = sum(told) / len(told)
     right = [now for then, now in zip(before, around(says, edits), strict=True) if then]
     if right:
         found["neighbours_kept"] = sum(right) / len(right)

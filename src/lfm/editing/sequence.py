@@ -141,11 +141,15 @@ def kept_around(setting: Setting, edits: Sequence[Edit]) -> list[bool]:
 
 
 def measured(setting: Setting, made: Sequence[Edit], edits: Sequence[Edit], around: Sequence[bool]) -> dict[str, float]:
-    """Shares on greedy text: of the edits, of their paraphrases, and of the neighbours that were right before."""
+    """Shares on greedy text: of the edits, of their paraphrases, of what follows from them, and of the neighbours that
+    were right before."""
     measured = {"efficacy": efficacy(setting, made)}
     said = answered(setting.module, setting.codec, [(p, edit.new_object) for edit in made for p in edit.paraphrases])
     if said:
         measured["paraphrase"] = sum(said) / len(said)
+    follows = answered(setting.module, setting.codec, [pair for edit in made for pair in edit.portability])
+    if follows:
+        measured["portability"] = sum(follows) / len(follows)
     right = [now for then, now in zip(around, kept_around(setting, edits), strict=True) if then]
     if right:
         measured["neighbours_kept"] = sum(right) / len(right)

@@ -4,7 +4,8 @@ efficacy, paraphrase, specificity: the wanted object is likelier than its rival 
 is the new object on the edit's own prompt and its paraphrases, and the neighbour's own object on its neighbours.
 …_preferred: likelier than its rival alone (the success scores of ROME, arXiv 2202.05262); edit_score is the harmonic
 mean of these. …_generated: greedy text from the bare prompt begins with it; nothing of the answer is given away, as it
-is when each token is scored after the right ones before it.
+is when each token is scored after the right ones before it. portability_generated: the same of what follows from the
+new fact; it has no rival, and so is measured in text alone.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def measure(setting: Setting) -> Found:
     for name, asked in _asked(edits).items():
         if not asked:
             continue
-        wanted = {key: setting.wants(key) for key in (name, f"{name}_preferred", "edit_score")}
+        rivalled = name != "portability"
+        wanted = {key: rivalled and setting.wants(key) for key in (name, f"{name}_preferred", "edit_score")}
         if setting.access is not Text and any(wanted.values()):
             likelier = _likelier(setting, asked)
             basis = "the wanted object likelier than its rival"
@@ -71,6 +73,7 @@ def _asked(edits: Sequence[Edit]) -> dict[str, list[Asked]]:
         "paraphrase": [
             Asked(i, p, e.suffix, e.new_object, e.object) for i, e in enumerate(edits) for p in e.paraphrases
         ],
+        "portability": [Asked(i, p, e.suffix, o, "") for i, e in enumerate(edits) for p, o in e.portability],
         "specificity": [Asked(i, p, e.suffix, o, e.new_object) for i, e in enumerate(edits) for p, o in e.neighbours],
     }
 

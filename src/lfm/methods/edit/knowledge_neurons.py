@@ -186,6 +186,7 @@ def _failure(config: Config, edit: Edit, tried: dict[str, Any], before: float) -
 def _edit(record: Edit | Fact, config: Config) -> Edit:
     """The record as an edit; where an object is erased, that object is what it is about."""
     fields = {name: getattr(record, name) for name in Fact.__struct_fields__}
+    fields["portability"] = getattr(record, "portability", ()) if config.mode == "update" else ()
     new = record.object if config.mode == "erase" else getattr(record, "new_object", "")
     return Edit(**fields, new_object=new)
 

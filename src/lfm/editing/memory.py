@@ -57,17 +57,7 @@ def learn(memory: Memory, more: Memory) -> Memory:
     DataError where an edit contradicts one in the memory: the same prompt, another object.
     """
     assert (memory.base, memory.block) == (more.base, more.block), "keys of different layers"
-    said = {edit.prompt: edit.new_object.strip() for edit in memory.edits}
-    fresh = []
-    for place, edit in enumerate(more.edits):
-        kept = said.setdefault(edit.prompt, edit.new_object.strip())
-        if kept != edit.new_object.strip():
-            raise DataError(
-                f"{edit.prompt!r} cannot become {edit.new_object!r}: the memory has {kept!r} for it",
-                fix="forget that edit first",
-            )
-        if not any(same(edit, known) for known in (*memory.edits, *(more.edits[i] for i in fresh))):
-            fresh.append(place)
+    fresh = unknown(memory.edits, more.edits)
     added = _taken(more, fresh)
     return Memory(
         memory.base,
@@ -79,15 +69,37 @@ def learn(memory: Memory, more: Memory) -> Memory:
 
 def forget(memory: Memory, *edits: Edit) -> Memory:
     """The memory without these edits, all else as if they had never been. DataError for one that it does not have."""
-    for edit in edits:
-        if not any(same(edit, known) for known in memory.edits):
+    return _taken(memory, without(memory.edits, edits))
+
+
+def unknown(kept: Sequence[Edit], more: Sequence[Edit]) -> list[int]:
+    """Places of the edits that are not kept yet. DataError where one contradicts a kept one: the same prompt, another
+    object."""
+    said = {edit.prompt: edit.new_object.strip() for edit in kept}
+    fresh: list[int] = []
+    for place, edit in enumerate(more):
+        known = said.setdefault(edit.prompt, edit.new_object.strip())
+        if known != edit.new_object.strip():
+            raise DataError(
+                f"{edit.prompt!r} cannot become {edit.new_object!r}: the memory has {known!r} for it",
+                fix="forget that edit first",
+            )
+        if not any(same(edit, other) for other in (*kept, *(more[i] for i in fresh))):
+            fresh.append(place)
+    return fresh
+
+
+def without(kept: Sequence[Edit], gone: Sequence[Edit]) -> list[int]:
+    """Places of the kept edits that are not among these. DataError for one that is not kept."""
+    for edit in gone:
+        if not any(same(edit, known) for known in kept):
             raise DataError(
                 f"the memory has no edit of {edit.prompt!r} to {edit.new_object!r}",
-                why=f"it has {len(memory.edits)}: "
-                + ", ".join(f"{known.prompt!r} to {known.new_object!r}" for known in memory.edits[:3])
-                + ("…" if len(memory.edits) > 3 else ""),
+                why=f"it has {len(kept)}: "
+                + ", ".join(f"{known.prompt!r} to {known.new_object!r}" for known in kept[:3])
+                + ("…" if len(kept) > 3 else ""),
             )
-    return _taken(memory, [i for i, known in enumerate(memory.edits) if not any(same(e, known) for e in edits)])
+    return [i for i, known in enumerate(kept) if not any(same(edit, known) for edit in gone)]
 
 
 def same(one: Edit, other: Edit) -> bool:

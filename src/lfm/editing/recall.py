@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeVar
 
 from lfm.core.config import Config, Meta
 from lfm.core.errors import EditError
@@ -27,6 +27,20 @@ if TYPE_CHECKING:
 
     from lfm.core.model import Batch
     from lfm.editing.setting import Setting
+
+
+class Kept(Protocol):
+    """Edits beside the weights of one model: a memory, or neurons."""
+
+    @property
+    def base(self) -> str: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def edits(self) -> tuple[Edit, ...]: ...
+
+
+K = TypeVar("K", bound=Kept)
 
 RIVALS = 32
 """Prompts with something else in the subject's place, by which the distances of a layer are measured."""
@@ -72,11 +86,16 @@ def asked(tokenizer: Any, edits: Sequence[Edit]) -> Asked:
 
 def keys_of(module: nn.Module, codec: Codec, block: int, prompts: Sequence[str]) -> Tensor:
     """(n, in) fp32 on the CPU: what a block's projection reads at each prompt's last token."""
+    return read_at(module, codec, ("ffn_key", block), prompts)
+
+
+def read_at(module: nn.Module, codec: Codec, site: tuple[str, int], prompts: Sequence[str]) -> Tensor:
+    """(n, width) fp32 on the CPU: what a site holds at each prompt's last token."""
     tokenizer = codec.tokenizer
     rows = [list(row) for row in tokenizer(list(prompts))["input_ids"]]
     rows = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in rows]
     batch = pad(rows, pad_id(tokenizer))
-    with torch.no_grad(), structure.watch(module, [("ffn_key", block)]) as seen:
+    with torch.no_grad(), structure.watch(module, [site]) as seen:
         forward(module, batch)
     return seen[0].cpu()[torch.arange(len(rows)), batch["attention_mask"].sum(1) - 1].float()
 
@@ -188,7 +207,7 @@ def found(
             continue
         found = f"the best value found gives p({edit.new_object}) = {probability:.2f} (accept {how.accept:g}"
         why = f"{found}; {steps:.0f} steps)" if radius > 0 else "its last token's key is the same for any subject"
-        failures.append(_failure(edit, like.block, why))
+        failures.append(failure(edit, like.block, why))
     index = torch.tensor(good, dtype=torch.long)
     keys, values, radii = (told[name][index] for name in ("keys", "values", "radii"))
     return Memory(like.base, like.block, tuple(edits[i] for i in good), keys, values, radii)
@@ -205,10 +224,18 @@ def _values(how: Recall, here: Setting, block: int, edits: Sequence[Edit], run: 
     }
 
 
-def held(here: Setting, kept: Memory, edits: Sequence[Edit], failures: list[EditError]) -> Memory:
-    """The memory less the new edits that greedy text does not show with it; of those it had before none goes."""
+def held(
+    here: Setting,
+    kept: K,
+    edits: Sequence[Edit],
+    failures: list[EditError],
+    *,
+    attach: Callable[[nn.Module, K], Callable[[], None]] = memory.attach,
+    forget: Callable[..., K] = memory.forget,
+) -> K:
+    """What is kept less the new edits that greedy text does not show with it; of those it had before none goes."""
     while True:
-        off = memory.attach(here.module, kept)
+        off = attach(here.module, kept)
         new = [known for known in kept.edits if known in edits]
         said = answered(here.module, here.codec, [(edit.prompt, edit.new_object) for edit in new])
         off()
@@ -216,11 +243,11 @@ def held(here: Setting, kept: Memory, edits: Sequence[Edit], failures: list[Edit
         if not silent:
             return kept
         why = "its value would, but greedy text says otherwise: another edit's key is nearer, or it takes another way"
-        failures += [_failure(edit, kept.block, why) for edit in silent]
-        kept = memory.forget(kept, *silent)
+        failures += [failure(edit, kept.block, why) for edit in silent]
+        kept = forget(kept, *silent)
 
 
-def _failure(edit: Edit, block: int, why: str) -> EditError:
+def failure(edit: Edit, block: int, why: str) -> EditError:
     return EditError(
         f"{edit.prompt!r} cannot be made to say {edit.new_object!r} in block {block}",
         why=why,

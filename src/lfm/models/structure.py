@@ -5,7 +5,7 @@ Works for decoder and encoder stacks whose blocks are entries of one ModuleList.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,6 +76,27 @@ def feed_forward(module: nn.Module, block: str) -> FeedForward:
         f"no feed-forward layer in {block}",
         why="no pair of linear layers goes from the residual width and back (a mixture of experts keeps them fused)",
     )
+
+
+def activation(module: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
+    """The function between a feed-forward layer's projections: the block's one module without weights that works on
+    each number by itself. ModelError where there is none, or several that differ."""
+    probe = torch.linspace(-3.0, 3.0, 7)
+    found: list[nn.Module] = []
+    for child in module.get_submodule(block).modules():
+        home = type(child).__module__
+        if not home.startswith("transformers.activations") and home != "torch.nn.modules.activation":
+            continue
+        if next(child.children(), None) is not None or any(True for _ in child.parameters()):
+            continue
+        if torch.equal(child(probe), torch.cat([child(x) for x in probe.split(1)])):
+            found.append(child)
+    if not found or any(not torch.equal(found[0](probe), child(probe)) for child in found[1:]):
+        raise ModelError(
+            f"no activation function in {block}",
+            why=f"{len(found)} modules work on numbers one by one" if found else "it is a function and no module",
+        )
+    return found[0]
 
 
 def attention(module: nn.Module, block: str) -> list[str]:

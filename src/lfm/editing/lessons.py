@@ -28,11 +28,13 @@ PIECE = 32
 
 
 class Lesson(NamedTuple):
-    """One edit to practise. again: what it must bring about too, in another wording. stay: texts that must stay."""
+    """One edit to practise. again: what it must bring about too, in another wording. stay: texts that must stay; aside:
+    prompts that it says nothing about."""
 
     edit: Edit
     again: Edit
     stay: tuple[str, ...]
+    aside: tuple[str, ...] = ()
 
 
 def drawn(here: Setting, practice: Sequence[Fact | Edit], edits: Sequence[Edit], run: Run) -> list[Lesson]:
@@ -80,7 +82,8 @@ def _of_fact(here: Setting, known: Sequence[Fact | Edit], number: int, pieces: S
     prompt = pick(fact.paraphrases) if fact.paraphrases else _behind(pick(pieces), fact.prompt)
     neighbour = alike[int(torch.randint(len(alike), (), generator=draw))]
     said = neighbour.prompt + spaced(neighbour.prompt, neighbour.object) if neighbour.object else pick(pieces)
-    return Lesson(edit, _with(edit, prompt), (pick(pieces), said))
+    own = [one.prompt for one in known if one.subject == fact.subject and one.relation != fact.relation]
+    return Lesson(edit, _with(edit, prompt), (pick(pieces), said), (neighbour.prompt, pick(own or pieces)))
 
 
 def _object(one: Fact | Edit) -> str:
@@ -137,7 +140,7 @@ def _of_text(here: Setting, pieces: Sequence[str], run: Run) -> list[Lesson]:
             if prompt.strip() and new != whole and new.startswith(" ") and new.strip():
                 edit = Edit(subject="", relation="", object="", new_object=new.strip(), prompt=prompt.strip())
                 before, *stay = (pieces[int(torch.randint(len(pieces), (), generator=draw))] for _ in range(3))
-                made[i] = Lesson(edit, _with(edit, _behind(before, edit.prompt)), tuple(stay))
+                made[i] = Lesson(edit, _with(edit, _behind(before, edit.prompt)), tuple(stay), tuple(stay))
     found = [lesson for lesson in made if lesson][:ENOUGH]
     if len(found) < 2:
         raise DataError("the model says nothing to practise on", fix="give facts as practice=FILE")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lfm.core.config import Config, Meta
 from lfm.core.errors import EditError
@@ -33,6 +33,17 @@ class Held(Config, frozen=True):
 def wanted(edits: Sequence[Edit]) -> list[Asked]:
     """The new objects after the edits' own prompts."""
     return [(edit.prompt, edit.new_object, edit.suffix) for edit in edits]
+
+
+def saying(text: Any) -> Says:
+    """Whether greedy text from each prompt begins with the answer."""
+
+    def says(asked: Sequence[Asked]) -> list[bool]:
+        room = 4 + 4 * max((len(answer.split()) for _, answer, _ in asked), default=0)
+        told = text.generate([prompt for prompt, _, _ in asked], max_tokens=room) if asked else []
+        return [said.lstrip().startswith(one[1].strip()) for said, one in zip(told, asked, strict=True)]
+
+    return says
 
 
 def around(says: Says, edits: Sequence[Edit]) -> list[bool]:

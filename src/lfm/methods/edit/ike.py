@@ -52,7 +52,6 @@ from lfm.retrieval.demonstrations import Contexts, ToldLogprobs, ToldText, embed
 
 if TYPE_CHECKING:
     from lfm.data.records import Edit
-    from lfm.editing.cloze import Asked
 
 ID = "edit.ike"
 
@@ -82,8 +81,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         state = {"facts": [facts[i] for i in kept], "examples": [list(example) for example in examples]}
         return before(config, Parts(models, tensors, state))
 
-    around = run.step("before", lambda: outcome.around(saying(model.ask(Text)), edits))
-    told = run.step("said", lambda: saying(ToldText(contexts_of(range(len(edits)))))(outcome.wanted(edits)))
+    around = run.step("before", lambda: outcome.around(outcome.saying(model.ask(Text)), edits))
+    told = run.step("said", lambda: outcome.saying(ToldText(contexts_of(range(len(edits)))))(outcome.wanted(edits)))
     made = [edit for edit, right in zip(edits, told, strict=True) if right]
     failures = [edit for edit, right in zip(edits, told, strict=True) if not right]
     if failures and (config.on_failure == "refuse" or not made):
@@ -100,7 +99,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         **({"skipped_because": "; ".join(map(unsaid, failures))} if failures else {}),
         examples=len(examples),
         probability=float(torch.tensor([score.total for score in scores]).exp().mean()),
-        **run.step("measured", lambda: outcome.measured(saying(ToldText(contexts)), made, edits, around)),
+        **run.step("measured", lambda: outcome.measured(outcome.saying(ToldText(contexts)), made, edits, around)),
     )
     return program(ID, config, contexts.parts, opened)
 
@@ -111,17 +110,6 @@ def unsaid(edit: Edit) -> str:
 
 def before(config: Config, parts: Parts) -> Contexts:
     return Contexts(parts, config.k, everywhere=config.scope == "all")
-
-
-def saying(text: Any) -> outcome.Says:
-    """Whether greedy text from each prompt begins with the answer."""
-
-    def says(asked: Sequence[Asked]) -> list[bool]:
-        room = 4 + 4 * max((len(answer.split()) for _, answer, _ in asked), default=0)
-        told = text.generate([prompt for prompt, _, _ in asked], max_tokens=room) if asked else []
-        return [said.lstrip().startswith(one[1].strip()) for said, one in zip(told, asked, strict=True)]
-
-    return says
 
 
 def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:

@@ -48,7 +48,7 @@ class Config(practice.Practised, frozen=True):
     c_edit: Annotated[float, Meta(gt=0, description="weight of the edits' loss")] = 0.1
     c_loc: Annotated[float, Meta(ge=0, description="weight of what must stay")] = 1.0
     rank: Annotated[int, Meta(ge=1, description="of the residual layers")] = 1920
-    rate: Annotated[float, Meta(gt=0, description="first α, over rms(W) / √in")] = 0.1
+    rate: Annotated[float, Meta(gt=0, description="first α, over rms(W) / √in")] = 0.5
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:

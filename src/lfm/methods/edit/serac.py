@@ -1,0 +1,270 @@
+"""Keep edits in words beside the model: what an edit is about is answered by a second model that is told the edit.
+
+    y = counterfactual(edit i, x)   if p_i = exp(−‖f(x) − f(prompt_i)‖²) > ½ for the likeliest i,   base(x) otherwise
+
+Paper: SERAC, arXiv 2206.06520, with the scope classifier that embeds. What differs: nothing is loaded from elsewhere.
+f is a trained linear map of the model's own hidden states, their mean over the text at one block; the counterfactual
+model is the model itself with a trained change of low rank, and the edit goes before the prompt as a sentence. Both are
+trained once, on facts (`practice`: each is given another's object, told, and asked again in other words; those about
+subjects of the edits are left out) or, where there are none, on text of the model's own that breaks off. What an edit
+is not about are then other facts of its subject, the same fact of others, and text.
+
+Model: a causal language model. The result is a program that gives text and probabilities, routed by the prompt; one
+that no edit is about reaches the model as it is. `memory=` adds edits to an earlier one, at one forward pass each, and
+nothing is trained again; with `forget=true` the edits go out of it: each is a row of its own, and the others' stay.
+Notes are of greedy text. Errors: EditError for an edit that is not said (refused, or with on_failure=skip left out),
+and where other text suffers; DataError.
+
+    lfm run edit.serac model=base edits=edits.jsonl practice=facts.jsonl --set steps=60 --set lr=0.01 \\
+      --set on_failure=skip --out told
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+
+from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
+from lfm.core.errors import EditError, MismatchError, SlotError
+from lfm.core.heavy import torch
+from lfm.core.model import Logprobs, Text, Weights
+from lfm.data import language
+from lfm.data.records import Edit
+from lfm.editing import lessons, outcome, rows, scope, setting
+from lfm.editing.cloze import editable
+from lfm.editing.scope import Routed, Scope
+from lfm.editing.text import perplexity
+from lfm.models import forward, structure
+from lfm.models.program import program
+from lfm.train import Fit, fit
+from lfm.train.fit import steps_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lfm.core.model import Batch
+    from lfm.editing.lessons import Lesson
+    from lfm.editing.setting import Setting
+
+ID = "edit.serac"
+
+
+class Config(Fit, frozen=True):
+    layer: Annotated[int | None, Meta(description="block whose states the classifier reads; none: half way up")] = None
+    width: Annotated[int, Meta(ge=1, description="of what the classifier compares")] = 64
+    rank: Annotated[int, Meta(ge=1, description="of the second model's change")] = 64
+    tokens: Annotated[int, Meta(ge=1, description="tokens of text, beside the facts")] = 8192
+    collapse: Annotated[float, Meta(gt=1, description="most that perplexity on other text may be multiplied by")] = (
+        outcome.COLLAPSE
+    )
+    on_failure: Annotated[
+        outcome.OnFailure, Meta(description="an edit that fails ends the run, or is left out and told of")
+    ] = "refuse"
+    forget: Annotated[bool, Meta(description="take the edits out of the memory, by prompt and new object")] = False
+    steps: Annotated[int, Meta(ge=1, description="steps of training, of either part")] = 400
+    batch_size: Annotated[int, Meta(ge=1, description="edits practised at a time")] = 16
+    lr: Annotated[float, Meta(gt=0, description="AdamW's rate")] = 3e-3
+    weight_decay: Annotated[float, Meta(ge=0, description="decoupled weight decay")] = 0.0
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"], Meta(description="how the rate falls after the warm-up")
+    ] = "linear"
+
+
+def run(config: Config, inputs: Inputs, run: Run) -> Model:
+    model, edits = inputs.model("model"), list(inputs.records("edits"))
+    before = next((given.ask(Scope) for given in inputs.all("memory")), None)
+    if before and before.base != model.digest:
+        raise MismatchError(
+            "the memory is of another model",
+            why=f"it was made over {before.base[:12]}, this is {model.digest[:12]}",
+            fix="give the model that it was made over",
+        )
+    here = setting.opened(model, inputs.records("text"), run, prefixes=0, tokens=config.tokens)
+    empty = before or trained(config, here, model, inputs, run)
+    failed: list[Edit] = []
+    if config.forget:
+        kept, made = scope.forget(empty, edits), []
+    else:
+        seen = scope.means(here.module, here.codec, empty.block, [edit.prompt for edit in edits])
+        kept = scope.learn(empty, edits, seen @ empty.map)
+        told = outcome.saying(Routed(model, kept))(outcome.wanted(edits))
+        made = [edit for edit, said in zip(edits, told, strict=True) if said]
+        failed = [edit for edit, said in zip(edits, told, strict=True) if not said]
+        if failed and (config.on_failure == "refuse" or not made):
+            raise EditError(
+                f"{len(failed)} of {len(edits)} edits were not said: {_unsaid(failed[0])}",
+                why="the second model, told the edit, does not answer by it",
+                fix="more practice, more steps, a larger rank, or on_failure=skip",
+            )
+        kept = scope.forget(kept, failed) if failed else kept
+    routed = Routed(model, kept)
+    first, (after, share) = perplexity(here.module, here.codec, here.probe), beyond(here, routed)
+    refused = outcome.collapsed("the memory", first, after, config.collapse, "more practice, or fewer edits")
+    if refused:
+        raise refused
+    says, plain = outcome.saying(routed), outcome.saying(Routed(model, scope.taken(kept, ())))
+    run.note(
+        edits=len(kept.edits),
+        skipped=len(failed),
+        **({"skipped_because": "; ".join(map(_unsaid, failed))} if failed else {}),
+        perplexity_before=first,
+        perplexity_after=after,
+        text_in_scope=share,
+        **(
+            run.step("measured", lambda: outcome.measured(says, made, edits, outcome.around(plain, edits)))
+            if made
+            else {}
+        ),
+        **({"efficacy_of_all": _share(says(outcome.wanted(kept.edits)))} if kept.edits else {}),
+    )
+    return program(ID, config, kept.parts(model), open)
+
+
+def _unsaid(edit: Edit) -> str:
+    return f"{edit.prompt!r} did not go on with {edit.new_object!r}"
+
+
+def _share(said: Sequence[bool]) -> float:
+    return sum(said) / len(said)
+
+
+def trained(config: Config, here: Setting, model: Model, inputs: Inputs, run: Run) -> Scope:
+    """A scope classifier and a second model, and no edit yet."""
+    from lfm.editing.teller import Change, Map
+
+    drawn = lessons.drawn(here, inputs.records("practice"), inputs.records("edits"), run)
+    count = len(structure.blocks(here.module))
+    block = (count // 2 if config.layer is None else config.layer) % count
+    change = Change(here.module, config.rank, run.generator("change"))
+    tell(config, here, model, change, drawn, run)
+    learned = Map(
+        structure.feed_forward(here.module, structure.blocks(here.module)[block]).width,
+        config.width,
+        run.generator("map"),
+    )
+    tell_apart(config, here, learned, drawn, block, run)
+    low, map = change.low_rank(here.module), learned.weight.detach().cpu().contiguous()
+    return Scope(model.digest, block, (), torch.zeros(0, config.width), map, low)
+
+
+def tell(config: Config, here: Setting, model: Model, change: Any, drawn: Sequence[Lesson], run: Run) -> None:
+    """Train the second model: told an edit, it answers by it, in the edit's words and in others."""
+    task = language.answers(here.codec, model.facts)
+
+    def collate(numbers: Sequence[int]) -> Batch:
+        chosen = [drawn[i] for i in numbers]
+        asked = [(lesson.edit, one) for lesson in chosen for one in (lesson.edit, lesson.again)]
+        return task.collate(
+            [msgspec.structs.replace(one, prompt=scope.statement(edit) + one.prompt) for edit, one in asked]
+        )
+
+    def loss(change: Any, batch: Batch) -> Tensor:
+        with change.beside(here.module):
+            return task.loss(forward(here.module, batch), batch)
+
+    fit(change, range(len(drawn)), collate, loss, config, run, name="counterfactual")
+
+
+def tell_apart(
+    config: Config, here: Setting, learned: nn.Module, drawn: Sequence[Lesson], block: int, run: Run
+) -> None:
+    """Train the classifier: an edit's other wording is in its scope; other edits' wordings, and what it says nothing
+    about, are not."""
+    from lfm.editing.teller import told_apart
+
+    texts = [[one.edit.prompt, one.again.prompt, *one.aside] for one in drawn]
+    distinct = sorted({text for each in texts for text in each})
+    numbers = {text: i for i, text in enumerate(distinct)}
+    seen = run.step("means", lambda: scope.means(here.module, here.codec, block, distinct))
+    prompts = {prompt: i for i, prompt in enumerate(sorted({one.edit.prompt for one in drawn}))}
+
+    def collate(chosen: Sequence[int]) -> Batch:
+        each = [texts[i] for i in chosen]
+        own = [prompts[drawn[i].edit.prompt] for i in chosen]
+        asked = [(t[1], prompt) for t, prompt in zip(each, own, strict=True)] + [(a, -1) for t in each for a in t[2:]]
+        asked = [(text, prompts.get(text, whose)) for text, whose in asked]
+        return {
+            "edits": seen[[numbers[t[0]] for t in each]],
+            "asked": seen[[numbers[text] for text, _ in asked]],
+            "same": torch.tensor(own)[:, None] == torch.tensor([whose for _, whose in asked])[None],
+        }
+
+    def loss(learned: nn.Module, batch: Batch) -> Tensor:
+        return told_apart(scope.apart(learned(batch["edits"]), learned(batch["asked"])), batch["same"])
+
+    fit(learned, range(len(drawn)), collate, loss, config, run, name="scope")
+
+
+def beyond(here: Setting, routed: Routed) -> tuple[float, float]:
+    """(perplexity of the probe, routed; share of its texts that an edit is taken to be about)."""
+    texts = [here.codec.tokenizer.decode(row, skip_special_tokens=True) for row in here.probe]
+    about = routed.about(texts)
+    outside = [row for row, edit in zip(here.probe, about, strict=True) if edit < 0]
+    inside = [(text, edit) for text, edit in zip(texts, about, strict=True) if edit >= 0]
+    count = sum(len(row) - 1 for row in outside)
+    total = count * math.log(perplexity(here.module, here.codec, outside)) if outside else 0.0
+    for text, edit in inside:
+        (score,) = routed.second.ask(Logprobs).score([scope.statement(routed.scope.edits[edit])], [text])
+        total, count = total - score.total, count + len(score.logprobs)
+    return math.exp(total / max(count, 1)), len(inside) / len(texts)
+
+
+def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
+    """The interfaces of the program: text and probabilities by routing, and the memory."""
+    model, kept = parts.model("model"), scope.opened(parts)
+    routed = Routed(model, kept)
+    return {Text: lambda: routed, Logprobs: lambda: routed, Scope: lambda: kept}
+
+
+def agree(config: Config, inputs: Inputs) -> None:
+    edits, given = inputs.records("edits"), inputs.all("memory")
+    rows.agree(edits)
+    if config.forget and not given:
+        raise SlotError(f"{ID} has nothing to forget from", fix="add memory=REF")
+    if given and inputs.records("practice"):
+        raise SlotError(f"{ID} takes either memory or practice", why="what a memory was made with is not trained again")
+    model = inputs.model("model")
+    editable(ID, model, inputs.records("text"), config.layer)
+    if model.facts.task != "causal-lm":
+        raise MismatchError(
+            f"{ID} edits causal language models; {model.ref} is none", why="the edit goes before a prompt"
+        )
+    if not given:
+        lessons.left(inputs.records("practice"), edits)
+
+
+def cost(config: Config, sizes: Sizes) -> Cost:
+    facts, edits = sizes.model("model"), sizes.data["edits"]
+    each = max(edits.tokens // max(1, edits.records), 8)
+    trains = not sizes.models.get("memory")
+    read = 2 * 2 * each * config.batch_size * steps_of(config, 1) * trains
+    layers = 7 * max(1, facts.layers)
+    return Cost(
+        flops=facts.parameters * (6.0 * read + 2.5 * config.tokens + 2.0 * lessons.ENOUGH * 4 * each * trains)
+        + 40.0 * facts.parameters * edits.tokens,
+        steps=2 * config.steps * trains + 8,
+        memory=int(8 * facts.parameters + 48 * config.batch_size * each * facts.vocabulary),
+        disk=4 * facts.width * (5 * layers * config.rank + config.width) + 4 * config.width * edits.records,
+    )
+
+
+METHOD = Method(
+    paper="arXiv:2206.06520",
+    config=Config,
+    models={
+        "model": Slot((Gradients, Weights, Codec), help="the causal language model to edit"),
+        "memory": Slot((Scope,), min=0, help="what edit.serac made of it before, to add to or to forget from"),
+    },
+    data={
+        "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change, or to forget"),
+        "practice": DataSlot(Data.FEW_SHOT, ("fact", "edit"), optional=True, help="facts to practise editing on"),
+        "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text that no edit is about"),
+    },
+    run=run,
+    cost=cost,
+    agree=agree,
+    open=open,
+)

@@ -1,8 +1,8 @@
 """The source of a kernel: a formula, written out for a number of models, within a loop over blocks.
 
-Three loops have all rules in them. `map`: each element's result is stored. `sum`: results are added up, group by group.
-`count`: how many results have each value of a digit of their magnitude, for thresholds. A group is a run of `width`
-elements with parameters of its own: a row, or the whole tensor.
+Four loops have all rules in them. `map`: each element's result is stored. `sum`: results are added up, group by group.
+`count` and `near`: how many results have each value of a digit of their magnitude, for thresholds. A group is a run of
+`width` elements with parameters of its own: a row, or the whole tensor.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ CODES = {"F64": 0, "F32": 1, "BF16": 2, "F16": 3}
 HIGH, LOW = 15, 16
 """Bits of the two digits of an fp32 magnitude."""
 
-WINDOW = 3
-"""High digits whose low ones are counted with them."""
+WINDOW = 3 << LOW
+"""Magnitudes next to each other that are counted one by one."""
 
-TALLY = (1 << HIGH) + (WINDOW << LOW)
-"""Numbers of a count: for each high digit, then for each low one within the window."""
+NEAR = 1 + WINDOW
+"""Numbers of a count near a window: how many are beyond it, then how many have each of its bits."""
 
 
 @final
@@ -108,24 +108,52 @@ def sum_kernel(formula: Formula, models: int, which: tuple[tuple[int, ...], ...]
 
 @cache
 def count_kernel(formula: Formula, models: int) -> Callable[..., None]:
-    """Counts |result| as fp32 in out, int64: by its high digit, then beside WINDOW of these by its low one.
-
-    codes[0]: the first high digit of the window.
-    """
+    """Counts |result| as fp32 by its high digit, in out, int64."""
     body = f"""
-        for i in range(m):
-            bits[i] = np.float32(join({_call(formula, models)})).view(np.uint32) & np.uint32(0x7FFFFFFF)
+{_bits(formula, models)}
         for i in range(m):
             tally[bits[i] >> np.uint32({LOW})] += 1
-            near = np.int64(bits[i]) - lowest
-            if 0 <= near < {WINDOW << LOW}:
-                lows[near] += 1
 """
-    view = f"""tally = carray(out, ({8 * TALLY},)).view(np.int64)
-    lows = tally[{1 << HIGH}:]
-    bits = rows[{models + 1}].view(np.uint32)
-    lowest = codes[0] << {LOW}"""
+    view = f"""tally = carray(out, ({8 << HIGH},)).view(np.int64)
+    bits = rows[{models + 1}].view(np.uint32)"""
     return compiled.load(_source(formula, models, view, body))
+
+
+@cache
+def near_kernel(formula: Formula, models: int) -> Callable[..., None]:
+    """Counts |result| as fp32 in out, int64: those beyond a window, then those within it by their bits.
+
+    codes[0]: the bits of the window's least magnitude; it is WINDOW of them wide.
+    """
+    body = f"""
+{_bits(formula, models)}
+        above = 0
+        for i in range(m):
+            above += bits[i] >= end
+        tally[0] += above
+        for i in range(m):
+            within[i] = bits[i] - lowest < np.uint32({WINDOW})
+        for i in range(m, (m + 7) // 8 * 8):
+            within[i] = 0
+        for j in range((m + 7) // 8):  # few are within: eight are passed over at a time
+            if eight[j]:
+                for i in range(8 * j, 8 * j + 8):
+                    if within[i]:
+                        lows[np.uint32(bits[i] - lowest)] += 1
+"""
+    view = f"""tally = carray(out, ({8 * NEAR},)).view(np.int64)
+    lows = tally[1:]
+    bits = rows[{models + 1}].view(np.uint32)[:{BLOCK}]
+    within = rows[{models + 1}].view(np.uint8)[{4 * BLOCK}:{5 * BLOCK}]
+    eight = within.view(np.uint64)
+    lowest = np.uint32(codes[0])
+    end = np.uint32(lowest + np.uint32({WINDOW}))"""
+    return compiled.load(_source(formula, models, view, body))
+
+
+def _bits(formula: Formula, models: int) -> str:
+    return f"""        for i in range(m):
+            bits[i] = np.float32(join({_call(formula, models)})).view(np.uint32) & np.uint32(0x7FFFFFFF)"""
 
 
 def _call(formula: Formula, models: int) -> str:

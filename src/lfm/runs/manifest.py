@@ -14,7 +14,7 @@ from lfm.core.finding import Finding
 from lfm.core.model import LazyTensor, Model, Weights
 from lfm.record import Verified
 from lfm.tensors import known
-from lfm.tensors.lazy import Coded
+from lfm.tensors.lazy import is_coded
 from lfm.tensors.readback import Seen, Written
 from lfm.tensors.rooms import room
 from lfm.tensors.safetensors_file import DTYPES, StoredTensor
@@ -85,7 +85,7 @@ class _Tensor:
         from lfm.fusing.statistics import Tally, readable
 
         self._told, self._hash = tensor, hashlib.sha256()
-        suits = isinstance(base, Coded) and readable(base.code) and tuple(base.shape) == tensor.shape
+        suits = is_coded(base) and readable(base.code) and tuple(base.shape) == tensor.shape
         self._base: Any = base if suits and readable(tensor.code) else None
         self._tally = Tally(tensor.code, self._base.code if self._base else None) if readable(tensor.code) else None
 

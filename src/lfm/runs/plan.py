@@ -216,7 +216,7 @@ def cores() -> int:
 
 
 @cache
-def matrix_rate(side: int = 256, rounds: int = 20) -> float:
+def matrix_rate(side: int = 256, rounds: int = 8) -> float:
     """fp32 FLOP/s of matrix products on all cores: the best of several on one, times the cores.
 
     One core at a time, since the threads of one product wait for each other on a machine that does other work too.

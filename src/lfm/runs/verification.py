@@ -15,7 +15,7 @@ from lfm.core.model import Batch, Codec, LazyTensor, Logits, Logprobs, Model, We
 from lfm.models import load
 from lfm.record import Verified
 from lfm.tensors import known
-from lfm.tensors.lazy import Coded
+from lfm.tensors.lazy import is_coded
 from lfm.tensors.match import equal
 from lfm.tensors.parallel import each
 from lfm.tensors.readback import Seen
@@ -66,7 +66,7 @@ def bit_for_bit(made: Model, saved: Model, seen: Seen | None, *, any_weights: bo
     if not made.can(Weights) or not saved.can(Weights):
         return None
     left, right = made.ask(Weights).tensors(), saved.ask(Weights).tensors()
-    suits = any_weights or all(isinstance(tensor, Coded) for tensor in left.values())
+    suits = any_weights or all(is_coded(tensor) for tensor in left.values())
     if not suits or left.keys() != right.keys():
         return None
     if seen and all(seen.holds(name, tensor) for name, tensor in right.items()):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lfm.core.heavy import torch
 from lfm.tensors import known
-from lfm.tensors.lazy import Coded, chunks, code_of, lazy, size
+from lfm.tensors.lazy import chunks, code_of, is_coded, lazy, size
 from lfm.tensors.parallel import each
 from lfm.tensors.rooms import room
 from lfm.tensors.safetensors_file import DTYPES, StoredTensor
@@ -49,7 +49,7 @@ def digest_tensors(tensors: Mapping[str, LazyTensor | Tensor], *, workers: int |
 def sha256_of(tensor: LazyTensor | Tensor) -> str:
     """sha256 of the little-endian bytes."""
     found = hashlib.sha256()
-    if isinstance(tensor, Coded):
+    if is_coded(tensor):
         whole = size(tensor) * DTYPES[tensor.code][1]
         for start in range(0, whole, BUFFER):
             part = room("hashed", min(BUFFER, whole - start))

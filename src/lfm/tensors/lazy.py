@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, NoReturn, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeGuard, final
 from typing import cast as cast_type
 
 from lfm.core.errors import CorruptError
@@ -23,16 +23,22 @@ CHUNK = 1 << 19
 """Elements read, computed and written at a time: few enough for the caches, enough that Python is not what waits."""
 
 
-@runtime_checkable
 class Chunked(Protocol):
     """A LazyTensor that can be read in part."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read(self) -> Tensor: ...
 
     def read_flat(self, start: int, stop: int) -> Tensor:
         """Elements start to stop of the tensor laid out flat (row-major)."""
         ...
 
 
-@runtime_checkable
 class Coded(Protocol):
     """A LazyTensor whose bytes can be had as a file would hold them, without torch."""
 
@@ -47,6 +53,16 @@ class Coded(Protocol):
     def read_into(self, buffer: memoryview, offset: int = 0) -> None:
         """Fill a buffer with its bytes from `offset`: whole elements, laid out flat (row-major)."""
         ...
+
+
+def is_coded(tensor: object) -> TypeGuard[Coded]:
+    """Whether it is Coded: asked thousands of times, and isinstance of a Protocol takes microseconds."""
+    return hasattr(type(tensor), "read_into")
+
+
+def is_chunked(tensor: object) -> TypeGuard[Chunked]:
+    """Whether it is Chunked."""
+    return hasattr(type(tensor), "read_flat")
 
 
 @final
@@ -68,7 +84,7 @@ class AsStored:
     def read_into(self, buffer: memoryview, offset: int = 0) -> None:
         dtype = torch_dtype(self.code)
         start, stop = offset // dtype.itemsize, (offset + len(buffer)) // dtype.itemsize
-        if isinstance(self.tensor, Chunked):
+        if is_chunked(self.tensor):
             values = self.tensor.read_flat(start, stop)
         else:
             values = _whole(self.tensor).reshape(-1)[start:stop]
@@ -96,7 +112,7 @@ def coded(tensor: LazyTensor, codes: Container[str] | None = None) -> Coded:
     code = code_of(tensor)
     if codes is not None and code not in codes:
         return AsStored(tensor, "F32")
-    return tensor if isinstance(tensor, Coded) else AsStored(tensor, code)
+    return tensor if is_coded(tensor) else AsStored(tensor, code)
 
 
 @final
@@ -155,7 +171,7 @@ class Whole:
 
 def lazy(tensor: LazyTensor | Tensor) -> LazyTensor:
     """A LazyTensor of either."""
-    if not isinstance(tensor, Coded) and isinstance(tensor, torch.Tensor):  # no torch where it is not needed
+    if not is_coded(tensor) and isinstance(tensor, torch.Tensor):  # no torch where it is not needed
         return Held(tensor.detach().contiguous())
     return cast_type("LazyTensor", tensor)
 
@@ -173,7 +189,7 @@ def spans(size: int, chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
 
 def chunks(tensor: LazyTensor, chunk: int = CHUNK) -> Iterator[tuple[int, Tensor]]:
     """(start, flat elements) of a tensor in order; one that can only be read whole is read once."""
-    if isinstance(tensor, Chunked):
+    if is_chunked(tensor):
         for start, stop in spans(size(tensor), chunk):
             yield start, tensor.read_flat(start, stop)
     else:
@@ -201,7 +217,7 @@ def cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
     """The tensor stored as dtype, converted as it is read; one that is not floating, or of that dtype, as it is."""
     if dtype is None or code_of(tensor) == dtype_code(dtype) or code_of(tensor) not in FLOATING:
         return tensor
-    if isinstance(tensor, Chunked):
+    if is_chunked(tensor):
         return Computed(tuple(tensor.shape), dtype, tensor.read_flat)
     return Whole(tuple(tensor.shape), dtype, tensor.read)
 
@@ -224,7 +240,7 @@ def map_tensors(
 
 def parts(inputs: Sequence[LazyTensor], chunk: int = CHUNK) -> Iterator[Callable[[], list[Tensor]]]:
     """The inputs' flat chunks side by side, in fp32, read when called; all at once if one can only be read whole."""
-    readers = [tensor for tensor in inputs if isinstance(tensor, Chunked)]
+    readers = [tensor for tensor in inputs if is_chunked(tensor)]
     if len(readers) < len(inputs):
         yield lambda: [widen(tensor.read().reshape(-1)) for tensor in inputs]
     else:
@@ -243,7 +259,7 @@ def _mapped(name: str, fn: Callable[..., Tensor], inputs: Sequence[LazyTensor], 
             _refuse(name, values, inputs, dtype)
         return out
 
-    readers = [tensor for tensor in inputs if isinstance(tensor, Chunked)]
+    readers = [tensor for tensor in inputs if is_chunked(tensor)]
     if len(readers) < len(inputs):
         return Whole(shape, dtype, lambda: result(*(tensor.read().reshape(-1) for tensor in inputs)))
     return Computed(shape, dtype, lambda start, stop: result(*(reader.read_flat(start, stop) for reader in readers)))

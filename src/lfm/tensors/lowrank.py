@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 from lfm.core.errors import CorruptError
 from lfm.core.heavy import torch
 from lfm.core.model import LowRank
-from lfm.tensors.lazy import CHUNK, Chunked, code_of, finite
+from lfm.tensors.lazy import CHUNK, code_of, finite, is_chunked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ class Plus:
         """Rows first to last; this thread's last block is kept, for its parts are asked for in turn."""
         if getattr(self._kept, "rows", None) != (first, last):
             wide = max(1, prod(self.shape[1:]))
-            if isinstance(self.weight, Chunked):
+            if is_chunked(self.weight):
                 before = self.weight.read_flat(first * wide, last * wide).reshape(last - first, wide)
             else:
                 before = self.weight.read().reshape(-1, wide)[first:last]

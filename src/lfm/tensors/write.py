@@ -14,7 +14,7 @@ from lfm.core.errors import OutputError
 from lfm.core.heavy import torch
 from lfm.tensors import readback
 from lfm.tensors.filecache import to_disk
-from lfm.tensors.lazy import CHUNK, Chunked, Coded, cast, code_of, lazy, size, spans
+from lfm.tensors.lazy import CHUNK, cast, code_of, is_chunked, is_coded, lazy, size, spans
 from lfm.tensors.parallel import each
 from lfm.tensors.readback import Written
 from lfm.tensors.rooms import room
@@ -155,12 +155,12 @@ def _write(plan: _Planned, chunk: int, workers: int | None) -> None:
 
         def piece(tensor: LazyTensor, place: Written, start: int, stop: int) -> None:
             item = DTYPES[place.code][1]
-            if isinstance(tensor, Coded):
+            if is_coded(tensor):
                 raw = room("written", (stop - start) * item)
                 tensor.read_into(raw, start * item)
                 put(place, place.begin + start * item, raw)
                 return
-            if isinstance(tensor, Chunked):
+            if is_chunked(tensor):
                 values = tensor.read_flat(start, stop)
             else:
                 values = tensor.read().reshape(-1)
@@ -185,11 +185,8 @@ def _pieces(plan: _Planned, chunk: int) -> Iterator[tuple[LazyTensor, Written, i
     """(tensor, its place, start, stop): chunks, or all of a tensor that can only be read whole."""
     for tensor, place in plan.places:
         elements = size(tensor)
-        if not isinstance(tensor, Chunked | Coded):
-            if elements:
-                yield tensor, place, 0, elements
-            continue
-        for start, stop in spans(elements, chunk):
+        parts = any(can(tensor) for can in (is_chunked, is_coded))
+        for start, stop in spans(elements, chunk if parts else max(1, elements)):
             yield tensor, place, start, stop
 
 

@@ -13,9 +13,9 @@ the sign that most of the model has, mergekit the positive one.
 
 Models: equal architecture, vocabulary, tensor names and shapes, the base's too. The result has the base's files and
 dtypes; arithmetic is in fp64 and rounded once, thresholds are exact. Integer tensors must be equal in all. Tensors are
-streamed, once for each model's threshold and once for the result: memory does not grow with the model. Errors: MismatchError
-before any weight is read; ConfigError for weights of another number; CorruptError naming a tensor that holds a NaN or
-an infinity.
+streamed, once for each model's threshold and once for the result: memory does not grow with the model. Errors:
+MismatchError before any weight is read; ConfigError for weights of another number; CorruptError naming a tensor that
+holds a NaN or an infinity.
 
     lfm run reuse.ties base=base models=math models=code --set density=0.2 --out merged
 """

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 import lfm
 import tiny
 from case import Case
-from lfm.core import Codec, Gradients, Inputs, Logits, Model
+from lfm.core import Codec, Gradients, Inputs, Logits, Model, Weights
 from lfm.core import Text as Speaks
-from lfm.core.errors import DataError, EditError, MismatchError, ModelError, SlotError
+from lfm.core.errors import DataError, EditError, MismatchError, ModelError, OutputError, SlotError
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit, Text
-from lfm.editing import neuron_search, neurons
+from lfm.editing import neuron_search, neurons, wider
 from lfm.editing.neurons import Neurons
 from lfm.methods.edit import t_patcher
 from lfm.models import forward, load, structure
@@ -92,29 +92,49 @@ def some(count: int, width: int, block: int = 1) -> Neurons:
     return Neurons("base", block, edits, owner, draws[0], draws[1], torch.randn(n, width, generator=random))
 
 
-def test_neurons_are_the_layer_made_wider(bases: dict[str, Path]) -> None:
-    """A plain layer with more columns, by the model's own class, says the same."""
-    module = load(bases["plain"]).ask(Gradients).module().requires_grad_(False)
-    batch = load(bases["plain"]).ask(Codec).texts(["The cat sat on the mat", "birds"])
+@pytest.mark.parametrize("name", ["gated", "plain"])
+def test_neurons_are_the_layer_made_wider(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """A plain checkpoint with the neurons in its own layers, read by transformers alone, says the same."""
+    base = load(bases[name])
+    module, batch = base.ask(Gradients).module().requires_grad_(False), base.ask(Codec).texts(["The cat sat", "birds"])
     kept = some(3, 32)
-    wide = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, vocab_size=len(tiny.byte_bpe()), n_positions=128, n_inner=128 + 4
-        )
-    ).eval()
-    state = {name: value.clone() for name, value in module.state_dict().items()}
-    for block in (0, 1):
-        here = block == 1
-        up, bias, down = (f"transformer.h.{block}.mlp.{part}" for part in ("c_fc.weight", "c_fc.bias", "c_proj.weight"))
-        state[up] = torch.cat([state[up], here * kept.keys.T], 1)
-        state[bias] = torch.cat([state[bias], here * kept.biases])
-        state[down] = torch.cat([state[down], here * kept.values])
-    wide.load_state_dict(state)
-    off = neurons.attach(module, kept)
+    wider.wider(base.ask(Weights), base.ask(Gradients), kept).save(tmp_path, "checkpoint")
+    wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    plain = forward(module, batch)
+    neurons.attach(module, kept)
     told = forward(module, batch)
-    off()
     torch.testing.assert_close(told, forward(wide, batch), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(told, forward(module, batch), atol=0.1)
+    assert (told - plain).abs().max() > 0.1
+    inner = {layer: structure.feed_forward(wide, layer).inner for layer in structure.blocks(wide)}
+    assert set(inner.values()) == {{"gated": 64, "plain": 128}[name] + 4}
+
+
+def test_what_was_edited_is_saved_as_a_plain_checkpoint(bases: dict[str, Path], tmp_path: Path) -> None:
+    model, _ = made(bases["gated"], tmp_path / "work")
+    (tmp_path / "out").mkdir()
+    model.save(tmp_path / "out", "checkpoint")
+    back = load(tmp_path / "out")
+    assert back.kind == "checkpoint"
+    said = back.ask(Speaks).generate([edit.prompt for edit in EDITS], max_tokens=6)
+    assert all(text.strip().startswith(edit.new_object) for text, edit in zip(said, EDITS, strict=True))
+
+
+def test_where_there_is_no_room_for_biases_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        module = transformers.MistralForCausalLM(
+            transformers.MistralConfig(
+                vocab_size=len(tiny.byte_bpe()),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        )
+    module.save_pretrained(tmp_path)
+    tiny.byte_bpe().save_pretrained(tmp_path)
+    with pytest.raises(OutputError, match="have no biases, and no setting gives them any"):
+        wider.wider(load(tmp_path).ask(Weights), load(tmp_path).ask(Gradients), some(3, 32))
 
 
 @pytest.mark.parametrize("name", ["gated", "plain"])

@@ -14,7 +14,9 @@ nothing, and a forgotten edit leaves the others as they are, bit for bit; a key 
 the mistake from M (the paper: at x), γ is where act has died away (3 for GELU, as in the paper), rates are in units of
 the layer's.
 
-Model: a causal language model. The result is a program, which stores a key, a bias and a value for each neuron.
+Model: a causal language model. The result is a program, which stores a key, a bias and a value for each neuron; with
+`--format checkpoint` a plain model whose feed-forward layers are that much wider (by zeros in the other blocks), where
+its architecture has biases there, or a setting for them.
 `memory=` adds to an earlier one; with `forget=true` the edits go out of it. Notes are of greedy text. Errors: EditError
 for an edit that does not hold (refused or, with on_failure=skip, left out), and where other text suffers; DataError.
 
@@ -23,16 +25,33 @@ for an edit that does not hold (refused or, with on_failure=skip, left out), and
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec.structs import replace
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
+from lfm.core import (
+    Codec,
+    Cost,
+    Data,
+    DataSlot,
+    Gradients,
+    Inputs,
+    Meta,
+    Method,
+    Model,
+    Parts,
+    Run,
+    Sizes,
+    Slot,
+    Weights,
+)
 from lfm.core.errors import EditError, MismatchError, SlotError
 from lfm.core.heavy import torch
-from lfm.editing import neuron_search, neurons, outcome, recall, rows, setting, settled
+from lfm.editing import neuron_search, neurons, outcome, recall, rows, setting, settled, wider
 from lfm.editing.neurons import Neurons
 from lfm.editing.text import answered
 from lfm.models import device, local, structure
@@ -95,7 +114,13 @@ def run(given: Config, inputs: Inputs, run: Run) -> Model:
         here, kept, edits, failures, guard, run, attach=neurons.attach, forget=neurons.forget, fix=FIX
     )
     run.note(neurons=len(kept.keys))
-    return program("edit.t_patcher", given, kept.parts(model), open)
+    weights = model.ask(Weights)
+    made = program("edit.t_patcher", given, kept.parts(model), open)
+
+    def widened(out: Path) -> Model:
+        return wider.wider(weights, model.ask(Gradients), kept).save(out, "checkpoint")
+
+    return dataclasses.replace(made, formats={**made.formats, "checkpoint": widened}, _opened={})
 
 
 def _steps(config: Config) -> int:
@@ -204,7 +229,7 @@ METHOD = Method(
     paper="arXiv:2301.09785",
     config=Config,
     models={
-        "model": Slot((Gradients, Codec), help="the causal language model to edit"),
+        "model": Slot((Gradients, Codec, Weights), help="the causal language model to edit"),
         "memory": Slot((Neurons,), min=0, help="what edit.t_patcher made of it before, to add to or to forget from"),
     },
     data={

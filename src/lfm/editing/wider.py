@@ -72,7 +72,7 @@ def _widths(module: nn.Module, block: str, renamed: Mapping[str, str]) -> Widths
     hooks.append(act.register_forward_pre_hook(lambda _, args: seen.update({"": args[0]})))
     try:
         with torch.no_grad():
-            forward(module, {"input_ids": torch.zeros(1, 1, dtype=torch.long)})
+            forward(module, {"input_ids": torch.arange(4)[None]})  # the embedding of one, of padding, may be 0
     finally:
         for hook in hooks:
             hook.remove()

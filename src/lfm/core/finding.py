@@ -40,8 +40,27 @@ class Map(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @final
+class Edge(msgspec.Struct, frozen=True, kw_only=True):
+    """subject –relation→ object, how sure that is (0 to 1), and the prompt that it was the answer to."""
+
+    subject: str
+    relation: str
+    object: str
+    confidence: float = 1.0
+    prompt: str = ""
+
+
+@final
+class Graph(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found to stand in relation to what."""
+
+    name: str
+    edges: tuple[Edge, ...]
+
+
+@final
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """A table (rows share the keys of `columns`), its headline numbers, per-item evidence, curves and maps."""
+    """A table (rows share the keys of `columns`), its headline numbers, per-item evidence, curves, maps and graphs."""
 
     title: str
     columns: tuple[str, ...]
@@ -50,22 +69,33 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     evidence: tuple[Mapping[str, Any], ...] = ()
     curves: tuple[Curve, ...] = ()
     maps: tuple[Map, ...] = ()
+    graphs: tuple[Graph, ...] = ()
 
     @property
     def digest(self) -> str:
         told = msgspec.json.encode(self, order="deterministic")
-        if not self.maps:  # the digest that it had before there were any
-            told = told.removesuffix(b',"maps":[]}') + b"}"
+        for name in ("graphs", "maps"):  # the digest that it had before there were any
+            if told.endswith(empty := f',"{name}":[]}}'.encode()):
+                told = told.removesuffix(empty) + b"}"
         return hashlib.sha256(told).hexdigest()
 
     def save(self, out: Path) -> None:
-        """Write finding.json (everything) and table.csv (the rows) into the existing directory `out`."""
+        """Write finding.json (everything) and table.csv (the rows) into the existing directory `out`, and the edges of
+        its graphs, if it has any, as facts.jsonl: records that other methods take."""
         text = json.dumps(msgspec.to_builtins(self), indent=1, ensure_ascii=False)
         (out / "finding.json").write_text(text, encoding="utf-8")
         with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(self.columns), extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
+        if self.graphs:
+            told = [f"{json.dumps(_fact(edge), ensure_ascii=False)}\n" for graph in self.graphs for edge in graph.edges]
+            (out / "facts.jsonl").write_text("".join(told), encoding="utf-8")
+
+
+def _fact(edge: Edge) -> dict[str, Any]:
+    fields = ("subject", "relation", "object", "prompt")
+    return {"kind": "fact", **{name: getattr(edge, name) for name in fields}}
 
 
 def read(directory: Path) -> Finding:

@@ -13,7 +13,7 @@ from lfm.core import finding as findings
 from lfm.core.errors import LfmError, ModelError
 from lfm.core.finding import Finding, Map
 from lfm.record import RunRecord, Sample
-from lfm.report import plots, words
+from lfm.report import network, plots, words
 from lfm.report.ancestry import ancestry
 from lfm.report.lineage import Node
 from lfm.report.measured import Overview, Row, Table, headline, overview, row, rows, sentence
@@ -262,8 +262,9 @@ def _cell(value: Any) -> str:
 
 
 def figures(run: RunRecord, finding: Finding | None) -> list[Figure]:
-    """The finding's maps, the run's curves, then the finding's."""
+    """The finding's maps and graphs, the run's curves, then the finding's."""
     made = [_heat(chart) for chart in finding.maps] if finding else []
+    made += [Figure(graph.name, network.draw(graph)) for graph in finding.graphs] if finding else []
     made += [Figure(words.metric(name), plots.line(ys, name=name)) for name, ys in run.curves.items()]
     for curve in finding.curves if finding else ():
         svg = plots.line(curve.y, curve.x, name=curve.name, x_label=curve.x_label, y_label=curve.y_label)

@@ -45,6 +45,7 @@ def test_what_is_kept_changes_no_result_and_is_not_measured_again(
     method: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text of its own, prefixes, the covariance and the choice of a block: with none kept, while it is kept, after."""
+    monkeypatch.setattr(choose, "candidates", lambda _: [0, 1])
     with monkeypatch.context() as patch:
         patch.setattr(kept, "keep", lambda *_: None)
         without, run = edited(method, base, tmp_path / "without")
@@ -61,7 +62,7 @@ def test_what_another_model_or_text_gave_is_not_taken(base: Path, tmp_path: Path
     def moment(directory: Path, text: tuple[Text, ...], ridge: float = 0.001) -> torch.Tensor:
         run = LocalRun(0, tmp_path / "work")
         here = setting.opened(load(directory), text, run, prefixes=0, tokens=200)
-        return covariance.moments(here, [0], run, ridge)[0]
+        return covariance.moments(here, [0], run, ridge)[0].matrix
 
     mine = moment(base, TEXT)
     assert torch.equal(mine, moment(base, TEXT))
@@ -126,15 +127,14 @@ def test_text_that_repeats_itself_is_enough_after_the_first_doubling(base: Path,
     total = sum(map(len, here.text))
     found = covariance.moments(here, [0, 1], run, 0.001)
     whole = covariance.second_moments(here.module, here.codec, [0, 1], here.text, run)
-    assert total / 8 < run.notes["covariance_tokens"] <= total / 4 + len(here.text[0])  # type: ignore[operator]
-    assert run.notes["covariance_excess"] == pytest.approx(0, abs=1e-3)
     for block in (0, 1):
-        torch.testing.assert_close(found[block], whole[block], rtol=1e-3, atol=1e-3 * float(whole[block].max()))
+        assert total / 8 < found[block].tokens <= total / 4 + len(here.text[0])
+        assert found[block].excess == pytest.approx(0, abs=1e-3)
+        torch.testing.assert_close(found[block].matrix, whole[block], rtol=1e-3, atol=1e-3 * float(whole[block].max()))
 
 
 def test_text_that_does_not_converge_is_read_to_its_end_and_said_so(base: Path, tmp_path: Path) -> None:
     run = LocalRun(0, tmp_path / "work")
     here = setting.opened(load(base), TEXT, run, prefixes=0, tokens=200)
-    covariance.moments(here, [0], run, 0.001)
-    assert run.notes["covariance_tokens"] == sum(map(len, here.text))
-    assert run.notes["covariance_excess"] > covariance.TOLERANCE  # type: ignore[operator]
+    found = covariance.moments(here, [0], run, 0.001)[0]
+    assert found.tokens == sum(map(len, here.text)) and found.excess > covariance.TOLERANCE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -12,7 +12,7 @@ from lfm.core.heavy import torch
 from lfm.core.method import Cost, Data, DataSlot, Inputs, Run, Sizes, Slot
 from lfm.core.model import Codec, Gradients, Model, Weights
 from lfm.editing import choose, keys, rows, sequence, setting
-from lfm.editing.covariance import ENOUGH, loaded, moments
+from lfm.editing.covariance import ENOUGH, loaded, moments, notes
 from lfm.editing.keys import Changes, Projections
 from lfm.editing.text import answered, perplexity
 from lfm.models import structure
@@ -235,14 +235,17 @@ def _broken(count: int, before: float, after: float) -> EditError:
 
 class Known(NamedTuple):
     """get: block → what an editor makes of its C, kept once made. ready: make it for some blocks, in one pass over the
-    text, and for others that are soon asked for too while they fit in ROOM."""
+    text, and for others that are soon asked for too while they fit in ROOM. text: the tokens that each took, and the
+    excess."""
 
     get: Callable[[int], Any]
     ready: Callable[[Sequence[int], Sequence[int]], None]
+    text: Mapping[int, tuple[int, float]]
 
 
 def known(here: Setting, ridge: float, run: Run, made: Callable[[Tensor], Any]) -> Known:
     kept: dict[int, Any] = {}
+    text: dict[int, tuple[int, float]] = {}
 
     def ready(blocks: Sequence[int], soon: Sequence[int]) -> None:
         if set(blocks) <= kept.keys():
@@ -252,13 +255,14 @@ def known(here: Setting, ridge: float, run: Run, made: Callable[[Tensor], Any]) 
         asked = every if len(every) * 8 * width**2 <= ROOM else sorted(blocks)
         kept.clear()
         for block, moment in moments(here, asked, run, ridge).items():
-            kept[block] = made(loaded(moment, ridge))
+            kept[block] = made(loaded(moment.matrix, ridge))
+            text[block] = moment.tokens, moment.excess
 
     def get(block: int) -> Any:
         ready([block], [])
         return kept[block]
 
-    return Known(get, ready)
+    return Known(get, ready, text)
 
 
 def window(last: int, count: int) -> tuple[int, ...]:
@@ -295,6 +299,7 @@ def edit(
     run.note(
         layers=", ".join(map(str, blocks)),
         modules=", ".join(projections.names.values()),
+        **notes(matrices.text[block] for block in blocks),
     )
     apply(here, projections, edits, editor(here, matrices.get), config, run, config.batch_size)
     return edited(model, here, projections)

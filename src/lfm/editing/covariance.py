@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import torch
@@ -38,9 +38,9 @@ class Moment(NamedTuple):
     excess: float
 
 
-def moments(here: Setting, blocks: Sequence[int], run: Run, ridge: float) -> dict[int, Tensor]:
-    """C (in, in) fp64 of each block's projection, over as much of the setting's text as it takes: from disk, or all
-    that are missing in one pass. Notes how much text that was, and the excess.
+def moments(here: Setting, blocks: Sequence[int], run: Run, ridge: float) -> dict[int, Moment]:
+    """C of each block's projection, over as much of the setting's text as it takes: from disk, or all that are missing
+    in one pass.
 
     The module must be as the setting's model is, up to these blocks' keys.
     """
@@ -61,11 +61,13 @@ def moments(here: Setting, blocks: Sequence[int], run: Run, ridge: float) -> dic
         if here.digest:
             told = {"tokens": moment.tokens, "excess": moment.excess}
             kept.keep("covariance", {**key, "block": block}, told, {"moment": moment.matrix})
-    run.note(
-        covariance_tokens=max(each.tokens for each in found.values()),
-        covariance_excess=max(each.excess for each in found.values()),
-    )
-    return {block: found[block].matrix for block in blocks}
+    return {block: found[block] for block in blocks}
+
+
+def notes(found: Iterable[tuple[int, float]]) -> dict[str, float]:
+    """Of the (tokens, excess) of the blocks that are edited, what a run notes: the most text, and the worst."""
+    tokens, excesses = zip(*found, strict=True)
+    return {"covariance_tokens": max(tokens), "covariance_excess": max(excesses)}
 
 
 def _measured(here: Setting, blocks: Sequence[int], run: Run, ridge: float) -> dict[int, Moment]:

@@ -80,7 +80,7 @@ def test_keys_in_the_directions_that_are_kept_give_what_they_gave(base: Path, tm
     made, _ = edited(base, tmp_path / "work", layers=[1])
     run = LocalRun(0, tmp_path)
     here = setting.opened(load(base), TEXT, run, prefixes=2, tokens=200)
-    moment = loaded(moments(here, [1], run, 0.001)[1], 0.001)
+    moment = loaded(moments(here, [1], run, 0.001)[1].matrix, 0.001)
     basis = solve.quiet(moment, QUICK["threshold"]).basis
     kept = torch.eye(len(moment)).double() - basis @ basis.T
     assert torch.trace(kept @ moment) >= 0.7 * torch.trace(moment)

@@ -90,7 +90,10 @@ def solver(
 
     def ready(block: int) -> None:
         moments.clear()  # one at a time: they are large. Edits of its own block do not change it
-        moments[block] = loaded(covariance.moments(here, [block], run, config.ridge)[block], config.ridge)
+        found = covariance.moments(here, [block], run, config.ridge)[block]
+        moments[block] = loaded(found.matrix, config.ridge)
+        if block == first:
+            run.note(**covariance.notes([found[1:]]))
 
     if first is not None:
         ready(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeVar
@@ -14,6 +15,7 @@ from lfm.core.model import Codec
 from lfm.data.records import Edit
 from lfm.data.wording import wording
 from lfm.editing import memory
+from lfm.editing.choose import candidates
 from lfm.editing.keys import projection
 from lfm.editing.memory import Memory
 from lfm.editing.rows import IGNORED
@@ -44,6 +46,8 @@ K = TypeVar("K", bound=Kept)
 
 RIVALS = 32
 """Prompts with something else in the subject's place, by which the distances of a layer are measured."""
+TRIED = 4
+"""Edits by which a block is chosen."""
 GROUP = 16
 """Edits whose values are searched for together."""
 
@@ -187,6 +191,30 @@ def answer_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     said = labels != IGNORED
     told = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     return (told * said).sum(1)
+
+
+def chosen(how: Recall, here: Setting, edits: Sequence[Edit], run: Run) -> int:
+    """The last block in which most of the first edits have a value and a prompt's key moves less by what stands before
+    it than by another subject. (Later keys tell more of what is meant, and less of how it is worded.)"""
+    tried = edits[:TRIED]
+    rows = asked(here.codec.tokenizer, tried)
+    blocks = candidates(len(structure.blocks(here.module)) + 1)
+
+    def measure(block: int) -> list[float]:
+        told = search(here.module, block, rows, steps=how.steps, lr=how.lr, stop=how.stop)
+        margins = []
+        for edit in tried:
+            prompts = [prefix + edit.prompt for prefix in here.prefixes]
+            keys = keys_of(here.module, here.codec, block, prompts)
+            own = memory.distances(keys[:1], keys[1:]).median().item()
+            margins.append(math.log(max(nearest(here, block, edit, run), 1e-30) / max(own, 1e-30)))
+        return [sum(p >= how.accept for p in told.probabilities), sum(margins) / len(margins)]
+
+    scores = {}
+    for block in run.track(blocks, "trying blocks"):
+        scores[block] = run.step(f"block {block}", lambda block=block: measure(block))
+        run.curve("log margin by block tried", scores[block][1])
+    return max(scores, key=lambda block: (scores[block][0], min(scores[block][1], 0.0), block))
 
 
 def found(

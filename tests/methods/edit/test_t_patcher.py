@@ -22,7 +22,7 @@ from lfm.core.errors import DataError, EditError, MismatchError, ModelError, Out
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit, Text
-from lfm.editing import neuron_search, neurons, wider
+from lfm.editing import neuron_search, neurons, recall, wider
 from lfm.editing.neurons import Neurons
 from lfm.methods.edit import t_patcher
 from lfm.models import forward, load, structure
@@ -289,6 +289,21 @@ def test_what_does_not_hold_is_refused_or_left_out_and_named(bases: dict[str, Pa
         made(base, tmp_path / "a", steps=1, lr=1e-6)
     with pytest.raises(EditError, match=r"the memory would break the model.*larger quiet"):
         made(base, tmp_path / "b", collapse=1.0 + 1e-9)
+
+
+def test_where_told_to_what_is_not_said_is_left_out_and_named(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = recall.answered
+
+    def all_but_the_mountain(module: Any, codec: Any, asked: Any) -> list[bool]:
+        told = zip(says(module, codec, asked), asked, strict=True)
+        return [said and prompt != EDITS[1].prompt for said, (prompt, _) in told]
+
+    monkeypatch.setattr(recall, "answered", all_but_the_mountain)
+    model, run = made(bases["gated"], tmp_path, on_failure="skip")
+    assert model.ask(Neurons).edits == (EDITS[0], EDITS[2])
+    assert run.notes["skipped"] == 1 and EDITS[1].prompt in str(run.notes["skipped_because"])
 
 
 def test_what_cannot_be_is_said_before_anything_is_read(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ for an edit that does not hold (refused or, with on_failure=skip, left out), and
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
@@ -38,11 +37,7 @@ from lfm.models.program import program
 if TYPE_CHECKING:
     from torch import nn
 
-    from lfm.data.records import Edit
     from lfm.editing.setting import Setting
-
-TRIED = 4
-"""Edits by which the block is chosen."""
 
 
 class Config(recall.Recall, frozen=True):
@@ -67,7 +62,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         )
     here = setting.opened(model, inputs.records("text"), run, prefixes=config.prefixes, tokens=config.tokens)
     block = before.block if before else config.layer
-    block = chosen(config, here, edits, run) if block is None else block % len(structure.blocks(here.module))
+    block = recall.chosen(config, here, edits, run) if block is None else block % len(structure.blocks(here.module))
     kept = before or _empty(here, model.digest, block)
     if config.forget:
         kept = memory.forget(kept, *inputs.records("edits"))
@@ -108,30 +103,6 @@ def _empty(here: Setting, base: str, block: int) -> Memory:
     return Memory(base, block, (), torch.zeros(0, shape.inner), torch.zeros(0, shape.width), torch.zeros(0))
 
 
-def chosen(config: Config, here: Setting, edits: Sequence[Edit], run: Run) -> int:
-    """The last block in which most of the first edits have a value and a prompt's key moves less by what stands before
-    it than by another subject. (Later keys tell more of what is meant, and less of how it is worded.)"""
-    tried = edits[:TRIED]
-    asked = recall.asked(here.codec.tokenizer, tried)
-    blocks = candidates(len(structure.blocks(here.module)) + 1)
-
-    def measure(block: int) -> list[float]:
-        found = recall.search(here.module, block, asked, steps=config.steps, lr=config.lr, stop=config.stop)
-        margins = []
-        for edit in tried:
-            prompts = [prefix + edit.prompt for prefix in here.prefixes]
-            keys = recall.keys_of(here.module, here.codec, block, prompts)
-            own = memory.distances(keys[:1], keys[1:]).median().item()
-            margins.append(math.log(max(recall.nearest(here, block, edit, run), 1e-30) / max(own, 1e-30)))
-        return [sum(p >= config.accept for p in found.probabilities), sum(margins) / len(margins)]
-
-    told = {}
-    for block in run.track(blocks, "trying blocks"):
-        told[block] = run.step(f"block {block}", lambda block=block: measure(block))
-        run.curve("log margin by block tried", told[block][1])
-    return max(told, key=lambda block: (told[block][0], min(told[block][1], 0.0), block))
-
-
 def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     """The interfaces of the program: those of the model, answering by the memory, and the memory itself."""
     model, kept = parts.model("model"), memory.opened(parts)
@@ -167,7 +138,7 @@ def cost(config: Config, sizes: Sizes) -> Cost:
     facts, edits = sizes.model("model"), sizes.data["edits"]
     tried = len(candidates(facts.layers + 1)) if config.layer is None and facts.layers else 0
     prompt = 8 + edits.tokens // max(1, edits.records)
-    searches = edits.records + tried * min(TRIED, edits.records)
+    searches = edits.records + tried * min(recall.TRIED, edits.records)
     a_prompt = 2.0 * facts.parameters * prompt
     return Cost(
         flops=searches * a_prompt * (3 * config.steps + recall.RIVALS) + 2.5 * facts.parameters * config.tokens,

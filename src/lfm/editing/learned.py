@@ -142,32 +142,34 @@ def beside(bench: Bench, changes: Factors, owner: Tensor) -> Iterator[None]:
             handle.remove()
 
 
-def collate(bench: Bench, drawn: Sequence[Lesson], together: int) -> Callable[[Sequence[int]], Batch]:
-    """Lessons by number, `together` of them one change: owner names the change that each row is read with."""
+def collate(bench: Bench, drawn: Sequence[Lesson], groups: Sequence[Sequence[int]]) -> Callable[[Sequence[int]], Batch]:
+    """Groups of lessons by number, each group one change: owner names the change that each row is read with."""
 
     def collated(numbers: Sequence[int]) -> Batch:
-        chosen = [drawn[i] for i in numbers]
-        own = torch.arange(len(chosen)) // together
+        chosen = [drawn[i] for number in numbers for i in groups[number]]
+        own = torch.tensor([place for place, number in enumerate(numbers) for _ in groups[number]])
         edits = [lesson.edit for lesson in chosen]
         parts = {EDIT: bench.task.collate(edits), AGAIN: bench.task.collate([*edits, *(l.again for l in chosen)])}
         texts = [text for lesson in chosen for text in lesson.stay]
         parts[STAY] = bench.here.codec.texts(texts, max_length=lessons.PIECE)
         made = {key + name: tensor for key, part in parts.items() for name, tensor in part.items()}
         each = len(texts) // len(chosen)
-        return made | {"owner/again": own.repeat(2), "owner/stay": own.repeat_interleave(each)}
+        owners = {"owner/edit": own, "owner/again": own.repeat(2), "owner/stay": own.repeat_interleave(each)}
+        return made | owners
 
     return collated
 
 
-def together_as(changes: Factors, size: int) -> Factors:
-    """Each `size` rows' changes as one, that of the sum; the last of what is left."""
-    if size == 1:
+def together_as(changes: Factors, owner: Tensor) -> Factors:
+    """The rows of each owner (R,), which stand together, as one change: that of the sum."""
+    counts = torch.bincount(owner)
+    if int(counts.max()) == 1:
         return changes
+    row = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
     joined = []
     for a, b in changes:
-        short = -len(a) % size
-        a, b = (torch.cat([t, t.new_zeros(short, *t.shape[1:])]) for t in (a, b))
-        joined.append((a.reshape(len(a) // size, -1, a.shape[-1]), b.reshape(len(b) // size, -1, b.shape[-1])))
+        made = [t.new_zeros(len(counts), int(counts.max()), *t.shape[1:]).index_put((owner, row), t) for t in (a, b)]
+        joined.append(tuple(t.flatten(1, 2) for t in made))
     return joined
 
 
@@ -175,9 +177,9 @@ Net = Callable[[Factors, "Batch"], Factors]
 """An editor's network: an edit's factors, and the edit as a batch (its tensors' names begin with EDIT) → its change."""
 
 
-def losses(bench: Bench, net: Net, batch: Batch, together: int) -> tuple[Tensor, Tensor]:
+def losses(bench: Bench, net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
     """(mean NLL of what the edits must bring about, mean KL a token from the model before on what must stay)."""
-    changes = together_as(net(factors(bench, forgetting.part(batch, EDIT)), batch), together)
+    changes = together_as(net(factors(bench, forgetting.part(batch, EDIT)), batch), batch["owner/edit"])
     again, stay = forgetting.part(batch, AGAIN), forgetting.part(batch, STAY)
     with torch.no_grad():
         before = forward(bench.module, stay).log_softmax(-1)
@@ -201,13 +203,16 @@ def trained(
     scale: Callable[[str], float] = lambda name: 1.0,
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """Train a network in place on lessons. weigh: (net, edit loss, locality loss) → the loss."""
+    """Train a network in place on lessons, `together` of them one change. weigh: (net, edit loss, locality loss) →
+    the loss."""
+    groups = lessons.grouped(drawn, together, run)
+    config = msgspec.structs.replace(config, batch_size=max(1, config.batch_size // together))
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
-        return weigh(net, *losses(bench, net, batch, together))
+        return weigh(net, *losses(bench, net, batch))
 
-    made = collate(bench, drawn, together)
-    fit(net, range(len(drawn)), made, loss, config, run, name="editor", scale=scale, after=after)
+    made = collate(bench, drawn, groups)
+    fit(net, range(len(groups)), made, loss, config, run, name="editor", scale=scale, after=after)
 
 
 def measured(bench: Bench, drawn: Sequence[Lesson]) -> list[tuple[Tensor, Tensor]]:
@@ -267,17 +272,20 @@ def made(
     bases = [bench.weight(name) for name in bench.layers]
     dtypes = [stored[f"{n}.weight"].dtype if f"{n}.weight" in stored else torch.float32 for n in bench.layers]
     around, first = run.step("before", lambda: outcome.around(judge.says, edits)), judge.perplexity()
-    changes = run.step("changes", lambda: changes_of(bench, net, edits))
-    chosen, failed = list(range(len(edits))), []
-    while True:
+
+    def put(chosen: Sequence[int]) -> list[int]:
+        """The weights with these edits' changes; those of them that greedy text does not show."""
         for place, (layer, base, dtype) in enumerate(zip(layers, bases, dtypes, strict=True)):
             b, a = _summed(changes, chosen, place)
             keys.keep(layer, base + b.double() @ a.double(), dtype)
         told = judge.says(outcome.wanted([edits[i] for i in chosen]))
-        if all(told):
-            break
-        silent = [i for i, said in zip(chosen, told, strict=True) if not said]
-        chosen = [i for i, said in zip(chosen, told, strict=True) if said]
+        return [i for i, said in zip(chosen, told, strict=True) if not said]
+
+    chosen, failed = list(range(len(edits))), []
+    changes = run.step("changes", lambda: changes_of(bench, net, edits))
+    silent = put(chosen)
+    while silent:
+        chosen = [i for i in chosen if i not in silent]
         failed += silent
         if held.on_failure == "refuse" or not chosen:
             raise EditError(
@@ -286,6 +294,7 @@ def made(
                 why="the editor's change was made, and what the model then says by itself is another",
                 fix="more practice, more steps, fewer edits at once, or on_failure=skip",
             )
+        silent = put(chosen)
     after = judge.perplexity()
     refused = outcome.collapsed(f"{len(chosen)} edits", first, after, held.collapse, "fewer edits, or a larger c_loc")
     if refused:

@@ -46,6 +46,18 @@ def drawn(here: Setting, practice: Sequence[Fact | Edit], edits: Sequence[Edit],
     return [_of_fact(here, known, i, pieces, run) for i in range(-(-ENOUGH // len(known)) * len(known))]
 
 
+def grouped(drawn: Sequence[Lesson], size: int, run: Run) -> list[list[int]]:
+    """Lessons by number, `size` of them at a time: each once among lessons of its relation, whose edits are the hardest
+    to make together, and once among any."""
+    draw = run.generator("grouped")
+    groups: list[list[int]] = []
+    for relation in (None, *sorted({lesson.edit.relation for lesson in drawn} if size > 1 else ())):
+        own = [i for i, lesson in enumerate(drawn) if relation in (None, lesson.edit.relation)]
+        order = [own[i] for i in torch.randperm(len(own), generator=draw).tolist()]
+        groups += [order[i : i + size] for i in range(0, len(order), size)]
+    return groups
+
+
 def left(practice: Sequence[Fact | Edit], edits: Sequence[Edit]) -> list[Fact | Edit]:
     """The facts that are about no edit's subject. DataError where facts were given and fewer than two are left."""
     subjects = {edit.subject for edit in edits}

@@ -23,7 +23,10 @@ class Practised(Fit, frozen=True):
     """How an editor of weights is trained, and what its edits must show. A learned editor's Config inherits these."""
 
     blocks: Annotated[int, Meta(ge=1, description="blocks edited, the last ones")] = 3
-    together: Annotated[int, Meta(ge=1, description="edits that are one change in practice")] = 8
+    together: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="edits that are one change in practice; none: as many as are to be made, 32 at most"),
+    ] = None
     tokens: Annotated[int, Meta(ge=1, description="tokens of text that must stay")] = 8192
     collapse: Annotated[float, Meta(gt=1, description="most that perplexity on other text may be multiplied by")] = (
         outcome.COLLAPSE
@@ -39,6 +42,9 @@ class Practised(Fit, frozen=True):
     ] = "linear"
 
 
+MOST = 32
+"""Edits at most that are practised as one change where no number is set."""
+
 MODELS = {
     "model": Slot((Gradients, Weights, Codec), help="the language model to edit"),
     "editor": Slot((Editor,), min=0, help="what the method made of it before: the trained editor is used again"),
@@ -48,6 +54,11 @@ DATA = {
     "practice": DataSlot(Data.FEW_SHOT, ("fact", "edit"), optional=True, help="facts to practise editing on"),
     "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text that must stay as it is"),
 }
+
+
+def at_once(config: Practised, edits: int) -> int:
+    """Edits that are one change in practice: an editor is as good at many together as it has practised."""
+    return config.together or min(edits, MOST)
 
 
 def agree(id: str, config: Practised, inputs: Inputs) -> None:

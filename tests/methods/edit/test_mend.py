@@ -44,6 +44,7 @@ FACTS = tuple(
     for subject, object in [("Paris", "cat"), ("Rome", "dog"), ("Berlin", "cat"), ("Vienna", "town"), ("Q", "dog")]
 )
 TEXT = tuple(Text(text=line) for line in tiny.CORPUS)
+ONE: dict[str, Any] = {"subject": "", "object": "", "new_object": "x", "prompt": "y"}
 QUICK: dict[str, Any] = {
     "steps": 25,
     "batch_size": 4,
@@ -167,7 +168,7 @@ def test_it_learns_from_its_first_step(bases: dict[str, Path], tmp_path: Path) -
     bench = bench_of(bases["linear"], tmp_path)
     net = Mend(bench.shapes, [0.1] * 2, 8, torch.Generator().manual_seed(0))
     drawn = lessons.drawn(bench.here, FACTS, EDITS, LocalRun(0, tmp_path))
-    edited, stayed = learned.losses(bench, net, learned.collate(bench, drawn, 1)(range(3)), 1)
+    edited, stayed = learned.losses(bench, net, learned.collate(bench, drawn, [[0], [1, 2]])(range(2)))
     (edited + stayed).backward()
     assert all(float(part.stack[-1].u.grad.abs().max()) > 0 for part in net.shared.values())  # type: ignore[union-attr,index]
     assert net.rates.grad is not None and (net.rates.grad != 0).all()
@@ -181,8 +182,9 @@ def test_a_change_beside_the_weights_is_the_change_in_them(
     bench = bench_of(bases["conv1d"], tmp_path)
     net = Mend(bench.shapes, [0.1] * 2, 8, torch.Generator().manual_seed(0))
     batch = bench.task.collate(EDITS)
-    changes = learned.together_as(net(learned.factors(bench, batch), batch), together)
-    with torch.no_grad(), learned.beside(bench, changes, torch.arange(2) // together):
+    owner = torch.arange(2) // together
+    changes = learned.together_as(net(learned.factors(bench, batch), batch), owner)
+    with torch.no_grad(), learned.beside(bench, changes, owner):
         told = forward(bench.module, batch)
     single = learned.changes_of(bench, net, EDITS)
     for row in range(2):
@@ -208,6 +210,16 @@ def test_practice_gives_nothing_away(bases: dict[str, Path], tmp_path: Path) -> 
 
 def _object(prompt: str) -> str:
     return next(fact.object for fact in FACTS if fact.prompt == prompt)
+
+
+def test_groups_are_of_one_relation_or_of_any() -> None:
+    """Each lesson once in either kind of group."""
+    drawn = [lessons.Lesson(Edit(**ONE, relation="ab"[i % 2]), Edit(**ONE, relation=""), ()) for i in range(10)]
+    groups = lessons.grouped(drawn, 4, LocalRun(0, Path("unused")))
+    assert sorted(i for group in groups for i in group) == sorted([*range(10), *range(10)])
+    assert max(map(len, groups)) == 4
+    assert all(len({drawn[i].edit.relation for i in group}) == 1 for group in groups[3:])
+    assert sorted(i for (i,) in lessons.grouped(drawn, 1, LocalRun(0, Path("unused")))) == list(range(10))
 
 
 def test_without_facts_it_practises_on_text(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import tiny
 from lfm.core import Inputs, Model
 from lfm.core.method import check
 from lfm.data.records import Edit, Text
-from lfm.editing import choose, covariance, kept, setting
-from lfm.methods.edit import memit, rome
+from lfm.editing import choose, covariance, kept, recall, setting
+from lfm.methods.edit import grace, memit, rome
 from lfm.models import load
 from lfm.runs.run import LocalRun
 
 EDITS = (Edit(subject="Ada Ashby", relation="", object="in", new_object="cat", prompt="Here lives Ada Ashby"),)
-QUICK: dict[str, Any] = {"prefixes": 3, "tokens": 300, "reach": 10.0, "steps": 60, "collapse": 1e6, "accept": 0.01}
+QUICK: dict[str, Any] = {"prefixes": 3, "tokens": 300, "steps": 60, "collapse": 1e6, "accept": 0.01}
 TEXT = tuple(Text(text=line) for line in tiny.CORPUS)
 
 
@@ -33,14 +33,14 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def edited(method: Any, base: Path, work: Path) -> tuple[Model, LocalRun]:
     run = LocalRun(0, work)
     inputs = check("edit", method.METHOD, Inputs({"model": (load(base),)}, {"edits": EDITS}))
-    return method.run(method.Config(**QUICK), inputs, run), run
+    return method.run(method.Config(**QUICK, **({} if method is grace else {"reach": 10.0})), inputs, run), run
 
 
 def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("it was measured again")
 
 
-@pytest.mark.parametrize("method", [rome, memit])
+@pytest.mark.parametrize("method", [rome, memit, grace])
 def test_what_is_kept_changes_no_result_and_is_not_measured_again(
     method: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +56,22 @@ def test_what_is_kept_changes_no_result_and_is_not_measured_again(
     assert without.digest == first.digest == second.digest
     assert run.notes == again.notes == third.notes
     assert run.curves == again.curves == third.curves
+
+
+def test_a_memorys_block_is_not_tried_again(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    search = recall.search
+
+    def counted(module: Any, block: int, *rest: Any, **settings: Any) -> Any:
+        tried.append(block)
+        return search(module, block, *rest, **settings)
+
+    monkeypatch.setattr(recall, "search", counted)
+    first, run = edited(grace, base, tmp_path / "first")
+    assert tried == [0, 1, tried[-1]]  # both blocks, and then the edit's value in one of them
+    second, again = edited(grace, base, tmp_path / "second")
+    assert tried[3:] == tried[2:3]
+    assert first.digest == second.digest and run.notes == again.notes and run.curves == again.curves
 
 
 def test_what_another_model_or_text_gave_is_not_taken(base: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from lfm.core.heavy import torch
 from lfm.core.method import Run
-from lfm.data.files import digest
 from lfm.editing import kept, keys
 from lfm.editing.rows import Rows
 from lfm.editing.setting import Setting
@@ -51,13 +50,7 @@ def block(setting: Setting, edits: Sequence[Edit], run: Run, solve: Solve, how: 
     off. how: the editor and its settings, as plain values; what was tried so before is not tried again."""
     module = setting.module
     tried = edits[:EDITS]
-    key = {
-        "model": setting.digest,
-        "edits": digest(tried),
-        "setting": [list(setting.prefixes), kept.ids_digest(setting.text, setting.probe)],
-        "seed": run.seed,
-        **kept.arithmetic(module),
-    }
+    key = kept.key_of(setting, tried, run)
     own = run.step(
         "said of the subjects",
         lambda: kept.known("said", key, lambda: [said(setting, edit, run) for edit in tried]),

@@ -21,9 +21,14 @@ from typing import TYPE_CHECKING, Any
 from lfm.core.errors import LfmError
 from lfm.core.heavy import torch
 from lfm.core.home import home
+from lfm.core.method import Run
+from lfm.data.files import digest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from lfm.data.records import Edit
+    from lfm.editing.setting import Setting
 
 TOLD, TENSORS = "told.json", "tensors"
 SHARE = 0.1
@@ -91,6 +96,17 @@ def keep(kind: str, key: Mapping[str, Any], told: Mapping[str, Any], tensors: Ma
 def ids_digest(*texts: Sequence[Sequence[int]]) -> str:
     """sha256 over rows of ids."""
     return hashlib.sha256(json.dumps([[list(row) for row in rows] for rows in texts]).encode()).hexdigest()
+
+
+def key_of(here: Setting, edits: Sequence[Edit], run: Run) -> dict[str, Any]:
+    """What decides a trial of edits, but for how they are made."""
+    return {
+        "model": here.digest,
+        "edits": digest(edits),
+        "setting": [list(here.prefixes), ids_digest(here.text, here.probe)],
+        "seed": run.seed,
+        **arithmetic(here.module),
+    }
 
 
 def arithmetic(module: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lfm.core.method import Run
 from lfm.core.model import Codec
 from lfm.data.records import Edit
 from lfm.data.wording import wording
-from lfm.editing import memory
+from lfm.editing import kept, memory
 from lfm.editing.choose import candidates
 from lfm.editing.keys import projection
 from lfm.editing.memory import Memory
@@ -210,9 +210,15 @@ def chosen(how: Recall, here: Setting, edits: Sequence[Edit], run: Run) -> int:
             margins.append(math.log(max(nearest(here, block, edit, run), 1e-30) / max(own, 1e-30)))
         return [sum(p >= how.accept for p in told.probabilities), sum(margins) / len(margins)]
 
+    how_so = {name: getattr(how, name) for name in Recall.__struct_fields__}
+    key = {**kept.key_of(here, tried, run), "how": how_so}
+
+    def margin(block: int) -> list[float]:
+        return kept.known("margin", {**key, "block": block}, lambda: measure(block))
+
     scores = {}
     for block in run.track(blocks, "trying blocks"):
-        scores[block] = run.step(f"block {block}", lambda block=block: measure(block))
+        scores[block] = run.step(f"block {block}", lambda block=block: margin(block))
         run.curve("log margin by block tried", scores[block][1])
     return max(scores, key=lambda block: (scores[block][0], min(scores[block][1], 0.0), block))
 

@@ -24,6 +24,7 @@ from lfm.editing.learned import Editor
 from lfm.editing.residual import Mend
 from lfm.methods.edit import mend
 from lfm.models import forward, load, structure
+from lfm.runs import patches
 from lfm.runs.run import LocalRun
 from moves import moves
 
@@ -278,6 +279,27 @@ def test_the_change_alone_is_an_adapter(bases: dict[str, Path], tmp_path: Path) 
     batch = model.ask(Codec).texts([EDITS[0].prompt])
     told = load(tmp_path / "out").ask(Logits).logits(batch)
     torch.testing.assert_close(told, model.ask(Logits).logits(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_a_ledger_takes_its_change_as_a_patch(bases: dict[str, Path], tmp_path: Path) -> None:
+    """It comes off bit for bit."""
+    write(EDITS[:1], tmp_path / "edits.jsonl")
+    write(FACTS, tmp_path / "facts.jsonl")
+    ledger = tmp_path / "ledger"
+    patch = patches.add(
+        ledger,
+        str(tmp_path / "edits.jsonl"),
+        base=str(bases["linear"]),
+        by="edit.mend",
+        settings=QUICK,
+        data={"practice": str(tmp_path / "facts.jsonl")},
+    )
+    model = patches.model(ledger)
+    batch = model.ask(Codec).texts([edit.prompt for edit in EDITS])
+    assert patch.edits == EDITS[:1] and patch.measured["efficacy"] == 1.0
+    assert model.ask(Speaks).generate([EDITS[0].prompt], max_tokens=2)[0].strip().startswith("cat")
+    patches.revert(ledger, 1)
+    assert torch.equal(patches.model(ledger).ask(Logits).logits(batch), load(bases["linear"]).ask(Logits).logits(batch))
 
 
 def test_what_does_not_hold_is_refused(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,5 +36,6 @@ def test_of_many_those_with_the_most_facts_are_drawn_and_it_says_so() -> None:
     hub = [Edge(subject="hub", relation="r", object=f"o{i}") for i in range(network.NODES)]
     far = [Edge(subject=f"s{i}", relation="r", object=f"t{i}") for i in range(40)]
     picture = network.draw(Graph(name="g", edges=(*far, *hub)))
+    assert ">r<" not in picture and ">r<" in network.draw(Graph(name="g", edges=tuple(hub[:3])))
     assert ">hub<" in picture and picture.count("<circle") == network.NODES
     assert f"the {network.NODES} of {1 + network.NODES + 80} that have the most are drawn" in picture

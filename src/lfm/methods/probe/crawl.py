@@ -116,7 +116,6 @@ def _finding(
             x=tuple(level for level, _ in levels),
             y=tuple(shares[i] for _, shares in levels),
             x_label="least confidence",
-            y_label=name,
         )
         for i, name in enumerate(("precision", "recall"))
         if levels

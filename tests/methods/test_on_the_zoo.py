@@ -54,6 +54,23 @@ def test_fine_tuning_within_a_box_edits_too(folder: Path) -> None:
     assert float(run.notes["paraphrase"]) > 0.8 and float(run.notes["neighbours_kept"]) > 0.8
 
 
+def test_neurons_edit_and_make_a_plain_model(folder: Path) -> None:
+    """Efficacy 0 → 1.00 of greedy text, paraphrases .83, neighbours kept .98; facts' P@1 1.00 → .99. A checkpoint."""
+    run = made(
+        folder, "edit.t_patcher", {"model": "zoo:lm"}, {"edits": "zoo:edits"}, evals=["zoo:edits"], form="checkpoint"
+    )
+    assert value(run, "edits", "efficacy_generated") == (0.0, 1.0)
+    assert value(run, "edits", "paraphrase_generated")[1] > 0.7
+    assert lfm.load(folder / "edit.t_patcher").kind == "checkpoint" and float(run.notes["neighbours_kept"]) > 0.9
+
+
+def test_blocks_of_a_lora_edit_and_leave_what_is_beside_them(folder: Path) -> None:
+    """Efficacy 0 → 1.00 of greedy text, paraphrases .67, neighbours kept 1.00."""
+    run = made(folder, "edit.melo", {"model": "zoo:lm"}, {"edits": "zoo:edits"}, evals=["zoo:edits"])
+    assert value(run, "edits", "efficacy_generated") == (0.0, 1.0)
+    assert float(run.notes["paraphrase"]) > 0.5 and float(run.notes["neighbours_kept"]) > 0.95
+
+
 def test_a_memory_edits_and_leaves_what_is_beside_it(folder: Path) -> None:
     """Efficacy 0 → 1.00 of greedy text, paraphrases .67, neighbours kept 1.00; facts' P@1 1.00 → .99."""
     run = made(folder, "edit.grace", {"model": "zoo:lm"}, {"edits": "zoo:edits"}, evals=["zoo:edits", "zoo:facts"])

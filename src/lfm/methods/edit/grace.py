@@ -27,10 +27,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.errors import EditError, MismatchError, SlotError
 from lfm.core.heavy import torch
-from lfm.editing import memory, recall, rows, sequence, setting
+from lfm.editing import memory, outcome, recall, rows, setting, settled
 from lfm.editing.choose import candidates
 from lfm.editing.memory import Memory
-from lfm.editing.text import perplexity
 from lfm.models import device, local, structure
 from lfm.models.program import program
 
@@ -53,48 +52,27 @@ class Config(recall.Recall, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     model, edits = inputs.model("model"), [] if config.forget else list(inputs.records("edits"))
-    before = next((given.ask(Memory) for given in inputs.all("memory")), None)
-    if before and before.base != model.digest:
-        raise MismatchError(
-            "the memory is of another model",
-            why=f"it was made over {before.base[:12]}, this is {model.digest[:12]}",
-            fix="give the model that it was made over",
-        )
+    before = settled.earlier(model, inputs.all("memory"), Memory)
     here = setting.opened(model, inputs.records("text"), run, prefixes=config.prefixes, tokens=config.tokens)
     block = before.block if before else config.layer
     block = recall.chosen(config, here, edits, run) if block is None else block % len(structure.blocks(here.module))
     kept = before or _empty(here, model.digest, block)
     if config.forget:
         kept = memory.forget(kept, *inputs.records("edits"))
-    around = run.step("before", lambda: sequence.kept_around(here, edits))
-    first = perplexity(here.module, here.codec, here.probe)
     failures: list[EditError] = []
     if edits:
-        kept = recall.held(
-            here, memory.learn(kept, recall.found(config, here, kept, edits, failures, run)), edits, failures
-        )
-        if failures and (config.on_failure == "refuse" or len(failures) == len(edits)):
-            raise failures[0]
-    off = memory.attach(here.module, kept)
-    after = perplexity(here.module, here.codec, here.probe)
-    if not after <= config.collapse * first:
-        raise EditError(
-            "the memory would break the model",
-            why=f"perplexity on other text from {first:.3g} to {after:.3g}: keys of block {block} reach into it",
-            fix="a smaller radius, or another layer",
-        )
-    made = [edit for edit in edits if any(memory.same(edit, known) for known in kept.edits)]
-    run.note(
-        layer=block,
-        edits=len(kept.edits),
-        skipped=len(failures),
-        **({"skipped_because": "; ".join(failure.what for failure in failures)} if failures else {}),
-        perplexity_before=first,
-        perplexity_after=after,
-        **(run.step("measured", lambda: sequence.measured(here, made, edits, around)) if made else {}),
-        **({"efficacy_of_all": run.step("all", lambda: sequence.efficacy(here, kept.edits))} if kept.edits else {}),
+        kept = memory.learn(kept, recall.found(config, here, kept, edits, failures, run))
+    kept = settled.settled(
+        here,
+        kept,
+        edits,
+        failures,
+        outcome.Held(collapse=config.collapse, on_failure=config.on_failure),
+        run,
+        attach=memory.attach,
+        forget=memory.forget,
+        fix="a smaller radius, or another layer",
     )
-    off()
     return program("edit.grace", config, kept.parts(model), open)
 
 

@@ -285,15 +285,15 @@ def made(
     changes = run.step("changes", lambda: changes_of(bench, net, edits))
     silent = put(chosen)
     while silent:
-        chosen = [i for i in chosen if i not in silent]
-        failed += silent
-        if held.on_failure == "refuse" or not chosen:
+        if held.on_failure == "refuse" or len(silent) == len(chosen) == 1:
             raise EditError(
-                f"{len(failed)} of {len(edits)} edits do not hold; {edits[silent[0]].prompt!r} does not go on with "
+                f"{len(failed) + len(silent)} of {len(edits)} edits do not hold; {edits[silent[0]].prompt!r} does not go on with "
                 f"{edits[silent[0]].new_object!r}",
                 why="the editor's change was made, and what the model then says by itself is another",
                 fix="more practice, more steps, fewer edits at once, or on_failure=skip",
             )
+        gone = _unlikeliest(bench, edits, silent)
+        chosen, failed = [i for i in chosen if i not in gone], failed + gone
         silent = put(chosen)
     after = judge.perplexity()
     refused = outcome.collapsed(f"{len(chosen)} edits", first, after, held.collapse, "fewer edits, or a larger c_loc")
@@ -313,6 +313,16 @@ def made(
         b, a = keys.of_least_rank(*_summed(changes, chosen, place))
         low[name] = LowRank(b, a, structure.transposed(layer))
     return low, kept
+
+
+def _unlikeliest(bench: Bench, edits: Sequence[Edit], silent: Sequence[int]) -> list[int]:
+    """The half of those not said that are furthest from it: without their changes the others may be said."""
+    lost = {}
+    for i in silent:
+        batch = bench.task.collate([edits[i]])
+        with torch.no_grad():
+            lost[i] = float(bench.told(forward(bench.module, batch), batch))
+    return sorted(sorted(silent, key=lambda i: (-lost[i], i))[: (len(silent) + 1) // 2])
 
 
 def _summed(changes: Sequence[Any], chosen: Sequence[int], place: int) -> tuple[Tensor, Tensor]:

@@ -181,7 +181,11 @@ def tell_apart(
     seen = run.step("means", lambda: scope.means(here.module, here.codec, block, distinct))
     prompts = {prompt: i for i, prompt in enumerate(sorted({one.edit.prompt for one in drawn}))}
 
-    def collate(chosen: Sequence[int]) -> Batch:
+    groups = lessons.grouped(drawn, config.batch_size, run)
+    config = msgspec.structs.replace(config, batch_size=1)
+
+    def collate(of: Sequence[int]) -> Batch:
+        chosen = [i for number in of for i in groups[number]]
         each = [texts[i] for i in chosen]
         own = [prompts[drawn[i].edit.prompt] for i in chosen]
         asked = [(t[1], prompt) for t, prompt in zip(each, own, strict=True)] + [(a, -1) for t in each for a in t[2:]]
@@ -195,7 +199,7 @@ def tell_apart(
     def loss(learned: nn.Module, batch: Batch) -> Tensor:
         return told_apart(scope.apart(learned(batch["edits"]), learned(batch["asked"])), batch["same"])
 
-    fit(learned, range(len(drawn)), collate, loss, config, run, name="scope")
+    fit(learned, range(len(groups)), collate, loss, config, run, name="scope")
 
 
 def beyond(here: Setting, routed: Routed) -> tuple[float, float]:

@@ -265,7 +265,7 @@ def made(
     """The change of the weights that makes the edits, and the edits that held. Notes say what was measured.
 
     EditError where one does not hold (on_failure "refuse"), none does, or other text suffers. An edit that is left out
-    takes its own change with it; those of the others stay as they are.
+    takes its own change with it; those of the others stay as they are. What disturbs each other goes half by half.
     """
     stored = model.ask(Weights).tensors()
     layers = [bench.module.get_submodule(name) for name in bench.layers]
@@ -287,8 +287,8 @@ def made(
     while silent:
         if held.on_failure == "refuse" or len(silent) == len(chosen) == 1:
             raise EditError(
-                f"{len(failed) + len(silent)} of {len(edits)} edits do not hold; {edits[silent[0]].prompt!r} does not go on with "
-                f"{edits[silent[0]].new_object!r}",
+                f"{len(failed) + len(silent)} of {len(edits)} edits do not hold; {edits[silent[0]].prompt!r} does not "
+                f"go on with {edits[silent[0]].new_object!r}",
                 why="the editor's change was made, and what the model then says by itself is another",
                 fix="more practice, more steps, fewer edits at once, or on_failure=skip",
             )

@@ -73,7 +73,7 @@ def places(here: Setting, block: int, edits: Sequence[Edit], run: Run) -> Place:
     row, token = wrong.nonzero(as_tuple=True)
     read = x[0].float().cpu()
     beside = [_beside(here, block, edit, read[i, : rows.last[i]], run) for i, edit in enumerate(edits)]
-    long = max(map(len, beside))
+    long = max(1, *map(len, beside))
     own = torch.stack([F.pad(each, (0, 0, 0, long - len(each))) for each in beside])
     count = torch.tensor([len(each) for each in beside])
     return Place(rows, begun[0] if begun else None, row, token, read[row, token], own[row], count[row])
@@ -189,6 +189,7 @@ def search(
     row, token = where.row.to(home), where.token.to(home)
     # what text says of the fact itself lies nearer than any other subject: there it should fire
     near = torch.where(real, (own - x[:, None]).norm(dim=2), torch.inf).amin(1)
+    near = torch.where(real.any(1), near, 0.0)  # nothing of its own: all of the text is held
     held = memory.distances(text, x) >= near
     with torch.no_grad(), resumed(here.module, where.begun), structure.watch(here.module, [("ffn_out", block)]) as out:
         forward(here.module, where.rows.batch)

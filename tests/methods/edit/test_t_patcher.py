@@ -207,6 +207,16 @@ def test_where_none_can_be_told_apart_a_key_is_not_stretched_without_end() -> No
     assert key.isfinite().all() and bias.isfinite()
 
 
+def test_with_nothing_else_a_neuron_is_held_by_the_text(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of one token, and no other subjects to put in: all of the text is held, and nothing is undefined."""
+    monkeypatch.setattr(neuron_search, "_beside", lambda *_: torch.zeros(0, 32))
+    model, run = made(bases["plain"], tmp_path, EDITS[:1], accept=0.01, on_failure="skip")
+    kept = model.ask(Neurons)
+    assert run.notes["edits"] == 1 and kept.keys.isfinite().all() and kept.biases.isfinite().all()
+
+
 def test_the_losses_by_hand() -> None:
     """One neuron at 1, others at 0 and −2, margin 1: S(z) = log(1 + mean eᶻ)."""
     told = neuron_search.pushed(torch.tensor([1.0]), torch.tensor([[0.0], [-2.0]]), neuron_search.Losses(2.0, 5.0, 1.0))

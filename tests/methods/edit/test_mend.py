@@ -26,7 +26,6 @@ from lfm.methods.edit import mend
 from lfm.models import forward, load, structure
 from lfm.runs import patches
 from lfm.runs.run import LocalRun
-from moves import moves
 
 EDITS = (
     Edit(
@@ -354,10 +353,10 @@ def test_cost_is_of_practice_unless_an_editor_is_given(bases: dict[str, Path]) -
 
 
 @pytest.mark.slow
-def test_on_the_zoo_most_of_twenty_facts_of_twenty_people_hold(tmp_path: Path) -> None:
-    """Practised on the facts of the forty others; one seed."""
+def test_on_the_zoo_its_three_edits_hold(tmp_path: Path) -> None:
+    """Practised on the facts of others; one seed."""
     run = LocalRun(0, tmp_path)
-    data = {"edits": moves(), "practice": runs.records("zoo:facts")}
+    data = {"edits": runs.records("zoo:edits"), "practice": runs.records("zoo:facts")}
     given = Inputs({"model": (runs.model("zoo:lm"),)}, data)
-    mend.run(mend.Config(on_failure="skip"), check("edit.mend", mend.METHOD, given), run)
-    assert run.notes["edits"] >= 12  # type: ignore[operator]
+    mend.run(mend.Config(steps=100, on_failure="skip"), check("edit.mend", mend.METHOD, given), run)
+    assert run.notes["edits"] == 3 and run.notes["paraphrase"] > 0.7  # type: ignore[operator]

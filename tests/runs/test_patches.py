@@ -21,6 +21,7 @@ from lfm.core.model import LowRank
 from lfm.data.files import write
 from lfm.data.records import Edit
 from lfm.models import load
+from lfm.record import RunRecord
 from lfm.runs import patches
 
 MODULES = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
@@ -186,6 +187,24 @@ def test_what_costs_earlier_edits_is_refused_and_nothing_is_committed(
         patches.add(Path("led"), "1.jsonl", settings=QUICK)
     assert "no longer says 'cat'" in caught.value.why
     assert Path("led/ledger.json").read_bytes() == then and not Path("led/0002").exists()
+
+
+def test_what_is_not_agreed_to_is_not_committed(base: Path, tmp_path: Path) -> None:
+    class No(Exception):
+        pass
+
+    def no(done: RunRecord) -> None:
+        assert done.notes["efficacy"] == 1.0
+        raise No
+
+    with pytest.raises(No):
+        patches.add(tmp_path / "led", FACTS[:1], base=str(base), settings=QUICK, agree=no)
+    assert not (tmp_path / "led").exists()
+    patches.add(tmp_path / "led", FACTS[:1], base=str(base), settings=QUICK, agree=lambda done: None)
+    then = {path: path.read_bytes() for path in (tmp_path / "led").rglob("*") if path.is_file()}
+    with pytest.raises(No):
+        patches.add(tmp_path / "led", FACTS[1:], settings=QUICK, recall=0, agree=no)
+    assert {path: path.read_bytes() for path in (tmp_path / "led").rglob("*") if path.is_file()} == then
 
 
 def test_errors_say_what_would_work(base: Path, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from lfm.runs.run import Show, silent
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lfm.record import RunRecord
+
 LEDGER, HEAD, HEADS, NEXT, LOCK = "ledger.json", "head", "heads", ".next", ".lock"
 
 KEPT = ("run.json", "report.html", "README.md")
@@ -98,7 +100,7 @@ def model(directory: Path) -> Model:
 
 def add(
     directory: Path,
-    edits: str,
+    edits: str | Sequence[Edit],
     *,
     base: str = "",
     by: str = "edit.rome",
@@ -108,11 +110,13 @@ def add(
     recall: float = 1.0,
     show: Show = silent,
     report: Callable[[Path], None] | None = None,
+    agree: Callable[[RunRecord], None] | None = None,
 ) -> Patch:
     """Make edits on top of those that are there, and commit them as a patch; it begins a ledger over `base`.
 
     EditError, and nothing committed, where the method refuses, or less than `recall` of the earlier edits that greedy
-    text showed are shown after. Killed, it resumes.
+    text showed are shown after. agree is told of what was measured before the commit; what it raises, there is none.
+    Killed, it resumes.
     """
     with _held(directory):
         ledger = _begun(directory, base)
@@ -130,28 +134,32 @@ def add(
             form="adapter",
         )
         done = execute(order, show=show, report=report)
-        before, after = _changes(ledger, directory), refs.model(str(out)).ask(Adaptation).changes()
-        new = {name: part for name, change in after.items() if (part := _beyond(change, before.get(name))) is not None}
-        show("asking the edits so far", 0, None)
-        lost = _lost(refs.model(under), refs.model(str(out)), earlier)
-        if len(lost) > (1 - recall) * len(earlier):
-            shutil.rmtree(out)
-            raise EditError(
-                f"{len(lost)} of {len(earlier)} earlier edits would be lost",
-                why="; ".join(f"{edit.prompt!r} no longer says {edit.new_object!r}" for edit in lost[:3]),
-                fix="make them again together with these, edit elsewhere, or allow it: --recall",
+        try:
+            before, after = _changes(ledger, directory), refs.model(str(out)).ask(Adaptation).changes()
+            parts = {name: _beyond(change, before.get(name)) for name, change in after.items()}
+            show("asking the edits so far", 0, None)
+            lost = _lost(refs.model(under), refs.model(str(out)), earlier)
+            if len(lost) > (1 - recall) * len(earlier):
+                raise EditError(
+                    f"{len(lost)} of {len(earlier)} earlier edits would be lost",
+                    why="; ".join(f"{edit.prompt!r} no longer says {edit.new_object!r}" for edit in lost[:3]),
+                    fix="make them again together with these, edit elsewhere, or allow it: --recall",
+                )
+            patch = Patch(
+                number=max((p.number for p in ledger.patches), default=0) + 1,
+                method=by,
+                seed=seed,
+                config=dict(done.config),
+                edits=tuple(edit for edit in refs.records(edits) if isinstance(edit, Edit)),
+                measured={k: float(v) for k, v in done.notes.items() if isinstance(v, int | float)},
+                made=done.started,
             )
-        patch = Patch(
-            number=max((p.number for p in ledger.patches), default=0) + 1,
-            method=by,
-            seed=seed,
-            config=dict(done.config),
-            edits=tuple(edit for edit in refs.records(edits) if isinstance(edit, Edit)),
-            measured={k: float(v) for k, v in done.notes.items() if isinstance(v, int | float)},
-            made=done.started,
-        )
-        put(directory, msgspec.structs.replace(ledger, patches=(*ledger.patches, patch)), new, out)
-        shutil.rmtree(out)
+            if agree:
+                agree(done)
+            new = {name: part for name, part in parts.items() if part is not None}
+            put(directory, msgspec.structs.replace(ledger, patches=(*ledger.patches, patch)), new, out)
+        finally:
+            shutil.rmtree(out)
     return patch
 
 

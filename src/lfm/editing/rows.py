@@ -158,6 +158,11 @@ class Joined(NamedTuple):
     essence: Tensor
     asked: Tensor
 
+    @property
+    def last(self) -> Tensor:
+        """(R,) the place of each row's last token."""
+        return self.batch["attention_mask"].sum(1) - 1
+
 
 def together(reads: Sequence[Rows], device: Any) -> Joined:
     """The edits' rows as one batch on a device."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, final
 
 from lfm.core.config import Config, Meta
 from lfm.core.heavy import F, torch
+from lfm.core.model import Batch
+from lfm.editing.behind import Behind, continued, cut
 from lfm.editing.resume import Begun, agrees, logits_at, recording, resumed
 from lfm.editing.rows import IGNORED, Joined, Rows, groups, together
 from lfm.models import structure
@@ -100,6 +102,36 @@ def answer_logprobs(logits: Tensor, rows: Rows) -> Tensor:
     return (told * asked).sum(1)
 
 
+class _View(NamedTuple):
+    """What the module reads: the batch, the subject's last token in it (R,), and how far its places are moved (R,)."""
+
+    batch: Batch
+    subject: Tensor
+    shift: Tensor
+
+
+class _Start(NamedTuple):
+    """What no δ changes: what stands before the subjects, and what the blocks before the site put out."""
+
+    behind: Behind | None
+    begun: Begun | None
+
+    def view(self, joined: Joined) -> _View:
+        still = torch.zeros_like(joined.subject)
+        if self.behind is None:
+            return _View(joined.batch, joined.subject, still)
+        return _View(self.behind.batch, still, self.behind.start)
+
+    def of(self, rows: Tensor, joined: Joined) -> _Start:
+        """Of these rows alone, joined anew."""
+        behind, begun = self.behind and self.behind.of(rows), self.begun
+        if begun:
+            hidden = begun.hidden[rows.to(begun.hidden.device)]
+            wide = hidden.shape[1] if behind else joined.batch["input_ids"].shape[1]
+            begun = begun._replace(hidden=hidden[:, :wide])
+        return _Start(behind, begun)
+
+
 @final
 class _Together:
     """One search for several edits. States of edits (E,), of their δ (sites, E, width)."""
@@ -115,7 +147,7 @@ class _Together:
     def run(self) -> list[Found]:
         settings = self._settings
         joined = together(self._reads, self._home)
-        begun, before = self._begin(joined)
+        start, before = self._begin(joined)
         norm = before.norm(dim=-1)
         delta, first, second = (torch.zeros_like(before) for _ in range(3))
         rate = (settings.lr * norm / before.shape[-1] ** 0.5)[..., None]
@@ -125,7 +157,7 @@ class _Together:
         for step in range(settings.steps + 1):
             at = torch.tensor(live, device=self._home)
             here = delta[:, at].requires_grad_(True)
-            unsaid, surest, now = self._told(joined, begun, here)
+            unsaid, surest, now = self._told(joined, start, here)
             essence = now.detach() if essence is None else essence
             drift = F.kl_div(essence[at], now, log_target=True, reduction="none").sum(1)
             share = here.norm(dim=-1) / norm[:, at]
@@ -148,47 +180,55 @@ class _Together:
             most = settings.reach * norm[:, at] / moved.norm(dim=-1).clamp(min=1e-30)
             delta[:, at] = moved * most.clamp(max=1.0)[..., None]
             if len(going) < len(live):
-                begun = self._left(begun, joined, [place for place, n in enumerate(live) if n in set(going)])
+                stay = torch.isin(joined.owner, torch.tensor(sorted(live.index(n) for n in going), device=self._home))
                 live = going
                 joined = together([self._reads[number] for number in live], self._home)
-                if begun:
-                    begun = begun._replace(hidden=begun.hidden[:, : joined.batch["input_ids"].shape[1]])
+                start = start.of(stay, joined)
         return [found for found in best if found]
 
-    def _begin(self, joined: Joined) -> tuple[Begun | None, Tensor]:
+    def _begin(self, joined: Joined) -> tuple[_Start, Tensor]:
         """What no δ changes, and v₀ (sites, E, width) behind the bare prompts."""
         upto = self._block % len(structure.blocks(self._module)) + (tuple(self._sites) == ("hidden",))
         where = [(site, self._block) for site in self._sites]
-        with torch.no_grad(), recording(self._module, upto) as begun, structure.watch(self._module, where) as seen:
-            logits = logits_at(self._module, joined.batch, joined.asked[0], joined.asked[1])
-        before = torch.stack([x[joined.bare, joined.subject[joined.bare]].float() for x in seen])
-        if not begun:
-            return None, before
-        with torch.no_grad(), resumed(self._module, begun[0]):
-            again = logits_at(self._module, joined.batch, joined.asked[0], joined.asked[1])
-        return (begun[0] if agrees(logits, again) else None), before
+        start = _Start(self._cut(joined), None)
+        view = start.view(joined)
+        asked, places = joined.asked[0], joined.asked[1] - view.shift[joined.asked[0]]
+        with torch.no_grad(), continued(self._module, start.behind):
+            with recording(self._module, upto) as begun, structure.watch(self._module, where) as seen:
+                logits = logits_at(self._module, view.batch, asked, places)
+            before = torch.stack([x[joined.bare, view.subject[joined.bare]].float() for x in seen])
+            if not begun:
+                return start, before
+            with resumed(self._module, begun[0]):
+                again = logits_at(self._module, view.batch, asked, places)
+        return (start._replace(begun=begun[0]) if agrees(logits, again) else start), before
 
-    def _left(self, begun: Begun | None, joined: Joined, places: Sequence[int]) -> Begun | None:
-        if begun is None:
+    def _cut(self, joined: Joined) -> Behind | None:
+        """The rows cut, where that changes nothing: tried on the bare prompts and the last rows."""
+        behind = cut(self._module, joined)
+        if behind is None:
             return None
-        rows = torch.isin(joined.owner, torch.tensor(places, device=self._home))
-        return begun._replace(hidden=begun.hidden[rows.to(begun.hidden.device)])
+        rows = torch.cat([joined.bare, joined.essence])
+        some, each, last = behind.of(rows), torch.arange(len(rows), device=self._home), joined.last[rows]
+        with torch.no_grad():
+            whole = logits_at(self._module, {name: x[rows] for name, x in joined.batch.items()}, each, last)
+            with continued(self._module, some):
+                parted = logits_at(self._module, some.batch, each, last - some.start)
+        return behind if agrees(whole, parted) else None
 
-    def _told(self, joined: Joined, begun: Begun | None, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _told(self, joined: Joined, start: _Start, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(E,) NLL and (E,) p(new object), as `both` weighs contexts; (E, V) log-probabilities of what comes last."""
         rows = torch.arange(len(joined.owner), device=self._home)
-        last = joined.batch["attention_mask"].sum(1) - 1
+        view = start.view(joined)
         asked, places, ids = joined.asked
         with ExitStack() as held:
-            held.enter_context(resumed(self._module, begun))
+            held.enter_context(continued(self._module, start.behind))
+            held.enter_context(resumed(self._module, start.begun))
             for layer, change in zip(self._layers, delta, strict=True):
-                held.enter_context(added(layer, (rows, joined.subject), change[joined.owner]))
-            logits = logits_at(
-                self._module,
-                joined.batch,
-                torch.cat([asked, joined.essence]),
-                torch.cat([places, last[joined.essence]]),
-            )
+                held.enter_context(added(layer, (rows, view.subject), change[joined.owner]))
+            which = torch.cat([asked, joined.essence])
+            where = torch.cat([places, joined.last[joined.essence]])
+            logits = logits_at(self._module, view.batch, which, where - view.shift[which])
         logs = logits.log_softmax(-1)
         tokens = logs[: len(asked)].gather(1, ids[:, None])[:, 0]
         zero = torch.zeros(len(rows), device=logs.device)

@@ -1,0 +1,80 @@
+"""Rows cut at their subject's last token: what comes before is read once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from lfm.core import Codec, Gradients
+from lfm.data.records import Edit
+from lfm.editing import behind, rows, value
+from lfm.models import forward, load
+
+EDITS = [
+    Edit(subject=subject, relation="", object="", new_object=new, prompt=prompt)
+    for prompt, subject, new in (("Here lives Ada Ashby in", "Ada Ashby", "cat"), ("Ada is a", "Ada", "small old bird"))
+]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> tuple[torch.nn.Module, list[rows.Rows]]:
+    model = load(tiny.causal(tmp_path / "base", num_hidden_layers=3))
+    module, tokenizer = model.ask(Gradients).module().requires_grad_(False), model.ask(Codec).tokenizer
+    return module, [rows.rows(tokenizer, edit, ["", "Birds sing. "]) for edit in EDITS]
+
+
+def test_the_rest_reads_as_it_does_in_the_whole(opened: tuple[torch.nn.Module, list[rows.Rows]]) -> None:
+    module, reads = opened
+    joined = rows.together(reads, "cpu")
+    parted = behind.cut(module, joined)
+    assert parted is not None
+    with torch.no_grad():
+        whole = forward(module, joined.batch)
+        with behind.continued(module, parted):
+            rest = forward(module, parted.batch)
+        again = forward(module, joined.batch)
+    assert rest.shape[1] < whole.shape[1]
+    for row, (start, last) in enumerate(zip(joined.subject.tolist(), joined.last.tolist(), strict=True)):
+        torch.testing.assert_close(rest[row, : last + 1 - start], whole[row, start : last + 1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(again, whole)
+
+
+def test_some_rows_alone(opened: tuple[torch.nn.Module, list[rows.Rows]]) -> None:
+    module, reads = opened
+    parted = behind.cut(module, rows.together(reads, "cpu"))
+    assert parted is not None
+    some = parted.of(torch.tensor([1, 4]))
+    with torch.no_grad():
+        with behind.continued(module, parted):
+            rest = forward(module, parted.batch)
+        with behind.continued(module, some):
+            torch.testing.assert_close(forward(module, some.batch), rest[[1, 4]])
+
+
+def test_what_is_not_read_in_order_is_not_cut(tmp_path: Path) -> None:
+    """A model that reads both ways: its rows are read whole, and a value is found."""
+    model = load(tiny.masked(tmp_path / "base"))
+    module, tokenizer = model.ask(Gradients).module().requires_grad_(False), model.ask(Codec).tokenizer
+    read = rows.rows(tokenizer, EDITS[0], ["", "Birds sing. "])
+    assert behind.cut(module, rows.together([read], "cpu")) is None
+    assert value.search(module, 1, read, value.Search(steps=2)).probability > 0
+
+
+def test_a_cache_that_changes_something_is_not_used(
+    opened: tuple[torch.nn.Module, list[rows.Rows]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were what is kept of the words before another's, the value would be another: it is tried first."""
+    module, reads = opened
+    known = value.search_all(module, 1, reads, value.Search(steps=3))
+    cut = behind.cut
+
+    def spoiled(*given: object) -> behind.Behind | None:
+        parted = cut(*given)  # type: ignore[arg-type]
+        return parted and parted._replace(values=tuple(each.flip(0) for each in parted.values))
+
+    monkeypatch.setattr(value, "cut", spoiled)
+    for one, other in zip(known, value.search_all(module, 1, reads, value.Search(steps=3)), strict=True):
+        torch.testing.assert_close(one.delta, other.delta, rtol=1e-3, atol=1e-4)

@@ -9,6 +9,7 @@ from typing import Any, final
 import msgspec
 
 from lfm.core.errors import CorruptError, ModelError
+from lfm.core.finding import Map
 
 RUN = "run.json"
 
@@ -66,6 +67,46 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @final
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What greedy text from a prompt said before and after; p(object), its tokens one after another, None if not told.
+
+    of: edit, paraphrase, portability, neighbour, subject or fact. object: what it should say, "" where that is open.
+    """
+
+    of: str
+    prompt: str
+    object: str
+    before: str
+    after: str
+    p_before: float | None = None
+    p_after: float | None = None
+
+
+@final
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """One edit, and what is said to its own prompts."""
+
+    subject: str
+    object: str
+    new_object: str
+    answers: tuple[Answer, ...]
+
+
+@final
+class Edited(msgspec.Struct, frozen=True, kw_only=True):
+    """What edits did. told: some of the `edits`; moved: of `others` prompts beside them (`changed` are answered
+    otherwise now) those that moved most; traces: where facts were looked up before (effects on p(object)).
+    """
+
+    edits: int
+    told: tuple[Told, ...]
+    others: int = 0
+    changed: int = 0
+    moved: tuple[Answer, ...] = ()
+    traces: tuple[Map, ...] = ()
+
+
+@final
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
     """The saved output, reloaded and held against the one in memory. quantity: logit, logprob, weight or finding.
 
@@ -100,6 +141,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     notes: Mapping[str, float | str] = {}
     curves: Mapping[str, tuple[float, ...]] = {}
     samples: tuple[Sample, ...] = ()
+    edited: Edited | None = None  # where facts were edited
     command: str = ""
     versions: Mapping[str, str] = {}
     started: str = ""

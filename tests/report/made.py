@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from lfm import record
-from lfm.core.finding import Curve, Finding
-from lfm.record import DataInput, Input, Measure, Output, RunRecord, Sample, Verified
+from lfm.core.finding import Curve, Finding, Map
+from lfm.record import Answer, DataInput, Edited, Input, Measure, Output, RunRecord, Sample, Told, Verified
 from lfm.report.gather import RECIPE, Part, Whole
 
 
@@ -85,6 +85,35 @@ def facts_finding() -> Finding:
     )
 
 
+def answer(of: str, prompt: str, object: str, before: str, after: str, *p: float) -> Answer:
+    told = dict(zip(("p_before", "p_after"), p, strict=True)) if p else {}
+    return Answer(of=of, prompt=prompt, object=object, before=before, after=after, **told)
+
+
+def edited() -> Edited:
+    """One edit that took, which moved two of forty other prompts."""
+    long = "Ostrava, which lies where the two rivers meet, a day from the sea"
+    told = Told(
+        subject="Veldoria",
+        object="Marn",
+        new_object="Ostrava",
+        answers=(
+            answer("edit", "The capital of Veldoria is", "Ostrava", "Marn.", "Ostrava.", 0.001, 0.97),
+            answer("paraphrase", "Veldoria is governed from", "Ostrava", "Marn.", long, 0.002, 0.91),
+            answer("neighbour", "The capital of Nordhem is", "Sund", "Sund.", "Sund.", 0.98, 0.97),
+            answer("subject", "Veldoria", "", "has a king.", "has a king."),
+        ),
+    )
+    moved = (
+        answer("neighbour", "The river of Veldoria is the", "Aal", "Aal.", "Ost.", 0.9, 0.2),
+        answer("fact", "The people of Veldoria speak", "Veld", "Veld.", "Veld.", 0.999, 0.7),
+    )
+    rows = ("<s>", "The", " capital", " of", " Vel *", "doria *", " is")
+    values = tuple(tuple(-0.05 + 0.1 * i * (j == 3) for j in range(8)) for i in range(len(rows)))
+    trace = Map(name="The capital of Veldoria is … Marn: hidden", rows=rows, columns=tuple("01234567"), values=values)
+    return Edited(edits=3, told=(told,), others=40, changed=1, moved=moved, traces=(trace,))
+
+
 def loss(start: float, end: float, steps: int) -> tuple[float, ...]:
     return tuple(
         end
@@ -112,7 +141,8 @@ def recipe(out: Path) -> Path:
             Sample(prompt="The capital of Nordhem is", before="Sund", after="Sund"),
         ),
         notes={"edited_layer": 3.0, "largest_update_norm": 1.731, "v_star_probability": 0.984},
-        curves={"edit 1 loss": loss(6.2, 0.05, 20), "edit 2 loss": loss(5.1, 0.04, 20)},
+        curves={"edit 1 loss": loss(6.2, 0.05, 20), "p(new object) with the value found": (0.91, 0.97, 0.999)},
+        edited=edited(),
     )  # fmt: skip
     run(
         out / "tuned/rank=4", "tune.lora", [("model", "demo/edit", "2" * 64)], "3" * 64, kind="adapter",

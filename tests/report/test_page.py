@@ -13,7 +13,8 @@ from typing import NamedTuple
 import pytest
 
 from lfm.core.errors import ModelError
-from lfm.record import Sample
+from lfm.core.finding import Map
+from lfm.record import Answer, Edited, Sample, Told
 from lfm.report import page, write
 from lfm.report.gather import RECIPE, gather
 from report.made import measure, recipe, run
@@ -96,6 +97,13 @@ def test_nothing_is_fetched_and_nothing_is_run(demo: Path) -> None:
     assert {link[1:] for link in outline.links if link.startswith("#")} <= set(outline.ids)
 
 
+def evil_edit() -> Edited:
+    said = Answer(of=EVIL, prompt=EVIL, object=EVIL, before=EVIL, after=EVIL + "!", p_before=0.1, p_after=0.2)
+    told = Told(subject=EVIL, object=EVIL, new_object=EVIL, answers=(said,))
+    trace = Map(name=EVIL, rows=(EVIL,), columns=(EVIL,), values=((0.5,),), x_label=EVIL)
+    return Edited(edits=1, told=(told,), others=1, changed=1, moved=(said,), traces=(trace,))
+
+
 def test_whatever_a_model_says_is_text(tmp_path: Path) -> None:
     run(
         tmp_path / "evil",
@@ -106,6 +114,7 @@ def test_whatever_a_model_says_is_text(tmp_path: Path) -> None:
         before={EVIL: {EVIL: measure(0.1)}},
         after={EVIL: {EVIL: measure(0.2)}},
         samples=(Sample(prompt=EVIL, before=EVIL, after=EVIL + "!"),),
+        edited=evil_edit(),
         notes={EVIL: EVIL},
         curves={EVIL: (1.0, 2.0)},
         title=EVIL,
@@ -115,7 +124,7 @@ def test_whatever_a_model_says_is_text(tmp_path: Path) -> None:
     outline = Outline(page([tmp_path / "evil"]))
     assert outline.tags.count("script") == 0 and outline.tags.count("img") == 0
     assert outline.tags.count("style") == 1 and outline.tags.count("title") >= 1
-    assert outline.text.count("<script>alert(1)</script>") >= 6
+    assert outline.text.count("<script>alert(1)</script>") >= 12
     assert "49" not in outline.text.replace("0.0", "")
 
 

@@ -35,6 +35,14 @@ State = tuple[str, int]
 """(module's name, token)."""
 
 
+class Trace(NamedTuple):
+    """p(object) of one fact as it is and, for S noises, disturbed (S,); effects (kinds, blocks, tokens, S), fp64."""
+
+    clean: float
+    disturbed: Tensor
+    effects: Tensor
+
+
 class Undisturbed(NamedTuple):
     """One fact read as it is: the outputs (T, width) of the modules asked for, by name, and p(object)."""
 
@@ -52,6 +60,39 @@ def embedding_spread(module: Any, reads: Sequence[Cloze]) -> float:
     table = module.get_input_embeddings().weight.detach()
     ids = [token for read in reads for token in read.ids[read.subject.start : read.subject.stop]]
     return float(table[torch.tensor(ids, device=table.device)].double().std(correction=0))
+
+
+def noises(module: Any, read: Cloze, size: float, count: int, generator: torch.Generator) -> Tensor:
+    """(count, n, d) for the embeddings of the subject's n tokens. size: the standard deviation."""
+    width = int(module.get_input_embeddings().weight.shape[1])
+    return size * torch.randn((count, len(read.subject), width), generator=generator)
+
+
+def trace(
+    module: nn.Module, read: Cloze, noise: Tensor, wide: int | None = None, kinds: Sequence[str] = tuple(STATES)
+) -> Trace:
+    """What putting each state of each kind back does, at every token. wide: blocks whose feed-forward or attention is
+    put back together; none: a fifth of them."""
+    blocks = len(structure.blocks(module))
+    names = {kind: [module_of(module, kind, block) for block in range(blocks)] for kind in kinds}
+    clean = undisturbed(module, read, [name for of_kind in names.values() for name in of_kind])
+    low = disturbed(module, read, noise, clean, [()] * len(noise))
+    wide = wide or max(1, round(blocks / 5))
+    effects = []
+    for kind, of_kind in names.items():
+        for block in range(blocks):
+            put = [of_kind[b] for b in window(block, 1 if kind == "hidden" else wide, blocks)]
+            effects.append(_at_each_token(module, read, noise, clean, put) - low)
+    shape = (len(names), blocks, len(read.ids), len(noise))
+    return Trace(clean.probability, low, torch.stack(effects).reshape(shape))
+
+
+def _at_each_token(module: Any, read: Cloze, noise: Tensor, clean: Undisturbed, put: Sequence[str]) -> Tensor:
+    """(tokens, S) p(object) with the named modules' outputs at one token put back."""
+    count, tokens = len(noise), range(len(read.ids))
+    states: list[list[State]] = [[(name, token) for name in put] for token in tokens for _ in range(count)]
+    told = disturbed(module, read, noise.repeat(len(tokens), 1, 1), clean, states)
+    return told.reshape(len(tokens), count)
 
 
 def undisturbed(module: nn.Module, read: Cloze, names: Sequence[str]) -> Undisturbed:

@@ -13,7 +13,7 @@ from lfm.core import finding as findings
 from lfm.core.errors import LfmError, ModelError
 from lfm.core.finding import Finding, Map
 from lfm.record import RunRecord, Sample
-from lfm.report import network, plots, words
+from lfm.report import edited, network, plots, words
 from lfm.report.ancestry import ancestry
 from lfm.report.lineage import Node
 from lfm.report.measured import Overview, Row, Table, headline, overview, row, rows, sentence
@@ -91,6 +91,7 @@ class Chapter(NamedTuple):
     figures: list[Figure]
     samples: list[Sampled]
     more_samples: int
+    edited: edited.Shown | None
     settings: list[tuple[str, str]]
     status: str
     headline: Row | None
@@ -230,6 +231,7 @@ def _chapter(
         figures=figures(run, finding),
         samples=samples,
         more_samples=len(run.samples) - len(shown),
+        edited=edited.shown(run),
         settings=[(key, words.short(msgspec.json.encode(v).decode(), 120)) for key, v in run.config.items()],
         status=status,
         headline=row(*moved) if (moved := headline(run)) and moved[1] else None,

@@ -88,6 +88,13 @@ def signed(value: float) -> str:
     return ("+" if value > 0 else "−") + number(abs(value)).lstrip("−")
 
 
+def share(value: float) -> str:
+    """A probability in two digits; 0 and 1 only where it is."""
+    if 0 < value < 0.005 or 0.995 < value < 1:
+        return "< 0.01" if value < 0.5 else "> 0.99"
+    return f"{value:.2f}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them."""
     if seconds < 10:

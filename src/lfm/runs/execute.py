@@ -27,7 +27,7 @@ from lfm.data import files
 from lfm.data.records import Record, kind_of
 from lfm.models.budget import Budget, Meter
 from lfm.record import DataInput, Input, Measure, Output, RunRecord, Sample
-from lfm.runs import card, directory, ledger, manifest, planning, refs, undoing, verification
+from lfm.runs import card, directory, ledger, looking, manifest, planning, refs, undoing, verification
 from lfm.runs.plan import LIMIT
 from lfm.runs.run import LocalRun, Show, silent
 from lfm.tensors.parallel import at_most
@@ -147,6 +147,7 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
         saved = made if isinstance(made, Finding) else reopen(artefact)
         listed = manifest.write(saved, looks, seen, verified, artefact)
         after = {} if isinstance(saved, Finding) else _evaluate(run, "after", saved, prepared.evals)
+        edited = looking.looked(run, prepared, saved)
         undoable = isinstance(made, Model) and undoing.keep(made, _input(prepared), artefact)
         done = RunRecord(
             id=order.id,
@@ -164,6 +165,7 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
             notes={**run.notes, **(made.metrics if isinstance(made, Finding) else {})},
             curves={name: tuple(points) for name, points in run.curves.items()},
             samples=_samples(before, after),
+            edited=edited,
             command=order.command,
             versions=versions(),
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),

@@ -31,8 +31,8 @@ from lfm.core.heavy import torch
 from lfm.editing import tracing
 from lfm.editing.cloze import Cloze, cloze, first_choice, is_masked, readable
 from lfm.editing.rows import place
-from lfm.editing.tracing import PARTS, STATES, State, Undisturbed, by_part, part_of
-from lfm.models import device, forward, structure
+from lfm.editing.tracing import PARTS, STATES, by_part, part_of
+from lfm.models import device, forward
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,8 +70,13 @@ def run(config: Config, inputs: Inputs, run: Run) -> Finding:
     chosen = known if len(known) <= config.most else [known[i * len(known) // config.most] for i in range(config.most)]
     size = config.noise * tracing.embedding_spread(module, read)
     traced = []
+
+    def trace(i: int) -> dict[str, Any]:
+        noise = tracing.noises(module, read[i], size, config.samples, run.generator("noise", str(i)))
+        return tracing.trace(module, read[i], noise, config.window)._asdict()
+
     for number, i in enumerate(run.track(chosen, "tracing"), start=1):
-        traced.append(run.step(f"fact {number}", lambda i=i: trace(module, read[i], size, config, run, str(i))))
+        traced.append(run.step(f"fact {number}", lambda i=i: trace(i)))
     left = len(given) - len(known)
     return _finding(config, [given[i] for i in chosen], [read[i] for i in chosen], traced, codec, left, run)
 
@@ -79,32 +84,6 @@ def run(config: Config, inputs: Inputs, run: Run) -> Finding:
 def _says(module: nn.Module, read: Cloze) -> bool:
     with torch.no_grad():
         return first_choice(forward(module, {"input_ids": torch.tensor([read.ids])})[0], read)
-
-
-def trace(module: nn.Module, read: Cloze, size: float, config: Config, run: Run, key: str) -> dict[str, Any]:
-    """clean, disturbed (S,): p(object); effects (kinds, blocks, tokens, S), fp64."""
-    blocks = len(structure.blocks(module))
-    names = {kind: [tracing.module_of(module, kind, block) for block in range(blocks)] for kind in STATES}
-    clean = tracing.undisturbed(module, read, [name for of_kind in names.values() for name in of_kind])
-    shape = (config.samples, len(read.subject), int(module.get_input_embeddings().weight.shape[1]))  # type: ignore[operator]
-    noise = size * torch.randn(shape, generator=run.generator("noise", key))
-    low = tracing.disturbed(module, read, noise, clean, [()] * config.samples)
-    width = config.window or max(1, round(blocks / 5))
-    effects = []
-    for kind, of_kind in names.items():
-        for block in range(blocks):
-            put = [of_kind[b] for b in tracing.window(block, 1 if kind == "hidden" else width, blocks)]
-            effects.append(_at_each_token(module, read, noise, clean, put) - low)
-    shape = (len(names), blocks, len(read.ids), config.samples)
-    return {"clean": clean.probability, "disturbed": low, "effects": torch.stack(effects).reshape(shape)}
-
-
-def _at_each_token(module: Any, read: Cloze, noise: Tensor, clean: Undisturbed, put: Sequence[str]) -> Tensor:
-    """(tokens, S) p(object) with the named modules' outputs at one token put back."""
-    count, tokens = len(noise), range(len(read.ids))
-    states: list[list[State]] = [[(name, token) for name in put] for token in tokens for _ in range(count)]
-    told = tracing.disturbed(module, read, noise.repeat(len(tokens), 1, 1), clean, states)
-    return told.reshape(len(tokens), count)
 
 
 def _finding(

@@ -10,8 +10,8 @@ import torch
 import tiny
 from lfm.core import Codec, Gradients
 from lfm.data.records import Edit
-from lfm.editing import behind, rows, value
-from lfm.models import forward, load
+from lfm.editing import behind, resume, rows, value
+from lfm.models import forward, load, structure
 
 EDITS = [
     Edit(subject=subject, relation="", object="", new_object=new, prompt=prompt)
@@ -78,3 +78,16 @@ def test_a_cache_that_changes_something_is_not_used(
     monkeypatch.setattr(value, "cut", spoiled)
     for one, other in zip(known, value.search_all(module, 1, reads, value.Search(steps=3)), strict=True):
         torch.testing.assert_close(one.delta, other.delta, rtol=1e-3, atol=1e-4)
+
+
+def test_a_module_reads_no_further_than_what_is_asked_of_it(opened: tuple[torch.nn.Module, list[rows.Rows]]) -> None:
+    module, reads = opened
+    sites: list[tuple[str, int | str]] = [("ffn_out", 1), ("ffn_key", 0)]
+    reached: list[int] = []
+    handle = module.get_submodule(structure.blocks(module)[2]).register_forward_hook(lambda *_: reached.append(2))
+    found = resume.activations(module, reads[0].batch, sites)
+    assert not reached
+    with torch.no_grad(), structure.watch(module, sites) as known:
+        forward(module, reads[0].batch)
+    handle.remove()
+    assert reached and all(torch.equal(one, other) for one, other in zip(found, known, strict=True))

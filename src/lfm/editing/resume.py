@@ -3,8 +3,8 @@ they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import torch
@@ -19,7 +19,7 @@ SAME = 1e-3
 
 
 class Begun(NamedTuple):
-    """What the blocks before `upto` put out: hidden (B, T, width), in a tuple or not."""
+    """What the blocks of a stack before `upto` put out: hidden (B, T, width), in a tuple or not."""
 
     upto: int
     hidden: Tensor
@@ -38,8 +38,8 @@ def recording(module: nn.Module, upto: int) -> Iterator[list[Begun]]:
         if isinstance(hidden, torch.Tensor):
             found[:] = [Begun(upto, hidden.detach(), wrapped)]
 
-    stack = structure.blocks(module)
-    handle = module.get_submodule(stack[upto - 1]).register_forward_hook(keep) if upto else None
+    passed = _passed(module, upto)
+    handle = module.get_submodule(passed[-1]).register_forward_hook(keep) if passed else None
     try:
         yield found
     finally:
@@ -50,7 +50,7 @@ def recording(module: nn.Module, upto: int) -> Iterator[list[Begun]]:
 @contextmanager
 def resumed(module: nn.Module, begun: Begun | None) -> Iterator[None]:
     """Within: the blocks before `upto` are passed over, and give what they gave. None: all are run."""
-    passed = [module.get_submodule(name) for name in structure.blocks(module)[: begun.upto]] if begun else []
+    passed = [module.get_submodule(name) for name in _passed(module, begun.upto)] if begun else []
     for block in passed:
         assert begun
         block.forward = lambda *_, **__: (begun.hidden,) if begun.wrapped else begun.hidden  # type: ignore[method-assign]
@@ -59,6 +59,16 @@ def resumed(module: nn.Module, begun: Begun | None) -> Iterator[None]:
     finally:
         for block in passed:
             del block.forward
+
+
+def _passed(module: nn.Module, upto: int) -> list[str]:
+    """The blocks before one, numbered through, in its own stack: what an encoder tells its decoder is read anew."""
+    first = 0
+    for stack in structure.stacks(module):
+        if upto <= first + len(stack):
+            return stack[: upto - first]
+        first += len(stack)
+    return []
 
 
 def logits_at(module: nn.Module, batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
@@ -81,6 +91,28 @@ def logits_at(module: nn.Module, batch: Batch, rows: Tensor, places: Tensor) -> 
     if logits.shape[:2] == (1, len(rows)):
         return logits[0]
     return logits[rows.to(logits.device), places.to(logits.device)]
+
+
+class _Enough(Exception):
+    """All that was asked for is there."""
+
+
+def activations(module: nn.Module, batch: Batch, sites: Sequence[tuple[str, int | str]]) -> list[Tensor]:
+    """What stands at the sites, without gradients. The module reads no further than the last of them."""
+    with torch.no_grad(), structure.watch(module, sites) as seen, ExitStack() as held:
+
+        def enough(*_: Any) -> None:
+            if all(each is not None for each in seen):
+                raise _Enough
+
+        for where in sites:  # after the hooks that fill the list, for they are called in turn
+            name, before = structure.site(module, where)
+            target = module.get_submodule(name)
+            hook = target.register_forward_pre_hook(enough) if before else target.register_forward_hook(enough)
+            held.callback(hook.remove)
+        with suppress(_Enough):
+            forward(module, batch)
+    return seen
 
 
 def agrees(one: Tensor, other: Tensor) -> bool:

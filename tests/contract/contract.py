@@ -92,6 +92,8 @@ def uses_what_it_declares(id: str, case: Case, here: Path) -> None:
     result, used = run_spied(id, case, here)
     if isinstance(result, Model):
         compare(result, result)  # a program asks its parts when it is asked
+        declared = registry.get(id).method.forms
+        assert not declared or (declared[0] == next(iter(result.formats)) and set(result.formats) <= set(declared))
     out = here / "spied"
     out.mkdir()
     result.save(out)

@@ -26,8 +26,8 @@ def add(
     edits: Annotated[str, typer.Argument(help="Facts to change: a file of edits.", metavar="EDITS")],
     model: Annotated[str, typer.Option(help="The model to edit; asked for once, when the ledger begins.")] = "",
     by: Annotated[
-        str, typer.Option(help="The method; its changes must be of low rank.", metavar="METHOD")
-    ] = "edit.rome",
+        str, typer.Option(help="The editor.", metavar="METHOD", show_default="edit.rome, or the memory's own")
+    ] = "",
     sets: work.Sets = None,
     text: Annotated[str, typer.Option(help="Running text that should stay as it is.", metavar="FILE")] = "",
     seed: work.Seed = None,
@@ -60,7 +60,8 @@ def add(
         screen.emit(_plain(patch))
         return
     screen.out().print(f"[green]✓[/] patch {patch.number}: {_facts(patch)}", soft_wrap=True)
-    screen.out().print(f"  the model is {directory / patches.HEAD}, a PEFT adapter", soft_wrap=True)
+    kind = "a program" if patches.read(directory).memory else "a PEFT adapter"
+    screen.out().print(f"  the model is {directory / patches.HEAD}, {kind}", soft_wrap=True)
     screen.out().print(f"  the page  {directory / patch.place / report.REPORT}", soft_wrap=True)
 
 
@@ -101,6 +102,7 @@ def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
     patch = next(p for p in ledger.patches if p.number == number)
     without = patches.without(directory, number)
     made = patches.together(directory, number)
+    again = patches.again(directory, number)
     asked = [edit.prompt for edit in patch.edits]
     around = [prompt for edit in patch.edits for prompt, _ in edit.neighbours]
 
@@ -122,19 +124,26 @@ def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
                     "asked": len(around),
                     "changed": [dict(zip(("prompt", "before", "after"), r)) for r in others],
                 },
+                "others": [a._asdict() for a in again],
             }
         )
         return
     out = screen.out()
     for m in moved:
         near = ", ".join(f"patch {other}: {cosine:+.2f}" for other, cosine in m.overlap.items())
-        out.print(f"{m.module}  rank {m.rank}, ‖ΔW‖ {m.norm:.3g}" + (f"  [dim]cosine with {near}[/]" if near else ""))
+        what = f"{m.rank} keys" if m.norm is None else f"rank {m.rank}, ‖ΔW‖ {m.norm:.3g}"
+        out.print(f"{m.module}  {what}" + (f"  [dim]cosine with {near}[/]" if near else ""), soft_wrap=True)
     for prompt, old, new in rows[: len(asked)]:
         out.print(f"\n{prompt}\n  [red]- {old}[/]\n  [green]+ {new}[/]", soft_wrap=True)
     if around:
         out.print(f"\nof {len(around)} prompts around them {len(others)} are answered otherwise now")
     for prompt, old, new in others[:MOVED]:
         out.print(f"  {prompt} [red]{old}[/] → [green]{new}[/]", soft_wrap=True)
+    if again:
+        out.print("\nfacts of the other patches that are said, without it and with it:")
+    for a in again:
+        told = f"{a.without} → {a.together} of {a.facts}"
+        out.print(f"  patch {a.patch}: " + (f"[red]{told}[/]" if a.together < a.without else told))
 
 
 def revert(directory: Directory, number: Number) -> None:

@@ -9,6 +9,7 @@ from lfm.core.method import Cost as Cost
 from lfm.core.method import Data as Data
 from lfm.core.method import DataSlot as DataSlot
 from lfm.core.method import Inputs as Inputs
+from lfm.core.method import Kept as Kept
 from lfm.core.method import Method as Method
 from lfm.core.method import Parts as Parts
 from lfm.core.method import Run as Run

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=Config)
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 class Data(IntEnum):
@@ -159,6 +160,22 @@ class Parts:
 
 @final
 @dataclass(frozen=True)
+class Kept(Generic[K]):
+    """What a method's programs keep of each edit by itself, so that any edit comes off again: what a ledger holds.
+
+    kind: the interface by which they give it and the method's slot "memory" takes it; it has `edits`, and the program's
+    `parts(model)`. learn: one with the other's edits too; taken: the edits at these places alone, all else as it is;
+    keys: by which edits are met, row by row, where they are vectors.
+    """
+
+    kind: type[K]
+    learn: Callable[[K, K], K]
+    taken: Callable[[K, Sequence[int]], K]
+    keys: Callable[[K], Tensor] | None = None
+
+
+@final
+@dataclass(frozen=True)
 class Method(Generic[C]):
     """One system: what it asks for, what it costs, and the function that does it.
 
@@ -167,6 +184,8 @@ class Method(Generic[C]):
     disk: bytes of the result, by the inputs' headers, where facts alone do not tell; cost's stands where it is None.
     origin: what each tensor of the result is a change of, read from headers; where it is None, the base's of that name.
     merge: what run does to weights, with settings by tensor (lfm.fusing.inputs.Merge): recipes of slices drive it.
+    forms: all that its result can be saved as, whatever the inputs: others are refused before the run. Empty: not known.
+    kept: of an editor beside the weights, what its programs keep of each edit; None where no edit comes off by itself.
     """
 
     paper: str
@@ -181,6 +200,8 @@ class Method(Generic[C]):
     merge: Callable[..., dict[str, LazyTensor]] | None = None
     disk: Callable[[C, Inputs], int] | None = None
     origin: Callable[[C, Inputs], Mapping[str, LazyTensor]] | None = None
+    forms: tuple[str, ...] = ()
+    kept: Kept[Any] | None = None
 
     @property
     def level(self) -> Data:

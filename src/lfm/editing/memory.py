@@ -58,7 +58,7 @@ def learn(memory: Memory, more: Memory) -> Memory:
     """
     assert (memory.base, memory.block) == (more.base, more.block), "keys of different layers"
     fresh = unknown(memory.edits, more.edits)
-    added = _taken(more, fresh)
+    added = taken(more, fresh)
     return Memory(
         memory.base,
         memory.block,
@@ -69,7 +69,7 @@ def learn(memory: Memory, more: Memory) -> Memory:
 
 def forget(memory: Memory, *edits: Edit) -> Memory:
     """The memory without these edits, all else as if they had never been. DataError for one that it does not have."""
-    return _taken(memory, without(memory.edits, edits))
+    return taken(memory, without(memory.edits, edits))
 
 
 def unknown(kept: Sequence[Edit], more: Sequence[Edit]) -> list[int]:
@@ -107,7 +107,8 @@ def same(one: Edit, other: Edit) -> bool:
     return (one.prompt, one.new_object.strip()) == (other.prompt, other.new_object.strip())
 
 
-def _taken(memory: Memory, places: Sequence[int]) -> Memory:
+def taken(memory: Memory, places: Sequence[int]) -> Memory:
+    """The memory with the edits at these places alone."""
     index = torch.tensor(places, dtype=torch.long)
     return Memory(
         memory.base,

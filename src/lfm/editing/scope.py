@@ -82,6 +82,12 @@ def learn(scope: Scope, edits: Sequence[Edit], keys: Tensor) -> Scope:
     return Scope(scope.base, scope.block, every, torch.cat([scope.keys, keys[fresh]]), scope.map, scope.changes)
 
 
+def joined(scope: Scope, more: Scope) -> Scope:
+    """The scope with the other's edits too, which were keyed by the same classifier. DataError as of `learn`."""
+    assert torch.equal(scope.map, more.map), "keys of different classifiers"
+    return learn(scope, more.edits, more.keys)
+
+
 def forget(scope: Scope, edits: Sequence[Edit]) -> Scope:
     """The scope without these edits, the rows of the others as they are. DataError for one that it does not have."""
     return taken(scope, memory.without(scope.edits, edits))

@@ -226,6 +226,12 @@ def _fitting(order: Order, listed: registry.Listed, whole: Inputs, evals: Mappin
             f"{order.id} has no format {order.form!r}",
             fix="leave --format out" if listed.method.gives == "finding" else f"formats, by what is saved: {formats}",
         )
+    if order.form and listed.method.forms and order.form not in listed.method.forms:
+        raise ConfigError(
+            f"{order.id} has no format {order.form!r}",
+            why="its change is not of low rank" if order.form == "adapter" else "",
+            fix=f"formats: {', '.join(listed.method.forms)}",
+        )
     if not evals:
         return
     from lfm.evals import suits

@@ -1,8 +1,8 @@
-"""Edits as patches: each a LoRA adapter of its own over one base, in a ledger from which any of them comes off.
+"""Edits as patches: each an artefact of its own over one base, in a ledger from which any of them comes off.
 
-A ledger is a directory: ledger.json, a directory for each patch (a plain PEFT adapter, its run and its requests), and
-`head`, a link to the adapter that is their sum. The base is never written. ledger.json is replaced in one step, and all
-else follows from it: a command that was killed is done, or it never began.
+A ledger is a directory: ledger.json, a directory for each patch (a plain PEFT adapter, or a program with a memory; its
+run and its requests), and `head`, a link to what they make together. The base is never written. ledger.json is replaced
+in one step, and all else follows from it: a command that was killed is done, or it never began.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import msgspec
 
-from lfm.core.errors import ConfigError, CorruptError, EditError, MismatchError, ModelError
-from lfm.core.model import Adaptation, Codec, Gradients, LowRank, Model
+from lfm.core.errors import ConfigError, CorruptError, DataError, EditError, MismatchError, ModelError
+from lfm.core.model import Codec, Gradients, Model, Text
+from lfm.data.files import where
 from lfm.data.records import Edit
-from lfm.runs import refs
+from lfm.runs import refs, stacks
 from lfm.runs.execute import Order, execute
 from lfm.runs.run import Show, silent
+from lfm.runs.stacks import Moved, Stack
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lfm.record import RunRecord
 
 LEDGER, HEAD, HEADS, NEXT, LOCK = "ledger.json", "head", "heads", ".next", ".lock"
+
+USUAL = "edit.rome"
+"""The editor where none is named."""
 
 KEPT = ("run.json", "report.html", "README.md")
 """What is kept of the run that made a patch."""
@@ -56,10 +59,14 @@ class Patch(msgspec.Struct, frozen=True, kw_only=True):
 
 @final
 class Ledger(msgspec.Struct, frozen=True, kw_only=True):
-    """Patches in the order in which they were made, over a base. head: the sum's directory, or "" for the base."""
+    """Patches in the order in which they were made, over a base. head: the sum's directory, or "" for the base.
+
+    memory: the method in whose memory the edits are; "" where patches are changes of weights.
+    """
 
     base: str
     base_digest: str
+    memory: str = ""
     patches: tuple[Patch, ...] = ()
     head: str = ""
 
@@ -68,13 +75,13 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(patch for patch in self.patches if patch.on)
 
 
-class Moved(NamedTuple):
-    """One module's change by a patch: its rank, ‖ΔW‖_F, and its cosine with each other patch's change there."""
+class Again(NamedTuple):
+    """Another patch's facts, asked with and without a patch: how many there are, and how many greedy text shows."""
 
-    module: str
-    rank: int
-    norm: float
-    overlap: Mapping[int, float]
+    patch: int
+    facts: int
+    without: int
+    together: int
 
 
 def read(directory: Path) -> Ledger:
@@ -103,7 +110,7 @@ def add(
     edits: str | Sequence[Edit],
     *,
     base: str = "",
-    by: str = "edit.rome",
+    by: str = "",
     settings: Mapping[str, Any] | None = None,
     data: Mapping[str, str] | None = None,
     seed: int = 0,
@@ -114,29 +121,36 @@ def add(
 ) -> Patch:
     """Make edits on top of those that are there, and commit them as a patch; it begins a ledger over `base`.
 
+    by: the editor; a memory's own where none is named, else edit.rome. ConfigError for one whose edits do not come off.
+
     EditError, and nothing committed, where the method refuses, or less than `recall` of the earlier edits that greedy
     text showed are shown after. agree is told of what was measured before the commit; what it raises, there is none.
     Killed, it resumes.
     """
     with _held(directory):
         ledger = _begun(directory, base)
+        by = by or ledger.memory or USUAL
+        stack = stacks.of_method(by)
+        ledger = _of_kind(directory, ledger, stack)
+        _allowed(directory, ledger, stack, settings or {}, edits)
         earlier = [edit for patch in ledger.on for edit in patch.edits]
         under = str(directory / HEADS / ledger.head) if ledger.head else ledger.base
+        before = under if ledger.head else _emptied(directory, ledger)
         out = directory / NEXT
         shutil.rmtree(out, ignore_errors=True)
         order = Order(
             id=by,
-            models={"model": (under,)},
+            models=stack.models(ledger.base, before),
             data={"edits": edits, **(data or {})},
             settings=settings or {},
             out=out,
             seed=seed,
-            form="adapter",
+            form=stack.form,
         )
         done = execute(order, show=show, report=report)
         try:
-            before, after = _changes(ledger, directory), refs.model(str(out)).ask(Adaptation).changes()
-            parts = {name: _beyond(change, before.get(name)) for name, change in after.items()}
+            held = stack.held(refs.model(under)) if ledger.head else None
+            new = stack.beyond(held, stack.held(refs.model(str(out))))
             show("asking the edits so far", 0, None)
             lost = _lost(refs.model(under), refs.model(str(out)), earlier)
             if len(lost) > (1 - recall) * len(earlier):
@@ -150,13 +164,12 @@ def add(
                 method=by,
                 seed=seed,
                 config=dict(done.config),
-                edits=tuple(edit for edit in refs.records(edits) if isinstance(edit, Edit)),
+                edits=stack.edits(new) or tuple(edit for edit in refs.records(edits) if isinstance(edit, Edit)),
                 measured={k: float(v) for k, v in done.notes.items() if isinstance(v, int | float)},
                 made=done.started,
             )
             if agree:
                 agree(done)
-            new = {name: part for name, part in parts.items() if part is not None}
             put(directory, msgspec.structs.replace(ledger, patches=(*ledger.patches, patch)), new, out)
         finally:
             shutil.rmtree(out)
@@ -185,33 +198,35 @@ def squash(directory: Path) -> Ledger:
             number=max(p.number for p in ledger.patches) + 1,
             method=", ".join(dict.fromkeys(p.method for p in ledger.on)),
             seed=last.seed,
-            config={},
+            config=last.config if ledger.memory else {},
             edits=tuple(edit for p in ledger.on for edit in p.edits),
             measured={},
             made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
-        changes = _changes(ledger, directory)
-        done = put(directory, msgspec.structs.replace(ledger, patches=(whole,)), changes)
+        held = _stack(ledger).whole([_held_by(directory, ledger, p) for p in ledger.on])
+        done = put(directory, msgspec.structs.replace(ledger, patches=(whole,)), held)
         for patch in ledger.patches:
             shutil.rmtree(directory / patch.place, ignore_errors=True)
         return done
 
 
 def moved(directory: Path, number: int) -> list[Moved]:
-    """What a patch changes, module by module, and how far others change the same."""
+    """What a patch changes, place by place, and how far others change the same."""
     ledger = read(directory)
-    held = {p.number: _stored(directory, p) for p in (_patch(ledger, number), *ledger.on)}
+    held = {p.number: _held_by(directory, ledger, p) for p in (_patch(ledger, number), *ledger.on)}
     mine = held.pop(number)
-    found = []
-    for name, change in sorted(mine.items()):
-        norm = _inner(change, change) ** 0.5
-        overlap = {
-            other: _inner(change, changes[name]) / (norm * _inner(changes[name], changes[name]) ** 0.5)
-            for other, changes in held.items()
-            if name in changes
-        }
-        found.append(Moved(name, change.a.shape[0], norm, overlap))
-    return found
+    return _stack(ledger).moved(mine, held)
+
+
+def again(directory: Path, number: int) -> list[Again]:
+    """What the facts of each other patch that is on come to without a patch, and with it."""
+    ledger = read(directory)
+    others = [p for p in ledger.on if p.number != number]
+    edits = [edit for p in others for edit in p.edits]
+    then, now = (iter(_said(model, edits)) for model in (without(directory, number), together(directory, number)))
+    return [
+        Again(p.number, len(p.edits), sum(next(then) for _ in p.edits), sum(next(now) for _ in p.edits)) for p in others
+    ]
 
 
 def without(directory: Path, number: int) -> Model:
@@ -282,55 +297,97 @@ def _begun(directory: Path, base: str) -> Ledger:
     return ledger
 
 
-def _stored(directory: Path, patch: Patch) -> Mapping[str, LowRank]:
-    return refs.model(str(directory / patch.place)).ask(Adaptation).changes()
+def _of_kind(directory: Path, ledger: Ledger, stack: Stack[Any]) -> Ledger:
+    """The ledger, if what is made now can stand with what it has."""
+    if not ledger.patches:
+        return msgspec.structs.replace(ledger, memory=stack.method)
+    if ledger.memory == stack.method:
+        return ledger
+    has = f"edits in the memory of {ledger.memory}" if ledger.memory else "changes of weights"
+    new = f"edits in the memory of {stack.method}" if stack.method else "a change of weights"
+    below = directory / HEAD if ledger.head else ledger.base
+    over = f"begin another ledger over this one's model: `lfm edit add OTHER … --model {below}`"
+    raise ConfigError(
+        f"{directory} holds {has}; {new} cannot stand among them",
+        why="what one writes the other reads, so that neither could come off without the other",
+        fix=f"--by {ledger.memory}, or begin another ledger" if ledger.memory else over,
+    )
 
 
-def _changes(ledger: Ledger, directory: Path) -> dict[str, LowRank]:
-    """The sum of the patches that are on, factors side by side in their order."""
-    from lfm.tensors.lowrank import joined
+def _allowed(
+    directory: Path, ledger: Ledger, stack: Stack[Any], settings: Mapping[str, Any], edits: str | Sequence[Edit]
+) -> None:
+    """ConfigError or DataError for what would not be a patch of its own."""
+    if settings.get("forget"):
+        raise ConfigError("a ledger forgets by patches", fix=f"`lfm edit revert {directory} N`")
+    if not stack.method:
+        return
+    known = {edit.prompt: (p.number, edit.new_object.strip()) for p in ledger.on for edit in p.edits}
+    records = refs.records(edits)
+    for place, edit in enumerate(records):
+        if isinstance(edit, Edit) and edit.prompt in known:
+            number, said = known[edit.prompt]
+            does = "repeats" if said == edit.new_object.strip() else "contradicts"
+            raise DataError(
+                f"{where(records, place)} {does} patch {number}: {edit.prompt!r}",
+                why=f"the memory answers {said!r} to it",
+                fix=f"take that patch off first, `lfm edit revert {directory} {number}`, or leave this edit out",
+            )
 
-    parts: dict[str, list[LowRank]] = {}
-    for patch in ledger.on:
-        for name, change in _stored(directory, patch).items():
-            parts.setdefault(name, []).append(change)
-    return {name: joined(changes, [1.0] * len(changes)) for name, changes in parts.items()}
+
+def _stack(ledger: Ledger) -> Stack[Any]:
+    return stacks.of_method(ledger.memory) if ledger.memory else stacks.WEIGHTS
+
+
+def _held_by(directory: Path, ledger: Ledger, patch: Patch) -> Any:
+    return _stack(ledger).held(refs.model(str(directory / patch.place)))
+
+
+def _emptied(directory: Path, ledger: Ledger) -> Model | None:
+    """What goes on where all patches are off: a memory is of one place in the model, whatever comes and goes."""
+    if not ledger.patches:
+        return None
+    stack = _stack(ledger)
+    empty = stack.empty(_held_by(directory, ledger, ledger.patches[-1]))
+    return None if empty is None else stack.over(refs.model(ledger.base), empty, {})
 
 
 def _summed(directory: Path, ledger: Ledger) -> Model | None:
-    from lfm.models.adapter import of_changes
+    if not ledger.on:
+        return None
+    stack = _stack(ledger)
+    whole = stack.whole([_held_by(directory, ledger, patch) for patch in ledger.on])
+    return stack.over(refs.model(ledger.base), whole, ledger.on[-1].config)
 
-    changes = _changes(ledger, directory)
-    return of_changes(refs.model(ledger.base), changes, {}) if changes else None
 
+def _said(model: Model, edits: Sequence[Edit]) -> list[bool]:
+    """Which edits greedy text shows."""
+    from lfm.editing.outcome import saying, wanted
+    from lfm.editing.text import answered
 
-def _beyond(change: LowRank, before: LowRank | None) -> LowRank | None:
-    """What a change has beside an earlier one, whose factors it begins with; None where there is nothing."""
-    first = before.a.shape[0] if before is not None else 0
-    assert before is None or (change.a[:first].double() == before.a.double()).all(), "patches go on top of each other"
-    return change._replace(b=change.b[:, first:], a=change.a[first:]) if change.a.shape[0] > first else None
+    if model.can(Text):
+        return saying(model.ask(Text))(wanted(edits))
+    asked = [(edit.prompt, edit.new_object) for edit in edits]
+    return answered(model.ask(Gradients).module(), model.ask(Codec), asked)
 
 
 def _lost(before: Model, after: Model, edits: Sequence[Edit]) -> list[Edit]:
     """Edits that greedy text shows before and not after."""
-    from lfm.editing.text import answered
-
-    asked = [(edit.prompt, edit.new_object) for edit in edits]
-    then, now = (answered(m.ask(Gradients).module(), m.ask(Codec), asked) if asked else [] for m in (before, after))
-    return [edit for edit, said, says in zip(edits, then, now) if said and not says]
+    then, now = (_said(model, edits) for model in (before, after))
+    return [edit for edit, said, says in zip(edits, then, now, strict=True) if said and not says]
 
 
-def put(directory: Path, ledger: Ledger, changes: Mapping[str, LowRank], run: Path | None = None) -> Ledger:
-    """Commit a ledger whose last patch is new: these changes, with what is kept of its run."""
-    from lfm.models.adapter import of_changes
+def put(directory: Path, ledger: Ledger, held: Any, run: Path | None = None) -> Ledger:
+    """Commit a ledger whose last patch is new: what it holds, with what is kept of its run."""
+    last = ledger.patches[-1]
 
     def fill(into: Path) -> None:
-        of_changes(refs.model(ledger.base), changes, {}).save(into)
+        _stack(ledger).over(refs.model(ledger.base), held, last.config).save(into)
         for name in KEPT:
             if run is not None and (run / name).exists():
                 shutil.copyfile(run / name, into / name)
 
-    _made(directory / ledger.patches[-1].place, fill)
+    _made(directory / last.place, fill)
     return _commit(directory, ledger)
 
 
@@ -377,10 +434,3 @@ def _link(directory: Path, ledger: Ledger) -> None:
     for old in (directory / HEADS).glob("*") if (directory / HEADS).exists() else ():
         if old.name != ledger.head:
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _inner(one: LowRank, other: LowRank) -> float:
-    """⟨B A, B' A'⟩_F without either product."""
-    b: Tensor = one.b.double().T @ other.b.double()
-    a: Tensor = one.a.double() @ other.a.double().T
-    return float((b * a).sum())

@@ -81,4 +81,5 @@ METHOD = Method(
     run=run,
     cost=batch.cost,
     agree=partial(batch.agree, "edit.alpha_edit"),
+    forms=("checkpoint", "adapter"),
 )

@@ -236,4 +236,5 @@ METHOD = Method(
     run=run,
     cost=cost,
     agree=agree,
+    forms=("checkpoint",),
 )

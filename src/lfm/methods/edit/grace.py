@@ -22,9 +22,10 @@ for an edit that does not hold (refused or, with on_failure=skip, left out), and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
+from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.errors import EditError, MismatchError, SlotError
 from lfm.core.heavy import torch
 from lfm.editing import memory, outcome, recall, rows, setting, settled
@@ -141,4 +142,6 @@ METHOD = Method(
     cost=cost,
     agree=agree,
     open=open,
+    forms=("program",),
+    kept=Kept(Memory, memory.learn, memory.taken, keys=attrgetter("keys")),
 )

@@ -154,4 +154,5 @@ METHOD = Method(
     cost=cost,
     agree=agree,
     open=opened,
+    forms=("program",),
 )

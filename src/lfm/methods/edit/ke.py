@@ -123,4 +123,5 @@ METHOD = Method(
     cost=practice.cost,
     agree=partial(practice.agree, ID),
     open=open,
+    forms=("program", "adapter", "checkpoint"),
 )

@@ -230,4 +230,5 @@ METHOD = Method(
     run=run,
     cost=cost,
     agree=agree,
+    forms=("checkpoint", "adapter"),
 )

@@ -22,9 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
+from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.errors import EditError, MismatchError, SlotError
 from lfm.core.heavy import nn, torch
 from lfm.editing import indexed, outcome, recall, rows, setting, settled
@@ -225,4 +226,6 @@ METHOD = Method(
     cost=cost,
     agree=agree,
     open=open,
+    forms=("program",),
+    kept=Kept(Blocks, indexed.learn, indexed.taken, keys=attrgetter("keys")),
 )

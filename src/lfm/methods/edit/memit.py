@@ -86,4 +86,5 @@ METHOD = Method(
     run=run,
     cost=batch.cost,
     agree=partial(batch.agree, "edit.memit"),
+    forms=("checkpoint", "adapter"),
 )

@@ -102,4 +102,5 @@ METHOD = Method(
     cost=practice.cost,
     agree=partial(practice.agree, ID),
     open=open,
+    forms=("program", "adapter", "checkpoint"),
 )

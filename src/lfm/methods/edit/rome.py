@@ -160,4 +160,5 @@ METHOD = Method(
     run=run,
     cost=cost,
     agree=agree,
+    forms=("checkpoint", "adapter"),
 )

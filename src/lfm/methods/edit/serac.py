@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
+from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.errors import EditError, MismatchError, SlotError
 from lfm.core.heavy import torch
 from lfm.core.model import Logprobs, Text, Weights
@@ -271,4 +272,6 @@ METHOD = Method(
     cost=cost,
     agree=agree,
     open=open,
+    forms=("program",),
+    kept=Kept(Scope, scope.joined, scope.taken, keys=attrgetter("keys")),
 )

@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -40,6 +41,7 @@ from lfm.core import (
     DataSlot,
     Gradients,
     Inputs,
+    Kept,
     Meta,
     Method,
     Model,
@@ -240,4 +242,6 @@ METHOD = Method(
     cost=cost,
     agree=agree,
     open=open,
+    forms=("program", "checkpoint"),
+    kept=Kept(Neurons, neurons.learn, neurons.taken, keys=attrgetter("keys")),
 )

@@ -168,4 +168,5 @@ METHOD = Method(
     run=run,
     cost=cost,
     agree=agree,
+    forms=("checkpoint",),
 )

@@ -223,4 +223,5 @@ METHOD = Method(
     run=run,
     cost=cost,
     agree=partial(batch.agree, "edit.ultra"),
+    forms=("checkpoint", "adapter"),
 )

@@ -251,4 +251,5 @@ METHOD = Method(
     run=run,
     cost=cost,
     agree=agree,
+    forms=("checkpoint",),
 )

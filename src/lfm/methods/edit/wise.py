@@ -243,4 +243,5 @@ METHOD = Method(
     cost=cost,
     agree=agree,
     open=open,
+    forms=("program",),
 )

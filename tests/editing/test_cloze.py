@@ -12,7 +12,8 @@ import tiny
 from lfm.core import Codec, Gradients, Logprobs
 from lfm.core.model import Model
 from lfm.editing import cloze
-from lfm.editing.cloze import EVERY, Judge
+from lfm.editing.cloze import Judge
+from lfm.editing.form import EVERY
 from lfm.models import forward, load
 
 MODELS = {"causal": tiny.causal, "masked": tiny.masked}

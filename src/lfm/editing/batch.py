@@ -7,14 +7,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from lfm.core.config import Meta, values
-from lfm.core.errors import EditError, MismatchError
+from lfm.core.errors import EditError
 from lfm.core.heavy import torch
 from lfm.core.method import Cost, Data, DataSlot, Inputs, Run, Sizes, Slot
 from lfm.core.model import Codec, Gradients, Model, Weights
-from lfm.editing import choose, keys, rows, sequence, setting
+from lfm.editing import choose, form, keys, outcome, rows, sequence, setting, value
 from lfm.editing.covariance import ENOUGH, loaded, moments, notes
+from lfm.editing.form import at, reading
 from lfm.editing.keys import Changes, Projections
-from lfm.editing.text import answered, perplexity
+from lfm.editing.resume import activations
 from lfm.models import structure
 from lfm.models.language import BATCH_TOKENS
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from lfm.editing.setting import Setting
     from lfm.editing.value import Found
 
+SAME = 1e-2
+"""How much of a change may be lost on its way to a block's output."""
 ROOM = 4 << 30
 """Bytes of matrices of keys that are kept at a time."""
 
@@ -66,6 +69,22 @@ class Editor(NamedTuple):
     solve: Callable[[int, Tensor], Tensor]
     share: Callable[[int], float] = float
     kept: Callable[[Sequence[int], Sequence[Rows]], None] = lambda blocks, reads: None
+
+
+def site_of(here: Setting, block: int = 0) -> str:
+    """What a value is of: a block's output, to which its projection's is added as it is; or the projection's own,
+    where a norm comes after the sum (in BERT, and what is built as it is)."""
+    read = reading(here.form, here.codec.tokenizer, here.probe[:1])
+    hidden, out = (at(here.module, site, block) for site in ("hidden", "ffn_out"))
+    layer = here.module.get_submodule(structure.site(here.module, out)[0])
+    (before,) = activations(here.module, read.batch, [hidden])
+    (wrote,) = activations(here.module, read.batch, [out])
+    nowhere = torch.zeros(1, dtype=torch.long, device=wrote.device)
+    delta = wrote[0, 0].norm() / wrote.shape[-1] ** 0.5 * torch.ones_like(wrote[0, 0])
+    with value.added(layer, (nowhere, nowhere), delta):
+        (after,) = activations(here.module, read.batch, [hidden])
+    moved = (after - before)[0, 0] - delta
+    return "hidden" if moved.norm() <= SAME * delta.norm() else "ffn_out"
 
 
 class Shifter(NamedTuple):
@@ -109,7 +128,7 @@ def apply(
     EditError where one failed (on_failure "refuse"), or all did. Notes and curves say what was measured.
     """
     around = run.step("before", lambda: sequence.kept_around(here, edits))
-    first = now = perplexity(here.module, here.codec, here.probe)
+    first = now = here.perplexity()
     run.curve("perplexity by batch", first)
     made: list[Edit] = []
     failures: list[str] = []
@@ -119,13 +138,13 @@ def apply(
     for number, start in enumerate(run.track(starts, "editing"), start=1):
         batch = sorted(edits[start : start + size], key=lambda edit: (edit.prompt, edit.new_object))
         if isinstance(how, Shifter):
-            how.begin([rows.rows(here.codec.tokenizer, edit, here.prefixes) for edit in batch], batch)
+            how.begin([here.read(edit, projections.blocks[-1]) for edit in batch], batch)
         kept = run.step(f"batch {number}", partial(_try, here, projections, batch, now, how, guard))
         failures += kept["failures"]
         held = [batch[i] for i in kept["held"]]
         projections.keep({int(block): (each["b"], each["a"]) for block, each in kept["changes"].items()})
         if held and isinstance(how, Editor):
-            how.kept(projections.blocks, [rows.rows(here.codec.tokenizer, edit, here.prefixes) for edit in held])
+            how.kept(projections.blocks, [here.read(edit, projections.blocks[-1]) for edit in held])
         made, now = made + held, kept["perplexity"]
         run.curve("perplexity by batch", now)
         for probability in kept["probabilities"]:
@@ -156,7 +175,7 @@ def _try(
     """The batch's changes once all that is in them holds; what does not is refused, or left out and the rest solved
     anew."""
     last = projections.blocks[-1]
-    reads = [rows.rows(here.codec.tokenizer, edit, here.prefixes) for edit in batch]
+    reads = [here.read(edit, last) for edit in batch]
     found = how.find(last, reads) if isinstance(how, Editor) else []
     failures: list[str] = []
     says = [True] * len(batch)
@@ -186,7 +205,7 @@ def _try(
             projections.show(changes)
         else:
             changes = spread(here, projections, [reads[i] for i in going], [found[i] for i in going], how)
-        after = perplexity(here.module, here.codec, here.probe)
+        after = here.perplexity()
         if not after <= guard.collapse * before:
             error = _broken(len(going), before, after)
             if guard.on_failure == "refuse":
@@ -194,8 +213,7 @@ def _try(
             failures += [f"{batch[place].prompt!r}: {error.what}" for place in going]
             going = []
             break
-        asked = [(batch[place].prompt, batch[place].new_object) for place in going]
-        for place, told in zip(going, answered(here.module, here.codec, asked), strict=True):
+        for place, told in zip(going, here.says(outcome.wanted([batch[place] for place in going])), strict=True):
             says[place] = told
         stay = held(going)
         if stay == going:
@@ -265,9 +283,10 @@ def known(here: Setting, ridge: float, run: Run, made: Callable[[Tensor], Any]) 
     return Known(get, ready, text)
 
 
-def window(last: int, count: int) -> tuple[int, ...]:
-    """The blocks that share a change: so many, up to the last."""
-    return tuple(range(max(0, last - count + 1), last + 1))
+def window(last: int, count: int, stacks: Sequence[Sequence[str]] = ()) -> tuple[int, ...]:
+    """The blocks that share a change: so many of one stack, up to the last."""
+    begin = len(stacks[0]) if len(stacks) > 1 and last >= len(stacks[0]) else 0
+    return tuple(range(max(begin, last - count + 1), last + 1))
 
 
 def edit(
@@ -287,7 +306,7 @@ def edit(
     edits: list[Edit] = list(inputs.records("edits"))
     here = setting.opened(model, inputs.records("text"), run, prefixes=config.prefixes, tokens=config.tokens)
     matrices = known(here, config.ridge, run, made)
-    stack = len(structure.blocks(here.module))
+    stack = len(structure.all_blocks(here.module))
     if config.layers:
         blocks = tuple(sorted({block % stack for block in config.layers}))
     else:
@@ -318,34 +337,25 @@ def _chosen(
     config: Batched, here: Setting, edits: Sequence[Edit], run: Run, count: int, matrices: Known, how: Editor
 ) -> tuple[int, ...]:
     brief = choose.brief(here)
-    tried = choose.candidates(len(structure.blocks(here.module)))
-    soon = sorted({block for last in tried for block in window(last, count)})
+    shared = partial(window, count=count, stacks=structure.stacks(here.module))
+    soon = sorted({block for last in choose.tried(here.module) for block in shared(last)})
 
     def made(last: int, edit: Edit) -> tuple[Rows, Changes]:
-        matrices.ready(window(last, count), soon)
-        read = rows.rows(here.codec.tokenizer, edit, brief.prefixes)
-        projections = keys.Projections(here.module, window(last, count), {})
+        matrices.ready(shared(last), soon)
+        read = brief.read(edit, last)
+        projections = keys.Projections(here.module, shared(last), {})
         changes = spread(brief, projections, [read], how.find(last, [read]), how)
         projections.show({})
         return read, changes
 
     method = {"id": type(config).__module__, "spread": count, **values(config)}
-    return window(choose.block(brief, edits, run, made, method), count)
+    return shared(choose.block(brief, edits, run, made, method))
 
 
-def agree(id: str, config: Any, inputs: Inputs) -> None:
-    """config: one with `layers`."""
+def agree(id: str, config: Any, inputs: Inputs, tasks: Sequence[str] = tuple(form.KINDS)) -> None:
+    """config: one with `layers`. tasks: of the models that can be edited."""
     rows.agree(inputs.records("edits"))
-    facts = inputs.model("model").facts
-    if facts.task != "causal-lm":
-        raise MismatchError(
-            f"{id} edits causal language models; {inputs.model('model').ref} is none",
-            why=f"its task is {facts.task or 'not known'}",
-            fix="give a causal language model, or change the facts by tune.lora",
-        )
-    for layer in config.layers:
-        if facts.layers and not -facts.layers <= layer < facts.layers:
-            raise MismatchError(f"there is no block {layer}", why=f"the model has {facts.layers}, counted from 0")
+    form.editable(id, inputs.model("model"), inputs.records("text"), config.layers, tasks)
 
 
 def cost(config: Batched, sizes: Sizes) -> Cost:
@@ -367,7 +377,7 @@ def cost(config: Batched, sizes: Sizes) -> Cost:
     )
 
 
-MODELS = {"model": Slot((Gradients, Weights, Codec), help="the causal language model to edit")}
+MODELS = {"model": Slot((Gradients, Weights, Codec), help="the language model to edit")}
 DATA = {
     "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change"),
     "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text, whose keys should not change"),

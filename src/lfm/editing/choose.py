@@ -11,11 +11,13 @@ from lfm.core.method import Run
 from lfm.editing import kept, keys
 from lfm.editing.rows import Rows
 from lfm.editing.setting import Setting
-from lfm.editing.text import perplexity, sampled, tokenised
+from lfm.editing.text import sampled, tokenised
 from lfm.editing.value import answer_logprobs, both
 from lfm.models import forward, structure
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lfm.data.records import Edit
     from lfm.editing.keys import Changes
 
@@ -44,31 +46,40 @@ def candidates(blocks: int) -> list[int]:
     return sorted({round(i * (last - 1) / max(1, count - 1)) for i in range(count)})
 
 
+def tried(module: nn.Module) -> list[int]:
+    """The blocks that are tried, numbered through: of an encoder and a decoder every one, since after the last of each
+    its states are read, by the other or as what is said."""
+    count = len(structure.all_blocks(module))
+    return candidates(count + 1 if len(structure.stacks(module)) > 1 else count)
+
+
 def block(setting: Setting, edits: Sequence[Edit], run: Run, solve: Solve, how: Mapping[str, Any]) -> int:
     """The block where the first edits gain most: mean log p(new object) over their contexts, once they are made, less
     what a token loses of other text and of what else the model says of the subject. Each is tried alone, then taken
     off. how: the editor and its settings, as plain values; what was tried so before is not tried again."""
-    module = setting.module
-    tried = edits[:EDITS]
-    key = kept.key_of(setting, tried, run)
+    module, first = setting.module, edits[:EDITS]
+    key = kept.key_of(setting, first, run)
     own = run.step(
         "said of the subjects",
-        lambda: kept.known("said", key, lambda: [said(setting, edit, run) for edit in tried]),
+        lambda: kept.known("said", key, lambda: [said(setting, edit, run) for edit in first]),
     )
     gains: dict[int, float] = {}
 
     def gain(index: int) -> float:
         trial = {**key, "how": dict(how), "block": index}
-        return kept.known("gain", trial, lambda: _gain(setting, tried, own, index, solve))
+        return kept.known("gain", trial, lambda: _gain(setting, first, own, index, solve))
 
-    for index in run.track(candidates(len(structure.blocks(module))), "trying blocks"):
+    for index in run.track(tried(module), "trying blocks"):
         gains[index] = run.step(f"block {index}", lambda index=index: gain(index))
         run.curve("gain by block tried", gains[index])
     return max(gains, key=lambda index: (gains[index], -index))
 
 
 def said(setting: Setting, edit: Edit, run: Run) -> list[list[int]]:
-    """Ids of texts in which the model goes on from the edit's subject by itself, without the object that is to go."""
+    """Ids of texts in which the model goes on from the edit's subject by itself, without the object that is to go; none
+    of a model that does not go on by itself."""
+    if not setting.form.causal:
+        return []
     seed = run.seed_for(f"said of {edit.subject}")
     texts = sampled(setting.module, setting.codec, seed, length=OWN_LENGTH, count=OWN, after=edit.subject)
     kept = [edit.subject + text for text in texts if not edit.object or edit.object not in text]
@@ -77,7 +88,7 @@ def said(setting: Setting, edit: Edit, run: Run) -> list[list[int]]:
 
 def _gain(setting: Setting, edits: Sequence[Edit], own: Sequence[list[list[int]]], index: int, solve: Solve) -> float:
     def losses(texts: list[list[int]]) -> float:
-        return sum(math.log(perplexity(setting.module, setting.codec, ids)) for ids in (setting.probe, texts))
+        return sum(math.log(setting.perplexity(ids)) for ids in (setting.probe, texts))
 
     gained = []
     for edit, texts in zip(edits, own, strict=True):

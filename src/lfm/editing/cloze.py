@@ -9,6 +9,7 @@ from lfm.core.errors import DataError, MismatchError
 from lfm.core.heavy import torch
 from lfm.core.model import Batch, Codec, Facts
 from lfm.data.wording import spaced
+from lfm.editing.form import CAUSAL, MASKED_LM, Form
 from lfm.editing.rows import place
 from lfm.editing.text import answered, perplexity
 from lfm.models import forward
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
     from lfm.core.model import Model
     from lfm.data.records import Text
-
-EVERY = 7
-"""Of a text's tokens one in so many is blanked to measure a masked model's perplexity: the 15 % it was trained with."""
 
 Asked = tuple[str, str, str]
 """(prompt, answer, suffix)."""
@@ -96,39 +94,29 @@ class Judge(NamedTuple):
 
     def says(self, asked: Sequence[Asked]) -> list[bool]:
         """Whether greedy text from each bare prompt begins with the answer; whether a masked model fills it in."""
-        if not self.masked:
-            return answered(self.module, self.codec, [(prompt, answer) for prompt, answer, _ in asked])
-        reads = [cloze(self.codec.tokenizer, one, masked=True) for one in asked]
-        said = [False] * len(reads)
-        for group in batches([len(read.ids) for read in reads]):
-            with torch.no_grad():
-                logits = forward(self.module, batch_of(self.codec.tokenizer, [reads[i] for i in group]))
-            for row, i in enumerate(group):
-                said[i] = first_choice(logits[row], reads[i])
-        return said
+        return said(self.module, self.codec, asked, self._form)
 
     def perplexity(self) -> float:
         """On the probe: of every next token; of one token in EVERY, blanked, where the model is a masked one."""
-        if not self.masked:
-            return perplexity(self.module, self.codec, self.probe)
-        return blanked_perplexity(self.module, self.codec.tokenizer, self.probe)
+        return perplexity(self.module, self.codec, self.probe, self._form)
+
+    @property
+    def _form(self) -> Form:
+        return Form(MASKED_LM) if self.masked else CAUSAL
 
 
-def blanked_perplexity(module: nn.Module, tokenizer: Any, ids: Sequence[Sequence[int]]) -> float:
-    """exp of the mean NLL of every EVERY-th ordinary token of the rows, all of a row's blanked at once. 1 for none."""
-    special = torch.tensor(sorted(tokenizer.all_special_ids))
-    total, count = 0.0, 0
-    for group in batches([len(row) for row in ids]):
-        batch = dict(pad([list(ids[i]) for i in group], pad_id(tokenizer)))
-        right = batch["input_ids"]
-        ordinary = ~torch.isin(right, special) & batch["attention_mask"].bool()
-        blank = ordinary & (ordinary.cumsum(1) % EVERY == EVERY // 2)
-        batch["input_ids"] = right.masked_fill(blank, tokenizer.mask_token_id)
+def said(module: nn.Module, codec: Codec, asked: Sequence[Asked], form: Form) -> list[bool]:
+    """Whether greedy text from each bare prompt begins with the answer; whether a masked model fills it in."""
+    if form.task != MASKED_LM:
+        return answered(module, codec, [(prompt, answer) for prompt, answer, _ in asked])
+    reads = [cloze(codec.tokenizer, one, masked=True) for one in asked]
+    told = [False] * len(reads)
+    for group in batches([len(read.ids) for read in reads]):
         with torch.no_grad():
-            told = forward(module, batch).cpu().log_softmax(-1).gather(2, right[..., None])[..., 0]
-        total -= told[blank].double().sum().item()
-        count += int(blank.sum())
-    return float(torch.tensor(total / max(count, 1), dtype=torch.float64).exp())
+            logits = forward(module, batch_of(codec.tokenizer, [reads[i] for i in group]))
+        for row, i in enumerate(group):
+            told[i] = first_choice(logits[row], reads[i])
+    return told
 
 
 def readable(id: str, model: Model) -> None:

@@ -9,8 +9,8 @@ from lfm.core.heavy import torch
 from lfm.core.method import Run
 from lfm.core.model import Codec
 from lfm.editing import kept
-from lfm.models import forward, structure
-from lfm.models.codec import pad, pad_id
+from lfm.editing.form import CAUSAL, Form, at, in_decoder, reading
+from lfm.editing.resume import activations
 from lfm.models.language import batches
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _measured(here: Setting, blocks: Sequence[int], run: Run, ridge: float) -> d
         live = [block for block in blocks if block not in done]
         more = sum(map(len, rows))
         count += more
-        for block, moment in second_moments(here.module, here.codec, live, rows, run).items():
+        for block, moment in second_moments(here.module, here.codec, live, rows, run, here.form).items():
             totals[block] = totals[block] + moment * more
             now = totals[block] / count
             with_ridge = loaded(now, max(ridge, 1e-9))
@@ -116,13 +116,11 @@ def doublings(rows: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
 
 def _keys(here: Setting, blocks: Sequence[int]) -> dict[int, Tensor]:
     """(in, n) fp64: each block's keys at tokens of the probe, evenly spread."""
-    rows = here.probe[:TRIED]
-    batch = pad([list(row) for row in rows], pad_id(here.codec.tokenizer))
-    with torch.no_grad(), structure.watch(here.module, [("ffn_key", block) for block in blocks]) as seen:
-        forward(here.module, batch)
+    read = reading(here.form, here.codec.tokenizer, here.probe[:TRIED])
+    seen = activations(here.module, read.batch, [at(here.module, "ffn_key", block) for block in blocks])
     found = {}
     for block, keys in zip(blocks, seen, strict=True):
-        kept_keys = keys.cpu()[batch["attention_mask"].bool()].double()
+        kept_keys = keys.cpu()[read.tokens(in_decoder(here.module, block))].double()
         found[block] = kept_keys[:: max(1, len(kept_keys) // TRIED)][:TRIED].T.contiguous()
     return found
 
@@ -133,22 +131,27 @@ def second_moment(module: nn.Module, codec: Codec, block: int, ids: Sequence[Seq
 
 
 def second_moments(
-    module: nn.Module, codec: Codec, blocks: Sequence[int], ids: Sequence[Sequence[int]], run: Run
+    module: nn.Module,
+    codec: Codec,
+    blocks: Sequence[int],
+    ids: Sequence[Sequence[int]],
+    run: Run,
+    form: Form = CAUSAL,
 ) -> dict[int, Tensor]:
     """C (in, in) of each block's projection, as `second_moment` tells it: all in one pass over the rows."""
     totals: list[Any] = [0] * len(blocks)
+    counts = [0] * len(blocks)
     groups = batches([len(row) for row in ids])
     which = f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
     for group in run.track(groups, f"covariance of keys, {which}"):
-        batch = pad([ids[i] for i in group], pad_id(codec.tokenizer))
-        with torch.no_grad(), structure.watch(module, [("ffn_key", block) for block in blocks]) as seen:
-            forward(module, batch)
+        read = reading(form, codec.tokenizer, [ids[i] for i in group])
+        seen = activations(module, read.batch, [at(module, "ffn_key", block) for block in blocks])
         for place, keys in enumerate(seen):
-            keys = keys[batch["attention_mask"].bool().to(keys.device)]
+            keys = keys[read.tokens(in_decoder(module, blocks[place])).to(keys.device)]
+            counts[place] += len(keys)
             keys = keys.cpu().double() if keys.device.type == "mps" else keys.double()
             totals[place] = totals[place] + keys.T @ keys
-    count = sum(map(len, ids))
-    return {block: total.cpu() / count for block, total in zip(blocks, totals, strict=True)}
+    return {block: total.cpu() / max(count, 1) for block, total, count in zip(blocks, totals, counts, strict=True)}
 
 
 def loaded(moment: Tensor, ridge: float) -> Tensor:

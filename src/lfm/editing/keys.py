@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.heavy import torch
 from lfm.core.model import LowRank
-from lfm.editing.resume import logits_at
+from lfm.editing.form import at
+from lfm.editing.resume import activations
 from lfm.editing.rows import Rows, groups, together
-from lfm.models import forward, structure
+from lfm.models import structure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def projection(module: nn.Module, block: int) -> tuple[str, Any]:
     """(name, layer) of the projection that ends a block's feed-forward layer."""
-    name = structure.site(module, ("ffn_out", block))[0]
+    name = structure.site(module, at(module, "ffn_out", block))[0]
     return name, module.get_submodule(name)
 
 
@@ -56,8 +57,7 @@ def of_least_rank(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
 def at_subject(module: nn.Module, block: int, rows: Rows) -> tuple[Tensor, Tensor]:
     """(n, in) keys and (n, out) values at the subject's last token of each context; fp64 on the CPU."""
-    with torch.no_grad(), structure.watch(module, [("ffn_key", block), ("ffn_out", block)]) as seen:
-        forward(module, rows.batch)
+    seen = activations(module, rows.batch, [at(module, site, block) for site in ("ffn_key", "ffn_out")])
     places = torch.arange(rows.contexts), rows.subject[:-1]
     return seen[0].cpu()[places].double(), seen[1].cpu()[places].double()
 
@@ -78,12 +78,10 @@ def at_blocks(module: nn.Module, blocks: Sequence[int], reads: Sequence[Rows]) -
 def _at(module: nn.Module, sites: list[tuple[str, int]], reads: Sequence[Rows]) -> list[list[Tensor]]:
     """Of each site, of each edit, (contexts, width) at the subject's last token."""
     home = next(module.parameters()).device
-    nothing = torch.zeros(1, dtype=torch.long, device=home)
     found: list[dict[int, Tensor]] = [{} for _ in sites]
     for group in groups(reads):
         joined = together([reads[i] for i in group], home)
-        with torch.no_grad(), structure.watch(module, sites) as seen:
-            logits_at(module, joined.batch, nothing, nothing)
+        seen = activations(module, joined.batch, [at(module, *site) for site in sites])
         spans = list(zip(group, joined.bare.tolist(), joined.essence.tolist(), strict=True))
         for each, values in zip(found, seen, strict=True):
             here = values.to(home)[torch.arange(len(joined.subject), device=home), joined.subject].cpu().double()

@@ -11,26 +11,35 @@ from lfm.core.model import Batch
 from lfm.data.files import where
 from lfm.data.records import Edit, Record
 from lfm.data.wording import wording
+from lfm.editing.form import CAUSAL, IGNORED, MASKED_LM, Form
 from lfm.models.codec import pad, pad_id
 from lfm.models.language import BATCH_TOKENS, spans
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORED = -100
 ESSENCE = "{} is a"
 """What a model says next tells what it takes the subject to be: an edit should not change that (2202.05262, 3.1)."""
 
 
 class Rows(NamedTuple):
-    """n texts that end in the new object, then one about the subject alone. All (n + 1, T) but for `subject` (n + 1,).
+    """n texts that ask for the new object, then one about the subject alone. All (n + 1, T) but for `subject` (n + 1,).
 
-    labels lie on the tokens they name, −100 elsewhere (all of the last row); subject: the place of its last token.
+    labels: the new object's tokens, −100 elsewhere (all of the last row); each is told `shift` places before it: 1
+    where it is read as well (a causal model), 0 where a blank is, or what a decoder writes it after. subject: the place
+    of its last token, or in a decoder of the first thing said. after: where the last row tells what comes next.
     """
 
     batch: Batch
     labels: Tensor
     subject: Tensor
+    shift: int = 1
+    after: int = 0
+
+    @property
+    def told(self) -> Tensor:
+        """(n, T) the new object's tokens at the places whose logits tell them, −100 elsewhere."""
+        return F.pad(self.labels[:-1, self.shift :], (0, self.shift), value=IGNORED)
 
     @property
     def contexts(self) -> int:
@@ -104,8 +113,15 @@ def _contradiction(edits: Sequence[Edit], given: Sequence[Record], number: int, 
     )
 
 
-def rows(tokenizer: Any, edit: Edit, prefixes: Sequence[str]) -> Rows:
-    """The edit's prompt and new object after each prefix, and the subject alone."""
+def rows(tokenizer: Any, edit: Edit, prefixes: Sequence[str], form: Form = CAUSAL, *, decoder: bool = False) -> Rows:
+    """The edit's prompt and new object after each prefix, and the subject alone, as a model of that form is asked.
+
+    decoder: the place is where an encoder-decoder's decoder says the new object's first token.
+    """
+    if form.task == MASKED_LM:
+        return _blanked(tokenizer, edit, prefixes)
+    if not form.causal:
+        return _written(tokenizer, edit, prefixes, form.start, decoder)
     asked = wording(edit)
     essence = ESSENCE.format(edit.subject)
     begun = [prefix + asked.prompt for prefix in prefixes]
@@ -120,6 +136,55 @@ def rows(tokenizer: Any, edit: Edit, prefixes: Sequence[str]) -> Rows:
         pad(ids, pad_id(tokenizer)),
         pad([*labels, [IGNORED] * len(ids[-1])], IGNORED)["input_ids"],
         torch.tensor(subject),
+        after=len(ids[-1]) - 1,
+    )
+
+
+def _blanked(tokenizer: Any, edit: Edit, prefixes: Sequence[str]) -> Rows:
+    """A blank a token of the new object, then the suffix; of the subject alone one blank."""
+    asked = wording(edit)
+    begun = [prefix + asked.prompt for prefix in prefixes]
+    found = spans(tokenizer, begun, [asked.answer] * len(begun), [asked.suffix] * len(begun))
+    end = place(asked.prompt, edit.subject) + len(edit.subject)
+    ids, labels, subject = [], [], []
+    for prefix, text, (row, first, last) in zip(prefixes, begun, found, strict=True):
+        ids.append([*row[:first], *[tokenizer.mask_token_id] * (last - first), *row[last:]])
+        labels.append([IGNORED] * first + list(row[first:last]) + [IGNORED] * (len(row) - last))
+        subject.append(last_token(tokenizer, text + asked.answer + asked.suffix, len(prefix) + end))
+    essence = f"{ESSENCE.format(edit.subject)} {tokenizer.mask_token}."
+    ids.append(list(tokenizer(essence)["input_ids"]))
+    labels.append([IGNORED] * len(ids[-1]))
+    subject.append(last_token(tokenizer, essence, len(edit.subject)))
+    return Rows(
+        pad(ids, pad_id(tokenizer)),
+        pad(labels, IGNORED)["input_ids"],
+        torch.tensor(subject),
+        shift=0,
+        after=ids[-1].index(tokenizer.mask_token_id),
+    )
+
+
+def _written(tokenizer: Any, edit: Edit, prefixes: Sequence[str], start: int, decoder: bool) -> Rows:
+    """The encoder reads the prompts; the decoder says the new object, each token after the right ones before it."""
+    asked = wording(edit)
+    texts = [*(prefix + asked.prompt for prefix in prefixes), ESSENCE.format(edit.subject)]
+    encoded = [list(row) for row in tokenizer(texts)["input_ids"]]
+    target = list(tokenizer(text_target=asked.answer.strip())["input_ids"])
+    special = set(tokenizer.all_special_ids)
+    opening = next(i for i, token in enumerate(target) if token not in special)
+    said = target[opening:-1] if target[-1] in special else target[opening:]
+    begun = [start, *target[:opening]]
+    end = place(asked.prompt, edit.subject) + len(edit.subject)
+    ends = [*(len(prefix) + end for prefix in prefixes), len(edit.subject)]
+    subject = [opening if decoder else last_token(tokenizer, text, e) for text, e in zip(texts, ends, strict=True)]
+    count = len(prefixes)
+    return Rows(
+        pad(encoded, pad_id(tokenizer))
+        | {"decoder_input_ids": pad([[*begun, *said[:-1]]] * (count + 1), pad_id(tokenizer))["input_ids"]},
+        pad([[IGNORED] * opening + said] * count + [[IGNORED] * (opening + len(said))], IGNORED)["input_ids"],
+        torch.tensor(subject),
+        shift=0,
+        after=opening,
     )
 
 
@@ -147,8 +212,9 @@ def groups(reads: Sequence[Rows]) -> list[list[int]]:
 class Joined(NamedTuple):
     """The rows (R) of several edits (E), and what is asked of them.
 
-    owner (R,): whose a row is; bare, essence (E,): the first and the last row of each; asked (3, n): the rows, the
-    places before, and the ids, of the new objects' tokens.
+    owner (R,): whose a row is; bare, essence (E,): the first and the last row of each; after (E,): the place in the
+    last; asked (3, n): the rows, the places that tell them, and the ids, of the new objects' tokens. causal: that a
+    change at a place reaches none before it.
     """
 
     batch: Batch
@@ -156,7 +222,9 @@ class Joined(NamedTuple):
     owner: Tensor
     bare: Tensor
     essence: Tensor
+    after: Tensor
     asked: Tensor
+    causal: bool
 
     @property
     def last(self) -> Tensor:
@@ -166,17 +234,14 @@ class Joined(NamedTuple):
 
 def together(reads: Sequence[Rows], device: Any) -> Joined:
     """The edits' rows as one batch on a device."""
-    wide = max(read.batch["input_ids"].shape[1] for read in reads)
     sizes = torch.tensor([len(read.subject) for read in reads])
 
     def stacked(each: Sequence[Tensor], fill: int) -> Tensor:
+        wide = max(x.shape[1] for x in each)
         return torch.cat([F.pad(x, (0, wide - x.shape[1]), value=fill) for x in each])
 
-    batch = {
-        "input_ids": stacked([read.batch["input_ids"] for read in reads], 0),
-        "attention_mask": stacked([read.batch["attention_mask"] for read in reads], 0),
-    }
-    labels = stacked([read.labels for read in reads], IGNORED)[:, 1:]
+    batch = {name: stacked([read.batch[name] for read in reads], 0) for name in reads[0].batch}
+    labels = stacked([F.pad(read.told, (0, 0, 0, 1), value=IGNORED) for read in reads], IGNORED)
     row, place = (labels != IGNORED).nonzero(as_tuple=True)
     ends = sizes.cumsum(0)
     return Joined(
@@ -185,5 +250,7 @@ def together(reads: Sequence[Rows], device: Any) -> Joined:
         torch.arange(len(reads)).repeat_interleave(sizes).to(device),
         (ends - sizes).to(device),
         (ends - 1).to(device),
+        torch.tensor([read.after for read in reads]).to(device),
         torch.stack([row, place, labels[row, place]]).to(device),
+        all(read.shift for read in reads),
     )

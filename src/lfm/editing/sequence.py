@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from lfm.core.config import Meta
 from lfm.core.errors import EditError
 from lfm.core.method import Run
-from lfm.editing import keys
+from lfm.editing import keys, outcome
 from lfm.editing.setting import Setting
-from lfm.editing.text import answered, perplexity
 from lfm.editing.value import Found, Search
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def apply(
     _, layer = keys.projection(setting.module, block)
     base = keys.weight(layer)
     around = run.step("before", lambda: kept_around(setting, edits))
-    first = now = perplexity(setting.module, setting.codec, setting.probe)
+    first = now = setting.perplexity()
     changes: list[tuple[Tensor, Tensor]] = []
     made: list[Edit] = []
     failures: list[str] = []
@@ -125,32 +124,21 @@ def _try(
         "probability": found.probability,
         "reach": found.reach,
         "steps": found.steps,
-        "perplexity": perplexity(setting.module, setting.codec, setting.probe),
-        "says": answered(setting.module, setting.codec, [(edit.prompt, edit.new_object)])[0],
+        "perplexity": setting.perplexity(),
+        "says": setting.says(outcome.wanted([edit]))[0],
     }
 
 
 def efficacy(setting: Setting, made: Sequence[Edit]) -> float:
-    said = answered(setting.module, setting.codec, [(edit.prompt, edit.new_object) for edit in made])
+    said = setting.says(outcome.wanted(made))
     return sum(said) / len(said)
 
 
 def kept_around(setting: Setting, edits: Sequence[Edit]) -> list[bool]:
     """Of each neighbour of each edit, whether the model now says its object."""
-    return answered(setting.module, setting.codec, [pair for edit in edits for pair in edit.neighbours])
+    return outcome.around(setting.says, edits)
 
 
 def measured(setting: Setting, made: Sequence[Edit], edits: Sequence[Edit], around: Sequence[bool]) -> dict[str, float]:
-    """Shares on greedy text: of the edits, of their paraphrases, of what follows from them, and of the neighbours that
-    were right before."""
-    measured = {"efficacy": efficacy(setting, made)}
-    said = answered(setting.module, setting.codec, [(p, edit.new_object) for edit in made for p in edit.paraphrases])
-    if said:
-        measured["paraphrase"] = sum(said) / len(said)
-    follows = answered(setting.module, setting.codec, [pair for edit in made for pair in edit.portability])
-    if follows:
-        measured["portability"] = sum(follows) / len(follows)
-    right = [now for then, now in zip(around, kept_around(setting, edits), strict=True) if then]
-    if right:
-        measured["neighbours_kept"] = sum(right) / len(right)
-    return measured
+    """Shares of what the model says by itself, as `outcome.measured` tells them."""
+    return outcome.measured(setting.says, made, edits, around)

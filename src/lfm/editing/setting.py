@@ -6,17 +6,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.errors import EditError
+from lfm.core.heavy import torch
 from lfm.core.method import Run
 from lfm.core.model import Codec, Gradients, Model
 from lfm.data import task as tasks
 from lfm.data.records import Text
-from lfm.editing import kept
+from lfm.editing import kept, rows
+from lfm.editing.cloze import said
 from lfm.editing.covariance import ENOUGH
-from lfm.editing.text import sampled, tokenised
+from lfm.editing.form import CAUSAL, Form, form_of, in_decoder
+from lfm.editing.text import perplexity, sampled, tokenised
 from lfm.models import device, structure
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lfm.data.records import Edit
+    from lfm.editing.cloze import Asked
+    from lfm.editing.rows import Rows
 
 SAMPLE = 64
 """Tokens of a text that the model is left to say."""
@@ -28,7 +35,8 @@ PROBE = 2048
 
 class Setting(NamedTuple):
     """prefixes: what is put before a prompt, the first of them nothing. text: ids on which C is measured; probe: ids
-    of other texts, on which perplexity is. digest: the model's; where it is empty nothing is kept for another run."""
+    of other texts, on which perplexity is. digest: the model's; where it is empty nothing is kept for another run.
+    form: how the model is asked."""
 
     module: nn.Module
     codec: Codec
@@ -36,16 +44,32 @@ class Setting(NamedTuple):
     text: list[list[int]]
     probe: list[list[int]]
     digest: str = ""
+    form: Form = CAUSAL
+
+    def read(self, edit: Edit, block: int) -> Rows:
+        """The edit as it is asked, with the place where a block would change it."""
+        decoder = in_decoder(self.module, block)
+        return rows.rows(self.codec.tokenizer, edit, self.prefixes, self.form, decoder=decoder)
+
+    def says(self, asked: Sequence[Asked]) -> list[bool]:
+        """Whether greedy text from each bare prompt begins with the answer; whether a masked model fills it in."""
+        return said(self.module, self.codec, asked, self.form)
+
+    def perplexity(self, ids: Sequence[Sequence[int]] | None = None) -> float:
+        """On these rows; none: on the probe."""
+        return perplexity(self.module, self.codec, self.probe if ids is None else ids, self.form)
 
 
 def opened(model: Model, records: Sequence[Text], run: Run, *, prefixes: int, tokens: int | None = None) -> Setting:
     """The setting of an edit. tokens: for C; none: ten a dimension of the widest key.
 
-    Without records the text is the model's own. A fifth of the texts, the last ones, is kept as the probe.
+    Without records the text is the model's own. A fifth of the texts, the last ones, is kept as the probe. Prefixes are
+    the model's own too; those of a model that does not go on by itself, as a causal one does, are beginnings of texts.
     """
     codec = model.ask(Codec)
     module = model.ask(Gradients).module().to(device()).requires_grad_(False)
-    wanted = tokens or ENOUGH * max(structure.feed_forward(module, block).inner for block in structure.blocks(module))
+    stack = structure.all_blocks(module)
+    wanted = tokens or ENOUGH * max(structure.feed_forward(module, block).inner for block in stack)
 
     def own(name: str, length: int, *, count: int = 0, tokens: int = 0) -> list[str]:
         """Texts of the model's own, said once."""
@@ -57,7 +81,8 @@ def opened(model: Model, records: Sequence[Text], run: Run, *, prefixes: int, to
 
         return run.step(name, lambda: kept.known("said", key, said))
 
-    before = own("prefixes", PREFIX, count=prefixes)
+    form = form_of(model, module)
+    before = own("prefixes", PREFIX, count=prefixes) if form.causal else []
     if records:
         texts = [record.text for record in tasks.fit(records, codec, model.facts)]  # type: ignore[attr-defined]
     else:
@@ -71,7 +96,11 @@ def opened(model: Model, records: Sequence[Text], run: Run, *, prefixes: int, to
             why="the model ends its own texts at once" if not records else "the texts given are empty",
             fix="give text=FILE with running text of the kind that the model reads",
         )
-    return Setting(module, codec, ("", *(joined(text) for text in before)), text, probe, model.digest)
+    if not form.causal:
+        order = torch.randperm(len(text), generator=run.generator("prefixes")).tolist()[:prefixes]
+        before = codec.tokenizer.batch_decode([text[i][: PREFIX + 1] for i in order], skip_special_tokens=True)
+    before = [prefix for prefix in before if prefix.strip()]
+    return Setting(module, codec, ("", *(joined(text) for text in before)), text, probe, model.digest, form)
 
 
 def joined(prefix: str) -> str:

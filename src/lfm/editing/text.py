@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lfm.core.heavy import torch
 from lfm.core.model import Codec
+from lfm.editing.form import CAUSAL, IGNORED, Form, reading
 from lfm.models import forward
-from lfm.models.codec import pad, pad_id
 from lfm.models.language import BATCH_TOKENS, batches
 from lfm.models.local import LocalText
 
@@ -59,17 +59,18 @@ def tokenised(codec: Codec, texts: Sequence[str], tokens: int) -> list[list[int]
     return [row for row in kept if row]
 
 
-def perplexity(module: nn.Module, codec: Codec, ids: Sequence[Sequence[int]]) -> float:
-    """exp of the mean NLL of every token but each row's first; fp64 sums. 1.0 where there is none."""
+def perplexity(module: nn.Module, codec: Codec, ids: Sequence[Sequence[int]], form: Form = CAUSAL) -> float:
+    """exp of the mean NLL of what a model of this form tells of the rows (a causal one: every token but each row's
+    first); fp64 sums. 1.0 where there is none."""
     total, count = 0.0, 0
     for group in batches([len(row) for row in ids]):
-        batch = pad([ids[i] for i in group], pad_id(codec.tokenizer))
+        read = reading(form, codec.tokenizer, [ids[i] for i in group])
         with torch.no_grad():
-            logits = forward(module, batch)[:, :-1].log_softmax(-1)
-        labels, asked = batch["input_ids"][:, 1:].to(logits.device), batch["attention_mask"][:, 1:].bool()
-        told = logits.gather(2, labels[..., None])[..., 0]
-        total -= told[asked.to(told.device)].double().sum().item()
-        count += int(asked.sum())
+            logits = forward(module, read.batch).log_softmax(-1)
+        labels = read.labels.to(logits.device)
+        told = logits.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        total -= told[labels != IGNORED].double().sum().item()
+        count += int((labels != IGNORED).sum())
     return float(torch.tensor(total / max(count, 1), dtype=torch.float64).exp())
 
 

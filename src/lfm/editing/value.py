@@ -9,6 +9,7 @@ from lfm.core.config import Config, Meta
 from lfm.core.heavy import F, torch
 from lfm.core.model import Batch
 from lfm.editing.behind import Behind, continued, cut
+from lfm.editing.form import at, in_decoder
 from lfm.editing.resume import Begun, agrees, logits_at, recording, resumed
 from lfm.editing.rows import IGNORED, Joined, Rows, groups, together
 from lfm.models import structure
@@ -96,9 +97,9 @@ def both(told: Tensor) -> Tensor:
 
 def answer_logprobs(logits: Tensor, rows: Rows) -> Tensor:
     """(n,) log-probability of the whole new object in each context."""
-    labels = rows.labels[:-1, 1:].to(logits.device)
+    labels = rows.told.to(logits.device)
     asked = labels != IGNORED
-    told = logits[:-1, :-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    told = logits[:-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     return (told * asked).sum(1)
 
 
@@ -115,6 +116,7 @@ class _Start(NamedTuple):
 
     behind: Behind | None
     begun: Begun | None
+    reads: str = "input_ids"  # what of the batch the site's stack reads
 
     def view(self, joined: Joined) -> _View:
         still = torch.zeros_like(joined.subject)
@@ -127,9 +129,9 @@ class _Start(NamedTuple):
         behind, begun = self.behind and self.behind.of(rows), self.begun
         if begun:
             hidden = begun.hidden[rows.to(begun.hidden.device)]
-            wide = hidden.shape[1] if behind else joined.batch["input_ids"].shape[1]
+            wide = hidden.shape[1] if behind else joined.batch[self.reads].shape[1]
             begun = begun._replace(hidden=hidden[:, :wide])
-        return _Start(behind, begun)
+        return self._replace(behind=behind, begun=begun)
 
 
 @final
@@ -140,7 +142,7 @@ class _Together:
         self, module: nn.Module, block: int, reads: Sequence[Rows], settings: Search, sites: Sequence[str]
     ) -> None:
         self._module, self._block, self._reads, self._settings, self._sites = module, block, reads, settings, sites
-        names = [structure.site(module, (site, block))[0] for site in sites]
+        names = [structure.site(module, at(module, site, block))[0] for site in sites]
         self._layers = [module.get_submodule(name) for name in names]
         self._home = next(module.parameters()).device
 
@@ -188,9 +190,10 @@ class _Together:
 
     def _begin(self, joined: Joined) -> tuple[_Start, Tensor]:
         """What no δ changes, and v₀ (sites, E, width) behind the bare prompts."""
-        upto = self._block % len(structure.blocks(self._module)) + (tuple(self._sites) == ("hidden",))
-        where = [(site, self._block) for site in self._sites]
-        start = _Start(self._cut(joined), None)
+        upto = self._block % len(structure.all_blocks(self._module)) + (tuple(self._sites) == ("hidden",))
+        where = [at(self._module, site, self._block) for site in self._sites]
+        reads = "decoder_input_ids" if in_decoder(self._module, self._block) else "input_ids"
+        start = _Start(self._cut(joined), None, reads)
         view = start.view(joined)
         asked, places = joined.asked[0], joined.asked[1] - view.shift[joined.asked[0]]
         with torch.no_grad(), continued(self._module, start.behind):
@@ -205,7 +208,7 @@ class _Together:
 
     def _cut(self, joined: Joined) -> Behind | None:
         """The rows cut, where that changes nothing: tried on the bare prompts and the last rows."""
-        behind = cut(self._module, joined)
+        behind = cut(self._module, joined) if joined.causal else None
         if behind is None:
             return None
         rows = torch.cat([joined.bare, joined.essence])
@@ -227,7 +230,7 @@ class _Together:
             for layer, change in zip(self._layers, delta, strict=True):
                 held.enter_context(added(layer, (rows, view.subject), change[joined.owner]))
             which = torch.cat([asked, joined.essence])
-            where = torch.cat([places, joined.last[joined.essence]])
+            where = torch.cat([places, joined.after])
             logits = logits_at(self._module, view.batch, which, where - view.shift[which])
         logs = logits.log_softmax(-1)
         tokens = logs[: len(asked)].gather(1, ids[:, None])[:, 0]

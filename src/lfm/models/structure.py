@@ -5,7 +5,7 @@ Works for decoder and encoder stacks whose blocks are entries of one ModuleList.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,6 +55,22 @@ def blocks(module: nn.Module) -> list[str]:
             f"no stack of blocks in {type(module).__name__}", why="its layers are not entries of one ModuleList"
         )
     return best
+
+
+def stacks(module: nn.Module) -> list[list[str]]:
+    """Names of the blocks, stack by stack, in the order that a text passes them: an encoder's and a decoder's, or the
+    one stack there is."""
+    config: Any = getattr(module, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return [blocks(module)]
+    names = {id(child): name for name, child in module.named_modules()}
+    parts = [find() for find in (module.get_encoder, module.get_decoder)]  # type: ignore[operator,union-attr]
+    return [[f"{names[id(part)]}.{name}" for name in blocks(part)] for part in parts]
+
+
+def all_blocks(module: nn.Module) -> list[str]:
+    """The blocks of all stacks, numbered through: an encoder's first."""
+    return [name for stack in stacks(module) for name in stack]
 
 
 def feed_forward(module: nn.Module, block: str) -> FeedForward:
@@ -134,14 +150,17 @@ def _width(inside: list[tuple[str, int, int]]) -> int:
     return max(counts, key=lambda w: (counts[w], -w)) if counts else 0
 
 
-def site(module: nn.Module, where: tuple[str, int]) -> tuple[str, bool]:
+def site(module: nn.Module, where: tuple[str, int | str]) -> tuple[str, bool]:
     """(submodule's name, whether its *input* is meant) of a block's site: hidden, ffn_in, ffn_key, ffn_out or
-    attention_out."""
+    attention_out. The block by its place in `blocks`, or by name."""
     kind, index = where
-    stack = blocks(module)
-    if not -len(stack) <= index < len(stack):
-        raise ModelError(f"no block {index}", why=f"the model has {len(stack)}")
-    block = stack[index]
+    if isinstance(index, str):
+        block = index
+    else:
+        stack = blocks(module)
+        if not -len(stack) <= index < len(stack):
+            raise ModelError(f"no block {index}", why=f"the model has {len(stack)}")
+        block = stack[index]
     if kind == "hidden":
         return block, False
     if kind == "attention_out":
@@ -157,7 +176,7 @@ def site(module: nn.Module, where: tuple[str, int]) -> tuple[str, bool]:
 
 
 @contextmanager
-def watch(module: nn.Module, sites: list[tuple[str, int]]) -> Iterator[list[Tensor]]:
+def watch(module: nn.Module, sites: Sequence[tuple[str, int | str]]) -> Iterator[list[Tensor]]:
     """A list that each forward inside the block fills with the activations at the sites, in their order."""
     seen: list[Any] = [None] * len(sites)
     handles = []

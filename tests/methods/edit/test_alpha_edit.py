@@ -153,8 +153,8 @@ def test_what_cannot_be_is_refused(base: Path, tmp_path: Path) -> None:
         configured("edit.alpha_edit", {"threshold": 1.5})
     agree = alpha_edit.METHOD.agree
     assert agree
-    with pytest.raises(MismatchError, match=r"edit\.alpha_edit edits causal language models"):
-        agree(alpha_edit.Config(), Inputs({"model": (load(tiny.masked(tmp_path / "masked")),)}, {"edits": EDITS}))
+    with pytest.raises(MismatchError, match=r"edit\.alpha_edit edits language models"):
+        agree(alpha_edit.Config(), Inputs({"model": (load(tiny.encoder(tmp_path / "encoder")),)}, {"edits": EDITS}))
 
 
 @pytest.mark.slow

@@ -222,9 +222,9 @@ def test_what_cannot_be_edited_is_said_before_anything_is_read(directories: dict
         rome.agree(rome.Config(), Inputs({"model": (base,)}, {"edits": [stray]}))
     with pytest.raises(MismatchError, match="no block 9"):
         rome.agree(rome.Config(layer=9), Inputs({"model": (base,)}, {"edits": EDITS}))
-    with pytest.raises(MismatchError, match="causal language models"):
-        masked = load(tiny.masked(tmp_path / "masked"))
-        rome.agree(rome.Config(), Inputs({"model": (masked,)}, {"edits": EDITS}))
+    with pytest.raises(MismatchError, match="edits language models"):
+        encoder = load(tiny.encoder(tmp_path / "encoder"))
+        rome.agree(rome.Config(), Inputs({"model": (encoder,)}, {"edits": EDITS}))
 
 
 def test_cost_grows_with_the_edits_and_with_the_blocks_to_try(directories: dict[str, Path]) -> None:

@@ -146,8 +146,8 @@ def test_what_cannot_be_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="contradicts another"):
         two = [EDITS[0], Edit(subject="Ada Ashby", relation="", object="", new_object="x", prompt=EDITS[0].prompt)]
         agree(ultra.Config(), Inputs({"model": (load(base),)}, {"edits": two}))
-    with pytest.raises(MismatchError, match=r"edit\.ultra edits causal language models"):
-        agree(ultra.Config(), Inputs({"model": (load(tiny.masked(tmp_path / "masked")),)}, {"edits": EDITS}))
+    with pytest.raises(MismatchError, match=r"edit\.ultra edits causal language models and masked"):
+        agree(ultra.Config(), Inputs({"model": (load(tiny.seq2seq(tmp_path / "seq2seq")),)}, {"edits": EDITS}))
 
 
 def test_cost_grows_with_the_edits(base: Path) -> None:

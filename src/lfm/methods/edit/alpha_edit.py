@@ -65,9 +65,10 @@ def editor(config: Config, here: Setting, quiet: Callable[[int], solve.Quiet]) -
         for block, key in keys.at_blocks(here.module, blocks, reads).items():
             past.setdefault(block, []).append(key.T)
 
+    site = batch.site_of(here)
     return batch.Editor(
-        site="hidden",
-        find=lambda last, reads: value.search_all(here.module, last, reads, config, ("hidden",)),
+        site=site,
+        find=lambda last, reads: value.search_all(here.module, last, reads, config, (site,)),
         solve=solved,
         kept=kept,
     )

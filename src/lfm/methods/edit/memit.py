@@ -69,7 +69,7 @@ def editor(config: Config, here: Setting, lower: Callable[[int], Tensor]) -> bat
         return solve.balanced(lower(block), keys, config.weight * len(keys))
 
     pmet = config.variant == "pmet"
-    sites = ("attention_out", "ffn_out") if pmet else ("hidden",)
+    sites = ("attention_out", "ffn_out") if pmet else (batch.site_of(here),)
     return batch.Editor(
         site=sites[-1],
         find=lambda last, reads: value.search_all(here.module, last, reads, config, sites),

@@ -29,10 +29,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
 from lfm.core.config import values
-from lfm.core.errors import MismatchError
 from lfm.core.heavy import torch
 from lfm.core.model import LowRank
-from lfm.editing import choose, covariance, keys, rows, sequence, setting, value
+from lfm.editing import choose, covariance, form, keys, rows, sequence, setting, value
 from lfm.editing.covariance import ENOUGH, loaded, rank_one
 from lfm.models import structure
 
@@ -101,7 +100,7 @@ def solver(
     def solve(block: int, edit: Edit) -> tuple[Rows, Found, tuple[Tensor, Tensor]]:
         if block not in moments:
             ready(block)
-        read = rows.rows(here.codec.tokenizer, edit, here.prefixes)
+        read = here.read(edit, block)
         k, _ = keys.at_subject(here.module, block, read)
         found = value.search(here.module, block, read, config)
         return read, found, rank_one(found.delta, k.mean(0), moments[block], k[0] if config.variant == "rome" else None)
@@ -121,15 +120,8 @@ def trial(solve: Callable[[int, Edit], tuple[Rows, Found, tuple[Tensor, Tensor]]
 
 def agree(config: Config, inputs: Inputs) -> None:
     rows.agree(inputs.records("edits"))
-    facts = inputs.model("model").facts
-    if facts.task != "causal-lm":
-        raise MismatchError(
-            f"edit.rome edits causal language models; {inputs.model('model').ref} is none",
-            why=f"its task is {facts.task or 'not known'}",
-            fix="give a causal language model, or change the facts by tune.lora",
-        )
-    if config.layer is not None and facts.layers and not -facts.layers <= config.layer < facts.layers:
-        raise MismatchError(f"there is no block {config.layer}", why=f"the model has {facts.layers}, counted from 0")
+    layers = () if config.layer is None else (config.layer,)
+    form.editable("edit.rome", inputs.model("model"), inputs.records("text"), layers)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
@@ -152,7 +144,7 @@ def cost(config: Config, sizes: Sizes) -> Cost:
 METHOD = Method(
     paper="arXiv:2202.05262",
     config=Config,
-    models={"model": Slot((Gradients, Weights, Codec), help="the causal language model to edit")},
+    models={"model": Slot((Gradients, Weights, Codec), help="the language model to edit")},
     data={
         "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change"),
         "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text, whose keys should not change"),

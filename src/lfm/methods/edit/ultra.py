@@ -17,9 +17,9 @@ On the zoo's language model, twenty facts of twenty people at once: all are said
 of other people's facts stay (edit.memit .83 and .94). Five at a time one is refused, and
 of the others .90 are still said at the end.
 
-Model: a causal language model, its layers found by structure. Within a batch the order of facts does not matter. The
-result saves as a checkpoint or as a LoRA adapter, of a rank a token. Errors: EditError; DataError where a prompt does
-not name its subject.
+Model: a causal or a masked language model, its layers found by structure. Within a batch the order of facts does not
+matter. The result saves as a checkpoint or as a LoRA adapter, of a rank a token. Errors: EditError; DataError where a
+prompt does not name its subject, or for a masked model without `text`.
 
     lfm run edit.ultra model=base edits=edits.jsonl --out edited
 """
@@ -32,11 +32,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from lfm.core import Cost, Inputs, Meta, Method, Model, Run, Sizes, Weights
 from lfm.core.heavy import torch
-from lfm.editing import batch, keys, sequence, setting
+from lfm.editing import batch, form, keys, outcome, sequence, setting
 from lfm.editing.outcome import Held
 from lfm.editing.resume import logits_at
 from lfm.editing.rows import groups, together
-from lfm.editing.text import answered, perplexity
 from lfm.models import structure
 
 if TYPE_CHECKING:
@@ -172,11 +171,12 @@ def seen(here: Setting, blocks: Sequence[int], reads: Sequence[Rows]) -> dict[in
         slopes = torch.autograd.grad(loss, [held[block][1] for block in blocks])
         last = joined.batch["attention_mask"].sum(1, keepdim=True) - 1
         place = torch.arange(joined.batch["attention_mask"].shape[1], device=home)
-        chosen = (place < last) & (lengths > 0)[:, None]
+        read = place < last if joined.causal else place <= last
+        chosen = read & (lengths > 0)[:, None]
         owner = torch.tensor(group)[joined.owner.cpu()][:, None].expand(chosen.shape)[chosen.cpu()]
         for block, slope in zip(blocks, slopes, strict=True):
-            read, wrote = held[block]
-            h, g, v = (x[chosen].detach().cpu().double() for x in (read, slope, wrote))
+            given, wrote = held[block]
+            h, g, v = (x[chosen].detach().cpu().double() for x in (given, slope, wrote))
             parts[block].append(Seen(h, g, v, owner))
     return {block: Seen._make(map(torch.cat, zip(*found, strict=True))) for block, found in parts.items()}
 
@@ -187,13 +187,12 @@ def _least(
     """The least strength at which all edits are said, or else the least of those at which most are, while perplexity
     does not collapse."""
     said: dict[float, int] = {}
-    before = perplexity(here.module, here.codec, here.probe)
+    before = here.perplexity()
     for strength in STRENGTHS:
         projections.show(shifted(strength))
-        if said and not perplexity(here.module, here.codec, here.probe) <= collapse * before:
+        if said and not here.perplexity() <= collapse * before:
             break
-        asked = [(edit.prompt, edit.new_object) for edit in edits]
-        said[strength] = sum(answered(here.module, here.codec, asked))
+        said[strength] = sum(here.says(outcome.wanted(edits)))
         if said[strength] == len(edits):
             break
     projections.show({})
@@ -222,6 +221,6 @@ METHOD = Method(
     data=batch.DATA,
     run=run,
     cost=cost,
-    agree=partial(batch.agree, "edit.ultra"),
+    agree=partial(batch.agree, "edit.ultra", tasks=(form.CAUSAL_LM, form.MASKED_LM)),
     forms=("checkpoint", "adapter"),
 )

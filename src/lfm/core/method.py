@@ -184,7 +184,7 @@ class Method(Generic[C]):
     disk: bytes of the result, by the inputs' headers, where facts alone do not tell; cost's stands where it is None.
     origin: what each tensor of the result is a change of, read from headers; where it is None, the base's of that name.
     merge: what run does to weights, with settings by tensor (lfm.fusing.inputs.Merge): recipes of slices drive it.
-    forms: all that its result can be saved as, whatever the inputs: others are refused before the run. Empty: not known.
+    forms: all that its result can be saved as, whatever the inputs; others are refused before the run. Empty: any.
     kept: of an editor beside the weights, what its programs keep of each edit; None where no edit comes off by itself.
     """
 

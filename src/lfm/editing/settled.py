@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lfm.core.errors import EditError, MismatchError
 from lfm.core.method import Run
@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from lfm.editing.setting import Setting
 
 
-def earlier(model: Model, given: Sequence[Model], kind: type[K]) -> K | None:
+class Based(Protocol):
+    """What was made over a model, known by its digest."""
+
+    @property
+    def base(self) -> str: ...
+
+
+B = TypeVar("B", bound=Based)
+
+
+def earlier(model: Model, given: Sequence[Model], kind: type[B]) -> B | None:
     """What was kept before, None where nothing was given. MismatchError where it is another model's."""
     kept = next((each.ask(kind) for each in given), None)
     if kept and kept.base != model.digest:

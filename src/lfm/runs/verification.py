@@ -11,7 +11,7 @@ from lfm.core import finding
 from lfm.core.errors import AccessError, VerifyError
 from lfm.core.finding import Finding
 from lfm.core.heavy import np, torch
-from lfm.core.model import Batch, Codec, LazyTensor, Logits, Logprobs, Model, Weights
+from lfm.core.model import Batch, Codec, LazyTensor, Logits, Logprobs, Model, Text, Weights
 from lfm.models import load
 from lfm.record import Verified
 from lfm.tensors import known
@@ -77,7 +77,8 @@ def bit_for_bit(made: Model, saved: Model, seen: Seen | None, *, any_weights: bo
 
 
 def compare(a: Model, b: Model) -> Verified:
-    """The largest difference by the strongest means that both give: logits, log-probabilities, or all weights."""
+    """The largest difference by the strongest means that both give: logits, log-probabilities, all weights,
+    or greedy text (how many differ)."""
     if a.facts.task and b.facts.task and a.facts.task != b.facts.task:
         raise AccessError(
             f"{a.ref} and {b.ref} answer different questions", why=f"one is {a.facts.task}, the other {b.facts.task}"
@@ -96,7 +97,12 @@ def compare(a: Model, b: Model) -> Verified:
     if a.can(Weights) and b.can(Weights):
         left, right = a.ask(Weights).tensors(), b.ask(Weights).tensors()
         return Verified(quantity="weight", max_abs=weight_distance(left, right), on=f"{len(right)} tensors")
-    raise AccessError(f"{a.ref} and {b.ref} cannot be compared", why="they share neither logits, logprobs nor weights")
+    if a.can(Text) and b.can(Text):
+        said = zip(*(model.ask(Text).generate(PROBES, max_tokens=8) for model in (a, b)), strict=True)
+        return Verified(quantity="text", max_abs=float(sum(x != y for x, y in said)), on=f"{len(PROBES)} probe texts")
+    raise AccessError(
+        f"{a.ref} and {b.ref} cannot be compared", why="they share neither logits, logprobs, weights nor text"
+    )
 
 
 def _compare_logprobs(a: Model, b: Model) -> Verified:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from case import Case
 from lfm import runs
 from lfm.core import Facts, Features, Inputs, Logprobs, Model, Parts
 from lfm.core import Text as Speaks
-from lfm.core.errors import DataError, EditError
+from lfm.core.errors import DataError, EditError, MismatchError, SlotError
 from lfm.core.method import Amount, Sizes, check
 from lfm.core.model import Score
 from lfm.data.files import write
@@ -28,6 +29,7 @@ from lfm.models.api import open_api
 from lfm.retrieval import demonstrations
 from lfm.retrieval.demonstrations import HEADING
 from lfm.retrieval.words import by_words
+from lfm.runs import verification
 from lfm.runs.run import LocalRun
 from lfm.serve import running
 
@@ -103,7 +105,8 @@ MOVED = Edit(
 
 
 def told(model: Model, work: Path, edits: Sequence[Edit], others: Sequence[Edit] = (), **settings: Any) -> Any:
-    given = Inputs({"model": (model,)}, {"edits": list(edits), "demonstrations": list(others)})
+    models = {"model": (model,)} | ({"memory": (settings.pop("memory"),)} if "memory" in settings else {})
+    given = Inputs(models, {"edits": list(edits), "demonstrations": list(others)})
     run = LocalRun(0, work)
     made = ike.run(ike.Config(**settings), check("edit.ike", ike.METHOD, given), run)
     return made, run
@@ -112,11 +115,10 @@ def told(model: Model, work: Path, edits: Sequence[Edit], others: Sequence[Edit]
 def test_a_model_that_reads_says_the_new_fact_and_keeps_the_others(tmp_path: Path) -> None:
     model, asked = reader()
     made, run = told(model, tmp_path, [MOVED], OTHERS)
-    assert {k: run.notes[k] for k in ("efficacy", "paraphrase", "neighbours_kept", "probability", "edits")} == {
+    assert {k: run.notes[k] for k in ("efficacy", "paraphrase", "neighbours_kept", "edits")} == {
         "efficacy": 1.0,
         "paraphrase": 1.0,
         "neighbours_kept": 1.0,
-        "probability": 1.0,
         "edits": 1,
     }
     asked.asked.clear()
@@ -175,6 +177,47 @@ def test_of_a_subjects_facts_the_one_most_like_the_prompt_is_told(tmp_path: Path
     assert contexts.before("Bob works as a") == ""
 
 
+def test_a_memory_grows_and_what_is_taken_out_leaves_what_had_been_told_without_it(tmp_path: Path) -> None:
+    model, _ = reader()
+    second = structs.replace(MOVED, subject="Bob", prompt="Bob lives in", object="Rome", paraphrases=(), neighbours=())
+    one, _ = told(model, tmp_path / "one", [MOVED], OTHERS)
+    both, run = told(model, tmp_path / "both", [second], memory=one)
+    assert both.ask(Speaks).generate(["Ada lives in", "Bob lives in"]) == [" Oslo", " Oslo"]
+    assert (run.notes["edits"], run.notes["examples"]) == (2, 5)  # four of Bob's other facts, and the second itself
+    kept, alone = both.ask(ike.Told), told(model, tmp_path / "alone", [second])[0]
+    assert ike.taken(kept, [1]) == alone.ask(ike.Told) and ike.taken(kept, [0]) == one.ask(ike.Told)
+    assert ike.learn(ike.taken(kept, []), alone.ask(ike.Told)) == alone.ask(ike.Told)
+    with pytest.raises(DataError, match=r"'Ada lives in' cannot become 'Rome': the memory has 'Oslo'"):
+        told(model, tmp_path / "rival", [structs.replace(MOVED, new_object="Rome")], memory=both)
+    other = replace(model, identify=lambda: "another", _opened={})
+    with pytest.raises(MismatchError, match="the memory is of another model"):
+        told(other, tmp_path / "other", [second], memory=both)
+
+
+def test_one_run_s_examples_go_with_the_last_of_its_edits(tmp_path: Path) -> None:
+    model, _ = reader()
+    second = structs.replace(MOVED, subject="Bob", prompt="Bob lives in", object="Rome", paraphrases=(), neighbours=())
+    kept = told(model, tmp_path / "both", [MOVED, second], OTHERS)[0].ask(ike.Told)
+    assert ike.taken(kept, [0]).examples == kept.examples and ike.taken(kept, []).examples == ()
+
+
+def test_a_model_that_gives_text_alone_is_enough_and_held_against_what_was_saved(tmp_path: Path) -> None:
+    model, made = reader()
+    silent = replace(model, gives={Speaks: lambda: made}, _opened={})
+    program, _ = told(silent, tmp_path / "work", [MOVED], OTHERS)
+    assert set(program.gives) == {Speaks, ike.Told}
+    assert verification.compare(program, program).max_abs == 0
+    found = verification.compare(program, silent)
+    assert (found.quantity, found.max_abs) == ("text", 0.0)  # the probes name nobody
+    changed = replace(silent, gives={Speaks: lambda: Louder()}, _opened={})
+    assert verification.compare(program, changed).max_abs == len(verification.PROBES)
+
+
+class Louder:
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        return ["!"] * len(prompts)
+
+
 def test_told_everywhere_every_prompt_has_a_fact_before_it(tmp_path: Path) -> None:
     model, asked = reader()
     made, _ = told(model, tmp_path, [MOVED], OTHERS, k=0, scope="all")
@@ -219,7 +262,7 @@ def test_with_a_retriever_it_is_saved_and_opened_again(tmp_path: Path, monkeypat
     data = {"edits": tmp_path / "edits.jsonl", "demonstrations": tmp_path / "others.jsonl"}
     lfm.run("edit.ike", models, data, out=tmp_path / "out", set={"k": 2})
     again = runs.model(tmp_path / "out")
-    assert set(again.gives) == {Speaks, Logprobs}
+    assert set(again.gives) == {Speaks, Logprobs, ike.Told}
     assert [s.lstrip()[:4] for s in again.ask(Speaks).generate([e.prompt for e in EDITS], max_tokens=4)] == ["word"] * 2
     other = ["Berlin is the capital of"]
     assert again.ask(Speaks).generate(other) == load(tmp_path / "model").ask(Speaks).generate(other)
@@ -255,6 +298,8 @@ def test_contradicting_edits_are_refused_before_anything_is_asked() -> None:
     rival = structs.replace(MOVED, new_object="Rome")
     with pytest.raises(DataError, match="contradicts another"):
         ike.agree(ike.Config(), Inputs({"model": (model,)}, {"edits": [MOVED, rival]}))
+    with pytest.raises(SlotError, match="either memory or retriever"):
+        ike.agree(ike.Config(), Inputs(dict.fromkeys(("model", "memory", "retriever"), (model,)), {"edits": [MOVED]}))
     assert not asked.asked
 
 

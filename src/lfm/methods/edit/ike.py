@@ -12,10 +12,10 @@ prompt reaches the model as it is; of a subject's several facts the one most lik
 the most alike fact goes before every prompt, as in the paper. An edit that the model then does not say is refused, or
 skipped and told of: a model too small to learn from examples (the zoo's) refuses them all.
 
-Model: one that gives text and tells probabilities, an endpoint too; its weights stay as they are, so nothing else can
-break. Data: edits; `demonstrations` are other edits to make examples of, the edits themselves where there are none (an
-edit is never its own example). The result is a program over the model: what is asked through it grows by k examples.
-Errors: EditError; DataError for contradicting edits, or prompts that the examples make too long for the model.
+Model: any that gives text, an endpoint too; its weights stay as they are, so nothing else can break. Data: edits;
+`demonstrations` are other edits to make examples of, the edits themselves where there are none (an edit is never its
+own example). The result is a program over the model: what is asked through it grows by k examples. `memory=` adds to an
+earlier one. Errors: EditError; DataError for contradicting edits, or prompts that the examples make too long.
 
     lfm run edit.ike model=model edits=edits.jsonl demonstrations=others.jsonl --set k=2 --out told
 """
@@ -23,7 +23,10 @@ Errors: EditError; DataError for contradicting edits, or prompts that the exampl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
+
+import msgspec
 
 import lfm.core
 from lfm.core import (
@@ -33,6 +36,7 @@ from lfm.core import (
     DataSlot,
     Features,
     Inputs,
+    Kept,
     Logprobs,
     Meta,
     Method,
@@ -43,15 +47,15 @@ from lfm.core import (
     Slot,
     Text,
 )
-from lfm.core.errors import EditError
+from lfm.core.errors import EditError, SlotError
 from lfm.core.heavy import torch
-from lfm.data.wording import spaced
-from lfm.editing import outcome, rows
+from lfm.data.records import Edit
+from lfm.editing import memory, outcome, rows, settled
 from lfm.models.program import program
-from lfm.retrieval.demonstrations import Contexts, ToldLogprobs, ToldText, embeddings, examples_of, fact_of
+from lfm.retrieval.demonstrations import Contexts, Example, ToldLogprobs, ToldText, embeddings, examples_of, fact_of
 
 if TYPE_CHECKING:
-    from lfm.data.records import Edit
+    from torch import Tensor
 
 ID = "edit.ike"
 
@@ -67,59 +71,146 @@ class Config(lfm.core.Config, frozen=True):
     ] = "refuse"
 
 
+@final
+@dataclass(frozen=True)
+class Told:
+    """Edits in words, and examples: number says of each edit, and whose of each example, in which run it was given.
+
+    A program that has them gives them as an interface. base: digest of the model beneath. vectors: where there is a
+    retriever, "facts" and "examples" as it sees them, row by row.
+    """
+
+    base: str
+    edits: tuple[Edit, ...]
+    number: tuple[int, ...]
+    examples: tuple[Example, ...]
+    whose: tuple[int, ...]
+    vectors: Mapping[str, Tensor]
+    retriever: tuple[Model, ...] = ()
+
+    def parts(self, model: Model) -> Parts:
+        """As a program's parts."""
+        state = {
+            "base": self.base,
+            "edits": [msgspec.to_builtins(edit) for edit in self.edits],
+            "number": list(self.number),
+            "examples": [list(example) for example in self.examples],
+            "whose": list(self.whose),
+        }
+        return Parts(self.beside(model), self.vectors, state)
+
+    def beside(self, model: Model) -> dict[str, tuple[Model, ...]]:
+        """The model and, where there is one, the retriever, by role."""
+        return {"model": (model,)} | ({"retriever": self.retriever} if self.retriever else {})
+
+
+def kept_in(parts: Parts) -> Told:
+    """What was told, of a program's parts."""
+    state = parts.state
+    edits = tuple(msgspec.convert(edit, Edit) for edit in state["edits"])
+    examples = tuple(Example(*example) for example in state["examples"])
+    told = Told(state["base"], edits, tuple(state["number"]), examples, tuple(state["whose"]), parts.tensors)
+    return replace(told, retriever=parts.models.get("retriever", ()))
+
+
+def learn(told: Told, more: Told) -> Told:
+    """With the other's edits and examples too. DataError where one contradicts another."""
+    if not told.edits:
+        return more
+    added = taken(more, memory.unknown(told.edits, more.edits))
+    first = 1 + max(told.number)
+    return Told(
+        told.base,
+        told.edits + added.edits,
+        (*told.number, *(first + number for number in added.number)),
+        told.examples + added.examples,
+        (*told.whose, *(first + number for number in added.whose)),
+        {name: torch.cat([held, added.vectors[name]]) for name, held in told.vectors.items()},
+        told.retriever,
+    )
+
+
+def taken(told: Told, places: Sequence[int]) -> Told:
+    """The edits at these places, and the examples of runs of which one is left."""
+    left = sorted({told.number[i] for i in places})
+    examples = [i for i, number in enumerate(told.whose) if number in left]
+    rows = {"facts": list(places), "examples": examples}
+    return replace(
+        told,
+        edits=tuple(told.edits[i] for i in places),
+        number=tuple(left.index(told.number[i]) for i in places),
+        examples=tuple(told.examples[i] for i in examples),
+        whose=tuple(left.index(told.whose[i]) for i in examples),
+        vectors={name: held[rows[name]] for name, held in told.vectors.items()},
+    )
+
+
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     model, edits = inputs.model("model"), list(inputs.records("edits"))
-    others = list(inputs.records("demonstrations")) or edits
-    models = {role: inputs.all(role) for role in ("model", "retriever") if inputs.all(role)}
-    examples = [example for edit in others for example in examples_of(edit)]
-
+    before = settled.earlier(model, inputs.all("memory"), Told)
+    retriever = before.retriever if before else inputs.all("retriever")
+    examples = [e for edit in list(inputs.records("demonstrations")) or edits for e in examples_of(edit)]
     facts = [[edit.subject, fact_of(edit)] for edit in edits]
-    vectors = run.step("embeddings", lambda: embeddings(inputs.all("retriever"), facts, examples))
-
-    def contexts_of(kept: Sequence[int]) -> Contexts:
-        tensors = {name: held[list(kept)] if name == "facts" else held for name, held in vectors.items()}
-        state = {"facts": [facts[i] for i in kept], "examples": [list(example) for example in examples]}
-        return before(config, Parts(models, tensors, state))
+    vectors = run.step("embeddings", lambda: embeddings(retriever, facts, examples))
+    numbers = (0,) * len(edits), (0,) * len(examples)
+    new = Told(model.digest, tuple(edits), numbers[0], tuple(examples), numbers[1], vectors, tuple(retriever))
+    every = learn(before, new) if before else new
 
     around = run.step("before", lambda: outcome.around(outcome.saying(model.ask(Text)), edits))
-    told = run.step("said", lambda: outcome.saying(ToldText(contexts_of(range(len(edits)))))(outcome.wanted(edits)))
-    made = [edit for edit, right in zip(edits, told, strict=True) if right]
-    failures = [edit for edit, right in zip(edits, told, strict=True) if not right]
+    asked = outcome.saying(ToldText(contexts(config, every, model)))
+    said = run.step("said", lambda: asked(outcome.wanted(edits)))
+    made = [edit for edit, right in zip(edits, said, strict=True) if right]
+    failures = [edit for edit, right in zip(edits, said, strict=True) if not right]
     if failures and (config.on_failure == "refuse" or not made):
         raise EditError(
             f"{len(failures)} of {len(edits)} edits were not said: {unsaid(failures[0])}",
             why="the model does not follow the examples that go before the prompt",
             fix="more or other demonstrations, a larger model, or on_failure=skip",
         )
-    contexts = contexts_of([i for i, right in enumerate(told) if right])
-    scores = ToldLogprobs(contexts).score([e.prompt for e in made], [spaced(e.prompt, e.new_object) for e in made])
+    kept = taken(every, memory.without(every.edits, failures))
+    says = outcome.saying(ToldText(contexts(config, kept, model)))
     run.note(
-        edits=len(made),
+        edits=len(kept.edits),
         skipped=len(failures),
         **({"skipped_because": "; ".join(map(unsaid, failures))} if failures else {}),
-        examples=len(examples),
-        probability=float(torch.tensor([score.total for score in scores]).exp().mean()),
-        **run.step("measured", lambda: outcome.measured(outcome.saying(ToldText(contexts)), made, edits, around)),
+        examples=len(kept.examples),
+        **run.step("measured", lambda: outcome.measured(says, made, edits, around)),
     )
-    return program(ID, config, contexts.parts, opened)
+    return program(ID, config, kept.parts(model), opened)
 
 
 def unsaid(edit: Edit) -> str:
     return f"{edit.prompt!r} did not go on with {edit.new_object!r}"
 
 
-def before(config: Config, parts: Parts) -> Contexts:
+def contexts(config: Config, told: Told, model: Model) -> Contexts:
+    """What goes before the model's prompts; an example that several runs gave is one."""
+    first: dict[Example, int] = {}
+    for place, example in enumerate(told.examples):
+        first.setdefault(example, place)
+    rows = {"facts": slice(None), "examples": list(first.values())}
+    facts = [[edit.subject, fact_of(edit)] for edit in told.edits]
+    vectors = {name: held[rows[name]] for name, held in told.vectors.items()}
+    parts = Parts(told.beside(model), vectors, {"facts": facts, "examples": [list(example) for example in first]})
     return Contexts(parts, config.k, everywhere=config.scope == "all")
 
 
 def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
-    """The interfaces of the program."""
-    contexts = before(config, parts)
-    return {Text: lambda: ToldText(contexts), Logprobs: lambda: ToldLogprobs(contexts)}
+    """The interfaces of the program: text, and what of probabilities the model tells; and what it is told."""
+    model, told = parts.model("model"), kept_in(parts)
+    gives: dict[type, Callable[[], Any]] = {
+        Text: lambda: ToldText(contexts(config, told, model)),
+        Told: lambda: told,
+    }
+    if model.can(Logprobs):  # as reopened; the run itself asks for text alone
+        gives[Logprobs] = lambda: ToldLogprobs(contexts(config, told, model))
+    return gives
 
 
 def agree(config: Config, inputs: Inputs) -> None:
     rows.agree(inputs.records("edits"))
+    if inputs.all("memory") and inputs.all("retriever"):
+        raise SlotError(f"{ID} takes either memory or retriever", why="what a memory was embedded by goes with it")
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
@@ -143,7 +234,8 @@ METHOD = Method(
     paper="arXiv:2305.12740",
     config=Config,
     models={
-        "model": Slot((Text, Logprobs), help="the language model to tell; an endpoint will do"),
+        "model": Slot((Text,), help="the language model to tell; an endpoint will do"),
+        "memory": Slot((Told,), min=0, help="what edit.ike made of it before, to add to"),
         "retriever": Slot((Features, Codec), min=0, help="a model whose hidden states tell which texts are alike"),
     },
     data={
@@ -155,4 +247,5 @@ METHOD = Method(
     agree=agree,
     open=opened,
     forms=("program",),
+    kept=Kept(Told, learn, taken),
 )

@@ -34,7 +34,7 @@ from lfm.core.heavy import torch
 from lfm.core.model import Logprobs, Text, Weights
 from lfm.data import language
 from lfm.data.records import Edit
-from lfm.editing import lessons, outcome, rows, scope, setting
+from lfm.editing import lessons, outcome, rows, scope, setting, settled
 from lfm.editing.cloze import editable
 from lfm.editing.scope import Routed, Scope
 from lfm.editing.text import perplexity
@@ -76,13 +76,7 @@ class Config(Fit, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     model, edits = inputs.model("model"), list(inputs.records("edits"))
-    before = next((given.ask(Scope) for given in inputs.all("memory")), None)
-    if before and before.base != model.digest:
-        raise MismatchError(
-            "the memory is of another model",
-            why=f"it was made over {before.base[:12]}, this is {model.digest[:12]}",
-            fix="give the model that it was made over",
-        )
+    before = settled.earlier(model, inputs.all("memory"), Scope)
     here = setting.opened(model, inputs.records("text"), run, prefixes=0, tokens=config.tokens)
     empty = before or trained(config, here, model, inputs, run)
     failed: list[Edit] = []

@@ -99,6 +99,8 @@ def run(given: Config, inputs: Inputs, run: Run) -> Model:
     config = replace(given, steps=_steps(given))
     model, edits = inputs.model("model"), [] if config.forget else list(inputs.records("edits"))
     before = settled.earlier(model, inputs.all("memory"), Neurons)
+    if before:
+        neurons.taken(before, ())  # refuses, before any work, neurons that edits share
     prefixes = config.prefixes if config.variant == "calinet" else 0
     here = setting.opened(model, inputs.records("text"), run, prefixes=prefixes, tokens=config.tokens)
     stack = structure.blocks(here.module)

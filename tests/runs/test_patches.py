@@ -23,6 +23,7 @@ from lfm.data.records import Edit
 from lfm.models import load
 from lfm.record import RunRecord
 from lfm.runs import patches
+from methods.reuse.lora import adapter_over
 
 MODULES = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
 QUICK = {"layer": 0, "prefixes": 3, "tokens": 200, "reach": 10.0, "steps": 60, "collapse": 100.0, "accept": 0.25}
@@ -147,6 +148,55 @@ def test_overlap_is_the_cosine_of_the_changes(base: Path, tmp_path: Path) -> Non
             theirs = change(base, other)[found.module]
             known = torch.cosine_similarity(whole, (theirs.b.double() @ theirs.a.double()).flatten(), dim=0)
             assert cosine == pytest.approx(float(known), abs=1e-6)
+            read = torch.cosine_similarity(mine.a.double().flatten(), theirs.a.double().flatten(), dim=0).abs()
+            assert found.reads[other] == pytest.approx(float(read), abs=1e-6)
+
+
+def test_a_patch_merges_with_adapters_and_task_vectors_and_its_facts_are_asked_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, fact in enumerate(FACTS):
+        write([fact], Path(f"{number}.jsonl"))
+    write(FACTS, Path("both.jsonl"))
+    patches.add(Path("led"), "0.jsonl", base=str(base), settings=QUICK)
+    patches.add(Path("led"), "1.jsonl", settings=QUICK, recall=0)
+    one, two = (load(Path("led") / place).ask(Adaptation).changes() for place in ("0001", "0002"))
+    lora = adapter_over(base, tmp_path / "lora", seed=1, r=2)
+    merged = ["run", "reuse.adapters", "models=led/0001", "models=led/0002", "--eval", "both.jsonl"]
+    assert run([*merged, "--out", "pair"]) == 0
+    done = json.loads(Path("pair/run.json").read_text())
+    (name,) = one.keys() & two.keys()
+    products = [(c.b.double() @ c.a.double()).flatten() for c in (one[name], two[name])]
+    cosine = float(torch.cosine_similarity(*products, dim=0))
+    assert done["notes"]["overlap"] == pytest.approx(cosine, abs=1e-6)
+    assert done["notes"]["overlap_of"] == f"{tmp_path / 'led/0001'} and {tmp_path / 'led/0002'}"
+    assert "efficacy_generated" in done["after"]["both"]
+    assert run([*merged, f"models={lora}", "--set", "weights=[1, 1, 0.5]", "--out", "sum"]) == 0
+    assert abs(json.loads(Path("sum/run.json").read_text())["notes"]["overlap"]) >= abs(cosine) - 1e-6
+    changes = load(Path("sum")).ask(Adaptation).changes()
+    for part in (one, two, load(lora).ask(Adaptation).changes()):
+        assert part.keys() <= changes.keys()
+    added = sum((c[name].b.double() @ c[name].a.double() for c in (one, two)), torch.zeros(()))
+    if name not in load(lora).ask(Adaptation).changes():
+        torch.testing.assert_close((changes[name].b.double() @ changes[name].a.double()), added, rtol=0, atol=1e-6)
+    # a fine-tuned checkpoint's task vector and a patch, by task arithmetic and by TIES
+    tuned = load(base).ask(Weights).update(change(base, 4))
+    Path("tuned").mkdir()
+    tuned.save(Path("tuned"), "checkpoint")
+    both = ["models=led/0001", "models=tuned", f"base={base}"]
+    assert run(["run", "reuse.task_arithmetic", *both, "--eval", "both.jsonl", "--out", "arithmetic"]) == 0
+    scale = json.loads(Path("arithmetic/run.json").read_text())["config"].get("scale", 1.0)
+    started, found = weights(load(base)), weights(load(Path("arithmetic")))
+    parts = {f"{n}.weight": c.b.double() @ c.a.double() for n, c in one.items()}
+    for n, c in change(base, 4).items():
+        key = f"{n}.weight"
+        parts[key] = parts.get(key, torch.zeros(())) + c.b.double() @ c.a.double()
+    for key, tensor in started.items():
+        expected = tensor.double() + scale * parts.get(key, torch.zeros(()))
+        torch.testing.assert_close(found[key].double(), expected, rtol=0, atol=1e-5)
+    assert run(["run", "reuse.ties", *both, "--eval", "both.jsonl", "--out", "ties"]) == 0
+    assert load(Path("ties")).digest not in (load(base).digest, tuned.digest)
 
 
 def test_facts_go_on_are_shown_and_come_off(

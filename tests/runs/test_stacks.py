@@ -183,12 +183,12 @@ def test_a_patch_alone_and_the_head_are_programs_that_answer_otherwise(id: str, 
     assert all(one != other for i, one in enumerate(told) for other in told[:i])
     (moved,) = patches.moved(tmp_path / "led", 1)
     if id == "edit.ike":  # it has words and no keys
-        assert (moved.rank, moved.overlap) == (2, {})
+        assert (moved.rank, moved.reads) == (2, {})
         return
     mine, other = (MEMORIES[id](load(base), n).keys for n in (1, 2))
     cosines = torch.nn.functional.cosine_similarity(mine[:, None].double(), other[None].double(), dim=-1)
-    assert (moved.rank, moved.norm) == (len(mine), None)
-    assert moved.overlap == {2: pytest.approx(float(cosines.max()), abs=1e-9)}
+    assert (moved.rank, moved.norm, moved.overlap) == (2, None, {})
+    assert moved.reads == {2: pytest.approx(float(cosines.max()), abs=1e-9)}
 
 
 def test_killed_before_its_commit_it_never_was_and_after_it_is_done(
@@ -235,7 +235,11 @@ def test_facts_go_into_a_memory_are_shown_and_come_off(
     assert [p["measured"]["efficacy"] for p in logged["patches"]] == [1.0] * 3 and logged["memory"] == "edit.grace"
     assert run(["edit", "diff", "led", "2"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "memory 1 keys cosine with patch 1" in shown and "patch 3: 1 → 1 of 1" in shown and "+ dog" in shown
+    assert (
+        "memory 1 edits patch 1: cosine of the nearest keys" in shown
+        and "patch 3: 1 → 1 of 1" in shown
+        and "+ dog" in shown
+    )
     assert run(["edit", "revert", "led", "2"]) == 0
     left = load(Path("led/head"))
     assert left.ask(Memory).edits == (FACTS[0], FACTS[2])

@@ -94,7 +94,7 @@ def log(directory: Directory, json: work.Json = False) -> None:
 
 def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
     """What a patch does: to the weights, to its own facts, and to what lies around them."""
-    from lfm.core.model import Text
+    from lfm.core.model import Logprobs, Text
     from lfm.runs import patches
 
     ledger = patches.read(directory)
@@ -107,7 +107,10 @@ def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
     around = [prompt for edit in patch.edits for prompt, _ in edit.neighbours]
 
     def said(model: Model) -> list[str]:
-        return [_line(text) for text in model.ask(Text).generate([*asked, *around], max_tokens=8)]
+        if model.can(Text):
+            return [_line(text) for text in model.ask(Text).generate([*asked, *around], max_tokens=8)]
+        gaps = [edit.suffix for edit in patch.edits] + [edit.suffix for edit in patch.edits for _ in edit.neighbours]
+        return [_line(best[0][0]) for best in model.ask(Logprobs).top([*asked, *around], 1, gaps)]
 
     before, after = said(without), said(made)
     rows = list(zip([*asked, *around], before, after))
@@ -117,7 +120,14 @@ def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
             {
                 "patch": _plain(patch),
                 "modules": [
-                    {"module": m.module, "rank": m.rank, "norm": m.norm, "overlap": dict(m.overlap)} for m in moved
+                    {
+                        "module": m.module,
+                        "rank": m.rank,
+                        "norm": m.norm,
+                        "overlap": dict(m.overlap),
+                        "reads": dict(m.reads),
+                    }
+                    for m in moved
                 ],
                 "facts": [dict(zip(("prompt", "before", "after"), row)) for row in rows[: len(asked)]],
                 "around": {
@@ -130,9 +140,11 @@ def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
         return
     out = screen.out()
     for m in moved:
-        near = ", ".join(f"patch {other}: {cosine:+.2f}" for other, cosine in m.overlap.items())
-        what = f"{m.rank} keys" if m.norm is None else f"rank {m.rank}, ‖ΔW‖ {m.norm:.3g}"
-        out.print(f"{m.module}  {what}" + (f"  [dim]cosine with {near}[/]" if near else ""), soft_wrap=True)
+        what = f"{m.rank} edits" if m.norm is None else f"rank {m.rank}, ‖ΔW‖ {m.norm:.3g}"
+        out.print(f"{m.module}  {what}", soft_wrap=True)
+        for other, read in m.reads.items():
+            alike = f"; of the changes {m.overlap[other]:+.2f}" if other in m.overlap else ""
+            out.print(f"  [dim]patch {other}: cosine of the nearest keys {read:+.2f}{alike}[/]", soft_wrap=True)
     for prompt, old, new in rows[: len(asked)]:
         out.print(f"\n{prompt}\n  [red]- {old}[/]\n  [green]+ {new}[/]", soft_wrap=True)
     if around:

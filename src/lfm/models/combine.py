@@ -68,6 +68,36 @@ def added(models: Sequence[Model], weights: Sequence[float]) -> Sum:
     return Sum(changes, whole)
 
 
+class Overlap(NamedTuple):
+    """How alike two changes are. cosine: of the changes themselves; reads: the largest of any two inputs that they act
+    on, 1 where one meets all that the other meets (of rank-one edits, that of their keys)."""
+
+    cosine: float
+    reads: float
+
+
+def overlap(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Overlap:
+    """Of two changes of one model, over all modules; 0 where they have none in common."""
+    shared = [name for name in one if name in other]
+    norms = [sum(inner(change, change) for change in changes.values()) ** 0.5 for changes in (one, other)]
+    product = sum(inner(one[name], other[name]) for name in shared)
+    cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
+    return Overlap(cosine, max((_reads(one[name], other[name]) for name in shared), default=0.0))
+
+
+def inner(one: LowRank, other: LowRank) -> float:
+    """⟨B A, B' A'⟩_F without either product."""
+    b: Tensor = one.b.double().T @ other.b.double()
+    a: Tensor = one.a.double() @ other.a.double().T
+    return float((b * a).sum())
+
+
+def _reads(one: LowRank, other: LowRank) -> float:
+    """cos of the smallest principal angle between the row spaces of A and A'."""
+    own, theirs = (torch.linalg.qr(change.a.double().T)[0] for change in (one, other))
+    return float(torch.linalg.matrix_norm(own.T @ theirs, 2).clamp(max=1))
+
+
 def moved(name: str, tensor: LazyTensor | Tensor, base: Model, model: Model) -> Tensor:
     """θ + (θ' − θ₀): a whole tensor of an adapter, carried over from its base to another model."""
     from lfm.tensors.lazy import lazy

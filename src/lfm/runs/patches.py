@@ -362,13 +362,14 @@ def _summed(directory: Path, ledger: Ledger) -> Model | None:
 
 def _said(model: Model, edits: Sequence[Edit]) -> list[bool]:
     """Which edits greedy text shows."""
+    from lfm.editing.cloze import said
+    from lfm.editing.form import form_of
     from lfm.editing.outcome import saying, wanted
-    from lfm.editing.text import answered
 
-    if model.can(Text):
-        return saying(model.ask(Text))(wanted(edits))
-    asked = [(edit.prompt, edit.new_object) for edit in edits]
-    return answered(model.ask(Gradients).module(), model.ask(Codec), asked)
+    if not edits or model.can(Text):
+        return saying(model.ask(Text))(wanted(edits)) if edits else []
+    module = model.ask(Gradients).module()
+    return said(module, model.ask(Codec), wanted(edits), form_of(model, module))
 
 
 def _lost(before: Model, after: Model, edits: Sequence[Edit]) -> list[Edit]:

@@ -19,6 +19,7 @@ from lfm.core.method import Kept
 from lfm.core.model import Adaptation, LowRank, Model
 from lfm.data.records import Edit
 from lfm.editing.memory import same
+from lfm.models.combine import inner, overlap
 from lfm.models.program import program
 
 if TYPE_CHECKING:
@@ -31,15 +32,16 @@ MEMORY = "memory"
 
 
 class Moved(NamedTuple):
-    """What a patch changes in one place, a module or a memory: its rank or number of keys, and ‖ΔW‖_F where it has one.
+    """What a patch changes in one place, a module or a memory: its rank or its number of edits, and ‖ΔW‖_F.
 
-    overlap: by patch, the cosine of the two changes, or of the two keys that are nearest.
+    overlap: by patch, the cosine of the two changes; reads: of the keys that are nearest, or of the inputs acted on.
     """
 
     module: str
     rank: int
     norm: float | None
     overlap: Mapping[int, float]
+    reads: Mapping[int, float]
 
 
 @final
@@ -110,10 +112,12 @@ def _of_memory(id: str, kept: Kept[Any]) -> Stack[Any]:
 
     def moved(mine: Any, others: Mapping[int, Any]) -> list[Moved]:
         if kept.keys is None:
-            return [Moved(MEMORY, len(mine.edits), None, {})]
+            return [Moved(MEMORY, len(mine.edits), None, {}, {})]
         keys = {number: kept.keys(other) for number, other in others.items()}
         own = kept.keys(mine)
-        return [Moved(MEMORY, len(own), None, {number: _nearest(own, each) for number, each in keys.items()})]
+        return [
+            Moved(MEMORY, len(mine.edits), None, {}, {number: _nearest(own, each) for number, each in keys.items()})
+        ]
 
     return Stack(
         method=id,
@@ -165,21 +169,12 @@ def _adapted(base: Model, changes: Mapping[str, LowRank], settings: Mapping[str,
 def _changed(mine: Mapping[str, LowRank], others: Mapping[int, Mapping[str, LowRank]]) -> list[Moved]:
     found = []
     for name, change in sorted(mine.items()):
-        norm = _inner(change, change) ** 0.5
-        overlap = {
-            number: _inner(change, theirs[name]) / (norm * _inner(theirs[name], theirs[name]) ** 0.5)
-            for number, theirs in others.items()
-            if name in theirs
+        near = {
+            number: overlap({name: change}, {name: theirs[name]}) for number, theirs in others.items() if name in theirs
         }
-        found.append(Moved(name, change.a.shape[0], norm, overlap))
+        cosines, reads = ({number: each[i] for number, each in near.items()} for i in range(2))
+        found.append(Moved(name, change.a.shape[0], inner(change, change) ** 0.5, cosines, reads))
     return found
-
-
-def _inner(one: LowRank, other: LowRank) -> float:
-    """⟨B A, B' A'⟩_F without either product."""
-    b: Tensor = one.b.double().T @ other.b.double()
-    a: Tensor = one.a.double() @ other.a.double().T
-    return float((b * a).sum())
 
 
 WEIGHTS: Stack[Any] = Stack(

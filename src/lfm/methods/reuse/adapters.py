@@ -13,14 +13,18 @@ use_rslora), saves under rank patterns what it cannot load (`linear`, `ties`), a
 
 Models: LoRA adapters over one base, the same by digest; linear layers, convolutions without groups, embeddings. The
 result is a PEFT adapter with α = r over that base; `checkpoint` is its merged form. Sums are in fp64, rounded once to
-fp32. Measured: the largest rank, and the share of ‖ΔW‖²_F kept. Errors: MismatchError naming what does not go together;
-AccessError for DoRA and others that are not W + BA; ConfigError for weights of another number.
+fp32. Measured: the largest rank, and the share of ‖ΔW‖²_F kept; of the two adapters that are most alike, the cosine of
+their changes, and the largest of any inputs that they act on: 0 where neither meets what the other does. Errors:
+MismatchError naming what does not go together; AccessError for DoRA and others that are not W + BA; ConfigError for
+weights of another number.
 
     lfm run reuse.adapters models=adapter1 models=adapter2 --set rank=8 --out both
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Annotated
 
 import lfm.core
@@ -42,6 +46,7 @@ class Config(lfm.core.Config, frozen=True):
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     models = inputs.all("models")
     changes, whole = combine.added(models, _weights(config, len(models)))
+    run.note(**_overlap(models))
     if config.rank or config.energy:
         from lfm.tensors.lowrank import cut
 
@@ -54,6 +59,18 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         run.note(energy_kept=sum(found.kept for found in cuts.values()) / total if total else 1.0)
     run.note(rank=max((change.a.shape[0] for change in changes.values()), default=0), modules=len(changes))
     return models[0].ask(Adaptation).base.ask(Weights).adapt(changes, whole)
+
+
+def _overlap(models: Sequence[Model]) -> dict[str, float | str]:
+    """What of the adapters most alike is noted; nothing of one alone."""
+    found = {
+        (one.ref, other.ref): combine.overlap(one.ask(Adaptation).changes(), other.ask(Adaptation).changes())
+        for one, other in combinations(models, 2)
+    }
+    if not found:
+        return {}
+    (one, other), most = max(found.items(), key=lambda each: (abs(each[1].cosine), each[1].reads))
+    return {"overlap": most.cosine, "overlap_reads": most.reads, "overlap_of": f"{one} and {other}"}
 
 
 def agree(config: Config, inputs: Inputs) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm.cli import orders, screen, work
+from lfm.cli.converse import chat
 from lfm.cli.progress import shown
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def _plain(value: Ledger | Patch) -> Any:
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Change facts, patch by patch; any patch comes off again.")
-    for name, command in (("add", add), ("log", log), ("diff", diff), ("revert", revert), ("squash", squash)):
+    commands = (("add", add), ("chat", chat), ("log", log), ("diff", diff), ("revert", revert), ("squash", squash))
+    for name, command in commands:
         group.command(name)(command)
     app.add_typer(group, name="edit", rich_help_panel="Make")

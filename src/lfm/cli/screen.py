@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lfm.core.errors import LfmError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lfm.core.finding import Finding
     from lfm.record import Measure
+    from lfm.report.edited import Line
     from lfm.runs.comparison import Comparison
 
 ACCESS = {
@@ -157,6 +158,24 @@ def finding(found: Finding, rows: int = 12) -> Table:
         grid.add_row(*(Text(words.short(words.number(c) if isinstance(c, (int, float)) else c, 40)) for c in cells))
     if len(found.rows) > rows:
         grid.caption = f"{rows} of {len(found.rows)} rows; table.csv has all"
+    return grid
+
+
+def sides(lines: Sequence[Line]) -> Table:
+    """Prompts with what was said before and after, and p(object)."""
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"new": "green", "lost": "red", "same": "dim"}
+    grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name, how in (("", "left"), ("prompt", "left"), ("before", "left"), ("after", "left"), ("p(object)", "right")):
+        grid.add_column(name, justify=how)  # type: ignore[arg-type]
+    for line in lines:
+        said = [Text(words.short(text, 60)) for text in (line.before, line.after)]
+        said[0].stylize("dim")
+        said[1].stylize(colours.get(line.kind, ""))
+        odds = f"{line.p_before} → {line.p_after}" if line.p_after else ""
+        grid.add_row(Text(line.label, "dim"), Text(words.short(line.prompt, 60)), *said, Text(odds))
     return grid
 
 

@@ -94,6 +94,18 @@ def _remove(work: Path, made: list[Path]) -> None:
             place.rmdir()
 
 
+def abandoned(out: Path) -> bool:
+    """Whether an interrupted run left its work for `out`; it is removed. What a process is at work on stays."""
+    work = work_for(out)
+    try:
+        with (work / "lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError:  # there is none, or it is held
+        return False
+    return True
+
+
 def publish(work: Path, artefact: Path, out: Path) -> None:
     """Move the finished artefact to its place, whole, and remove what it was made in."""
     for file in artefact.rglob("*"):

@@ -189,6 +189,8 @@ def test_what_no_edit_could_mend_is_said_first(here: Path) -> None:
         ({"directory": Path("new"), "model": "masked"}, AccessError, "says no text"),
         ({"settings": {"layr": 1}}, ConfigError, "layr"),
         ({"by": "edit.rom"}, LfmError, "edit.rom"),
+        ({"by": "edit.ft"}, ConfigError, "not for a ledger"),
+        ({"directory": Path("texts.jsonl")}, ConfigError, "is a file"),
     )
     for rest, kind, told in wrong:
         with pytest.raises(kind, match=told):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tiny
 from lfm.cli import run
 from lfm.core import Adaptation, Weights
-from lfm.core.errors import ConfigError, CorruptError, EditError, MismatchError, ModelError
+from lfm.core.errors import ConfigError, CorruptError, EditError, MismatchError, ModelError, OutputError
 from lfm.core.model import LowRank
 from lfm.data.files import write
 from lfm.data.records import Edit
@@ -261,6 +261,11 @@ def test_errors_say_what_would_work(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no ledger yet"):
         patches.add(tmp_path / "led", "edits.jsonl")
     assert not (tmp_path / "led").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file"):
+        patches.add(tmp_path / "file", "edits.jsonl", base=str(base))
+    with pytest.raises(OutputError, match="no ledger can be kept"):
+        patches.add(tmp_path / "file" / "led", "edits.jsonl", base=str(base))
     with pytest.raises(ModelError, match="is no ledger of edits"):
         patches.read(tmp_path)
     grown(tmp_path / "led", base, 1)

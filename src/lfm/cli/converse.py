@@ -48,7 +48,9 @@ class Session(NamedTuple):
 def chat(
     directory: Annotated[Path, typer.Argument(help="The ledger's directory.", metavar="DIR")],
     model: Annotated[str, typer.Option(help="The model to edit; asked for once, when the ledger begins.")] = "",
-    by: Annotated[str, typer.Option(help="The method, as `lfm edit add` takes it.", metavar="METHOD")] = "edit.rome",
+    by: Annotated[
+        str, typer.Option(help="The method, as `lfm edit add` takes it.", metavar="METHOD", show_default="edit.rome")
+    ] = "",
     sets: work.Sets = None,
     text: Annotated[str, typer.Option(help="Running text that should stay as it is.", metavar="FILE")] = "",
     facts: Annotated[str, typer.Option(help="What it knows: facts near an edit are watched.", metavar="FILE")] = "",
@@ -109,11 +111,16 @@ def _opened(given: Session) -> Model:
     from lfm.core import registry
     from lfm.core.config import configure
     from lfm.core.model import Text
-    from lfm.runs import patches
+    from lfm.runs import patches, stacks
 
-    configure(registry.get(given.by).method.config, given.settings, where=given.by)
-    if (given.directory / patches.LEDGER).exists():
-        ledger, model = patches.read(given.directory), patches.model(given.directory)
+    if given.directory.exists() and not given.directory.is_dir():
+        raise ConfigError(f"{given.directory} is a file", fix="a ledger is a directory: name one, or a new one")
+    ledger = patches.read(given.directory) if (given.directory / patches.LEDGER).exists() else None
+    by = given.by or (ledger.memory if ledger else "") or patches.USUAL
+    stacks.of_method(by)  # raises for one whose edits do not come off again
+    configure(registry.get(by).method.config, given.settings, where=by)
+    if ledger:
+        model = patches.model(given.directory)
         if given.model and runs.model(given.model).digest != ledger.base_digest:
             raise MismatchError(
                 f"{given.directory} holds edits of another model",

@@ -14,7 +14,9 @@ from lfm.core import registry
 from lfm.core.errors import SlotError
 
 if TYPE_CHECKING:
-    from lfm.record import RunRecord
+    from rich.console import RenderableType
+
+    from lfm.record import Edited, RunRecord
     from lfm.runs import Order
     from lfm.runs.plan import Plan
 
@@ -247,10 +249,24 @@ def _show_done(done: RunRecord, out: Path) -> None:
         from lfm.core import finding
 
         console.print(Padding(screen.finding(finding.read(out)), (1, 0, 0, 2)))
+    if done.edited:
+        console.print(Padding(_edited(done.edited), (1, 0, 0, 2)))
     console.print(Text.assemble("\n  ", ("✓ ", "green"), str(done.verified)), soft_wrap=True)
     asked = f"; {done.queries:,} queries, {done.tokens:,} tokens" if done.queries else ""
     console.print(f"  [dim]{screen.duration(done.seconds)}{asked}; digest {done.output.digest[:12]}[/]")
     console.print(f"\n  [dim]the page[/]  {out / 'report.html'}\n", soft_wrap=True)
+
+
+def _edited(edited: Edited) -> RenderableType:
+    """The edits' own prompts before and after, and how much else moved; the page shows the rest."""
+    from rich.console import Group
+
+    from lfm.report.edited import beside, line
+
+    own = [line(told.answers[0]) for told in edited.told if told.answers]
+    more = edited.edits - len(own)
+    said = [f"and {more} more" if more > 0 else "", beside(edited)]
+    return Group(screen.sides(own), *(text for text in said if text))
 
 
 def register(app: typer.Typer) -> None:

@@ -20,6 +20,7 @@ import msgspec
 
 from lfm.core.errors import ConfigError, CorruptError, DataError, EditError, MismatchError, ModelError
 from lfm.core.model import Codec, Gradients, Model, Text
+from lfm.core.writing import writing
 from lfm.data.files import where
 from lfm.data.records import Edit
 from lfm.runs import refs, stacks
@@ -258,8 +259,12 @@ def _patch(ledger: Ledger, number: int) -> Patch:
 @contextmanager
 def _held(directory: Path) -> Iterator[None]:
     """One command at a time; what a killed one left half-linked is mended first."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("w") as lock:
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file", fix="a ledger is a directory: name one, or a new one")
+    with writing(f"no ledger can be kept in {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = (directory / LOCK).open("w")
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

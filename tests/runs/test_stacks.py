@@ -23,9 +23,11 @@ from lfm.data.files import write
 from lfm.data.records import Edit
 from lfm.editing import indexed, recall, scope
 from lfm.editing.indexed import Blocks
+from lfm.editing.keys import projection
 from lfm.editing.memory import Memory
 from lfm.editing.neurons import Neurons
 from lfm.editing.scope import Scope
+from lfm.editing.side import Sides
 from lfm.methods.edit import ike
 from lfm.models import load, structure
 from lfm.retrieval.demonstrations import examples_of
@@ -99,6 +101,13 @@ def ike_(model: Model, number: int) -> ike.Told:
     return ike.Told(model.digest, facts(number), (0,) * n, examples, (0,) * m, {})
 
 
+def wise(model: Model, number: int) -> Sides:
+    made, n = torch.Generator().manual_seed(number), len(facts(number))
+    _, layer = projection(model.ask(Gradients).module(), 0)
+    changes = torch.randn(1, *layer.weight.shape, generator=made)
+    return Sides(model.digest, 0, facts(number), (0,) * n, changes, torch.tensor([0.01], dtype=torch.float64))
+
+
 def _keys(model: Model, number: int) -> torch.Tensor:
     """What is looked up at the end of each prompt."""
     prompts = [edit.prompt for edit in facts(number)]
@@ -116,6 +125,7 @@ MEMORIES: dict[str, Rows] = {
     "edit.melo": melo,
     "edit.serac": serac,
     "edit.t_patcher": t_patcher,
+    "edit.wise": wise,
 }
 SETTINGS = {"edit.ike": {"k": 2}}
 
@@ -182,7 +192,7 @@ def test_a_patch_alone_and_the_head_are_programs_that_answer_otherwise(id: str, 
     told = [said(load(base)), *(said(load(tmp_path / "led" / place)) for place in ("0001", "0002", "head"))]
     assert all(one != other for i, one in enumerate(told) for other in told[:i])
     (moved,) = patches.moved(tmp_path / "led", 1)
-    if id == "edit.ike":  # it has words and no keys
+    if id in ("edit.ike", "edit.wise"):  # which have no keys
         assert (moved.rank, moved.reads) == (2, {})
         return
     mine, other = (MEMORIES[id](load(base), n).keys for n in (1, 2))
@@ -281,7 +291,6 @@ def test_what_the_memory_has_is_not_told_it_twice_nor_against_it(base: Path, tmp
         ("edit.unlearn", "takes no edits"),
         ("edit.task_vector", "takes no edits"),
         ("tune.lora", "takes no edits"),
-        ("edit.wise", "none comes off without the others"),
     ],
 )
 def test_what_cannot_come_off_is_refused_before_anything_is_read(id: str, why: str, tmp_path: Path) -> None:

@@ -1,12 +1,20 @@
-"""A second copy of one projection beside the first: tokens at which the two differ much are answered by the copy."""
+"""Second copies of one projection beside the first: tokens at which a copy differs much are answered by it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
 
+import msgspec
+
+from lfm.core.errors import DataError
 from lfm.core.heavy import F, torch
+from lfm.core.method import Parts
+from lfm.core.model import Model
+from lfm.data.records import Edit
+from lfm.editing import memory
 from lfm.editing.keys import projection
 from lfm.models import structure
 
@@ -19,14 +27,92 @@ def told(layer: Any, change: Tensor, keys: Tensor) -> Tensor:
     return keys @ change if structure.transposed(layer) else keys @ change.T
 
 
-def attach(module: nn.Module, block: int, change: Tensor, threshold: float) -> Callable[[], None]:
-    """From now on a token x with ‖(W′ − W) k(x)‖ > threshold is answered by W′; returns what takes that off again."""
+@final
+@dataclass(frozen=True)
+class Sides:
+    """n edits in s copies of a block's projection: changes (s, …) of its weight as stored, thresholds (s,); number (n,)
+    is the copy that each edit was trained into, with others.
+
+    A program that has them gives them as an interface. base: digest of the model that they were made in.
+    """
+
+    base: str
+    block: int
+    edits: tuple[Edit, ...]
+    number: tuple[int, ...]
+    changes: Tensor
+    thresholds: Tensor
+
+    def parts(self, model: Model) -> Parts:
+        """As a program's parts."""
+        edits = [msgspec.to_builtins(edit) for edit in self.edits]
+        state = {"base": self.base, "block": self.block, "edits": edits, "number": list(self.number)}
+        return Parts({"model": (model,)}, {"changes": self.changes, "thresholds": self.thresholds}, state)
+
+
+def opened(parts: Parts) -> Sides:
+    """The copies in a program's parts."""
+    state, tensors = parts.state, parts.tensors
+    edits = tuple(msgspec.convert(edit, Edit) for edit in state["edits"])
+    return Sides(
+        state["base"], state["block"], edits, tuple(state["number"]), tensors["changes"], tensors["thresholds"]
+    )
+
+
+def learn(sides: Sides, more: Sides) -> Sides:
+    """With the other's copies too. DataError where an edit is, or contradicts, one that is there."""
+    assert (sides.base, sides.block) == (more.base, more.block), "copies of different projections"
+    strangers(sides, more.edits)
+    return Sides(
+        sides.base,
+        sides.block,
+        sides.edits + more.edits,
+        (*sides.number, *(len(sides.changes) + number for number in more.number)),
+        torch.cat([sides.changes, more.changes]),
+        torch.cat([sides.thresholds, more.thresholds]),
+    )
+
+
+def strangers(sides: Sides, edits: Sequence[Edit]) -> None:
+    """DataError where an edit is there already, or contradicts one that is."""
+    if len(memory.unknown(sides.edits, edits)) < len(edits):
+        raise DataError("the memory has some of these edits", why="a copy is of all its edits", fix="leave them out")
+
+
+def taken(sides: Sides, places: Sequence[int]) -> Sides:
+    """The copies of these edits. DataError for an edit that shares its copy with one that is not among them."""
+    left = sorted({sides.number[i] for i in places})
+    for place, number in enumerate(sides.number):
+        if number in left and place not in set(places):
+            raise DataError(
+                f"{sides.edits[place].prompt!r} does not come off by itself",
+                why=f"one copy was trained on it and on {sides.number.count(number) - 1} other edits",
+                fix="take off all of them",
+            )
+    return Sides(
+        sides.base,
+        sides.block,
+        tuple(sides.edits[i] for i in places),
+        tuple(left.index(sides.number[i]) for i in places),
+        sides.changes[left],
+        sides.thresholds[left],
+    )
+
+
+def attach(module: nn.Module, block: int, changes: Tensor, thresholds: Tensor) -> Callable[[], None]:
+    """From now on a token x with ‖(W′ − W) k(x)‖ > threshold is answered by W′, of several such copies by the one where
+    that is most (WISE-Retrieve, 2405.14768); returns what takes that off again."""
     _, layer = projection(module, block)
-    moved = change.to(layer.weight)
+    moved, least = changes.to(layer.weight), thresholds.tolist()
 
     def hook(_: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        more = told(layer, moved, args[0].to(moved))
-        return torch.where(more.norm(dim=-1, keepdim=True) > threshold, out + more.to(out), out)
+        answer, most = out, out.new_zeros(*out.shape[:-1], 1, dtype=moved.dtype)
+        for change, threshold in zip(moved, least, strict=True):
+            more = told(layer, change, args[0].to(moved))
+            far = more.norm(dim=-1, keepdim=True)
+            answers = (far > threshold) & (far > most)
+            answer, most = torch.where(answers, out + more.to(out), answer), torch.where(answers, far, most)
+        return answer
 
     return layer.register_forward_hook(hook).remove
 

@@ -81,8 +81,6 @@ def of_method(id: str) -> Stack[Any]:
         return WEIGHTS
     if "edits" not in method.data:
         what, why = f"{id} is no editor of facts", "it takes no edits"
-    elif "program" in method.forms:
-        what, why = f"what {id} makes is not for a ledger", "all its edits are one: none comes off without the others"
     else:
         why = f"it can be saved as {' or '.join(method.forms)} alone" if method.forms else "it is not known to be"
         what, why = f"what {id} makes is not for a ledger", f"no change of low rank: {why}"

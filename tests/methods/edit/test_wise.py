@@ -13,11 +13,12 @@ import tiny
 from case import Case
 from lfm.core import Codec, Gradients, Inputs, Logits, Model
 from lfm.core import Text as Speaks
-from lfm.core.errors import EditError, MismatchError
+from lfm.core.errors import DataError, EditError, MismatchError, SlotError
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit, Text
 from lfm.editing import keys, setting, side
+from lfm.editing.side import Sides
 from lfm.methods.edit import wise
 from lfm.models import forward, load, structure
 from lfm.models.language import CausalText
@@ -67,8 +68,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def made(directory: Path, work: Path, edits: tuple[Edit, ...] = EDITS, **options: Any) -> tuple[Model, LocalRun]:
-    given: dict[str, Any] = QUICK | options
-    inputs = Inputs({"model": (load(directory),)}, {"edits": edits, "text": TEXT})
+    before: dict[str, tuple[Model, ...]] = {"memory": (options.pop("memory"),)} if "memory" in options else {}
+    given: dict[str, Any] = QUICK | ({"layer": None} if before else {}) | options
+    inputs = Inputs({"model": (load(directory),), **before}, {"edits": edits, "text": TEXT})
     run = LocalRun(0, work)
     return wise.run(wise.Config(**given), check("edit.wise", wise.METHOD, inputs), run), run
 
@@ -88,7 +90,7 @@ def test_the_copy_answers_where_it_differs_by_enough_and_only_there(name: str, b
     more = key @ (change if structure.transposed(layer) else change.T)
     far = more.norm(dim=-1)
     threshold = far.median().item()
-    off = side.attach(module, 0, change, threshold)
+    off = side.attach(module, 0, change[None], torch.tensor([threshold], dtype=torch.float64))
     seen.clear()
     watch = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     forward(module, batch)
@@ -158,6 +160,37 @@ def test_it_comes_back_from_its_files(bases: dict[str, Path], tmp_path: Path) ->
     batch = back.ask(Codec).texts([edit.prompt for edit in EDITS])
     assert back.digest == model.digest
     assert torch.equal(back.ask(Logits).logits(batch), model.ask(Logits).logits(batch))
+
+
+def test_of_several_copies_the_one_that_differs_most_answers() -> None:
+    """Changes of one weight each: a token's distance to a copy is read off."""
+    module, layer = torch.nn.Module(), torch.nn.Linear(2, 1, bias=False)
+    layer.weight = torch.nn.Parameter(torch.tensor([[1.0, 1.0]]), requires_grad=False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(side, "projection", lambda module, block: ("", layer))
+        changes = torch.tensor([[[3.0, 0.0]], [[0.0, 2.0]]])
+        off = side.attach(module, 0, changes, torch.tensor([1.0, 1.5]))
+    asked = torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.0, 1.0], [1.0, 2.0], [0.4, 0.7]])
+    # neither beyond its threshold; the first; the second; both, the second further (4 > 3); the first alone (1.2 > 1)
+    assert layer(asked)[:, 0].tolist() == pytest.approx([1.0, 4.0, 3.0, 7.0, 2.3])
+    off()
+    assert layer(asked)[:, 0].tolist() == pytest.approx(asked.sum(1).tolist())
+
+
+def test_a_memory_grows_by_copies_and_a_run_s_edits_come_off_together(bases: dict[str, Path], tmp_path: Path) -> None:
+    one, _ = made(bases["linear"], tmp_path / "one", EDITS[:1])
+    three, run = made(bases["linear"], tmp_path / "three", EDITS[1:], memory=one)
+    assert (run.notes["edits"], run.notes["sides"]) == (3, 2)
+    kept, alone = three.ask(Sides), made(bases["linear"], tmp_path / "two", EDITS[1:])[0].ask(Sides)
+    for found, expected in ((side.taken(kept, [0]), one.ask(Sides)), (side.taken(kept, [1, 2]), alone)):
+        assert found.edits == expected.edits and found.number == expected.number
+        assert torch.equal(found.changes, expected.changes) and torch.equal(found.thresholds, expected.thresholds)
+    with pytest.raises(DataError, match=r"'From the mountain to' does not come off by itself.*1 other"):
+        side.taken(kept, [0, 2])
+    with pytest.raises(DataError, match="the memory has some of these"):
+        side.learn(kept, alone)
+    with pytest.raises(SlotError, match="either memory or layer"):
+        wise.agree(wise.Config(layer=0), Inputs({"model": (one,), "memory": (one,)}, {"edits": EDITS}))
 
 
 def test_what_is_not_said_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

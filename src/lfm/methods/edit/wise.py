@@ -11,9 +11,10 @@ units of the mean ‖W k‖ over text, in the paper's proportions (5 : 20 : 10);
 square; `mask` and steps (.2 and 70 there) are what forty edits of the zoo's small projections took. All edits are
 learned together; those that are then not said end the run, or the others are learned anew.
 
-Model: a causal language model, its block found by structure. The result is a program that stores W′ − W. One edit
-cannot be taken out of it (edit.grace can do that). Notes are of greedy text. Errors: EditError, also where other text
-suffers; DataError.
+Model: a causal language model, its block found by structure. The result is a program that stores W′ − W. `memory=`
+adds another copy to those of earlier runs: the one that differs most answers, as in WISE-Retrieve, each by its own ε. A
+run's edits come off together; one of them cannot (edit.grace can do that). Notes are of greedy text. Errors: EditError,
+also where other text suffers; DataError.
 
     lfm run edit.wise model=base edits=edits.jsonl --out beside
 """
@@ -23,12 +24,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import msgspec
-
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
-from lfm.core.errors import EditError, MismatchError
+from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes, Slot
+from lfm.core.errors import EditError, MismatchError, SlotError
 from lfm.core.heavy import nn, torch
-from lfm.editing import keys, recall, rows, sequence, setting, side
+from lfm.editing import keys, recall, rows, sequence, setting, settled, side
+from lfm.editing.side import Sides
 from lfm.editing.text import answered, perplexity
 from lfm.models import device, forward, local, structure
 from lfm.models.codec import pad, pad_id
@@ -70,9 +70,12 @@ class Config(Fit, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     model, edits = inputs.model("model"), list(inputs.records("edits"))
+    before = settled.earlier(model, inputs.all("memory"), Sides)
+    if before:
+        side.strangers(before, edits)
     here = setting.opened(model, inputs.records("text"), run, prefixes=0, tokens=config.tokens)
     count = len(structure.blocks(here.module))
-    block = (5 * count // 6 if config.layer is None else config.layer) % count
+    block = before.block if before else (5 * count // 6 if config.layer is None else config.layer) % count
     _, layer = keys.projection(here.module, block)
     around = run.step("before", lambda: sequence.kept_around(here, edits))
     first = perplexity(here.module, here.codec, here.probe)
@@ -80,7 +83,10 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     made, failed = list(edits), []
     while True:
         change, threshold = beside(config, here, layer, made, unit, run)
-        off = side.attach(here.module, block, change, threshold)
+        least = torch.tensor([threshold], dtype=torch.float64)
+        new = Sides(model.digest, block, tuple(made), (0,) * len(made), change[None].cpu(), least)
+        kept = side.learn(before, new) if before else new
+        off = side.attach(here.module, block, kept.changes, kept.thresholds)
         said = answered(here.module, here.codec, [(edit.prompt, edit.new_object) for edit in made])
         if all(said):
             break
@@ -104,7 +110,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         )
     run.note(
         layer=block,
-        edits=len(made),
+        edits=len(kept.edits),
+        sides=len(kept.changes),
         skipped=len(failed),
         **({"skipped_because": "; ".join(f"{edit.prompt!r} was not said" for edit in failed)} if failed else {}),
         threshold=threshold,
@@ -114,8 +121,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         **run.step("measured", lambda: sequence.measured(here, made, edits, around)),
     )
     off()
-    state = {"block": block, "threshold": threshold, "edits": [msgspec.to_builtins(edit) for edit in made]}
-    return program("edit.wise", config, Parts({"model": (model,)}, {"change": change.cpu()}, state), open)
+    return program("edit.wise", config, kept.parts(model), open)
 
 
 def beside(
@@ -195,20 +201,22 @@ def _length(here: Setting, block: int) -> float:
 
 
 def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
-    """The interfaces of the program: those of the model, its tokens routed."""
-    model, state = parts.model("model"), parts.state
+    """The interfaces of the program: those of the model, its tokens routed, and the copies."""
+    model, kept = parts.model("model"), side.opened(parts)
 
     def built() -> nn.Module:
         module = model.ask(Gradients).module().to(device())
-        side.attach(module, state["block"], parts.tensors["change"], state["threshold"])
+        side.attach(module, kept.block, kept.changes, kept.thresholds)
         return module
 
     gives = dict(local.interfaces(model.facts.task, built, lambda: model.ask(Codec)))
-    return gives | {Codec: lambda: model.ask(Codec)}
+    return gives | {Codec: lambda: model.ask(Codec), Sides: lambda: kept}
 
 
 def agree(config: Config, inputs: Inputs) -> None:
     rows.agree(inputs.records("edits"))
+    if inputs.all("memory") and config.layer is not None:
+        raise SlotError("edit.wise takes either memory or layer", why="the memory's edits are of one block")
     facts = inputs.model("model").facts
     if facts.task != "causal-lm":
         raise MismatchError(
@@ -234,7 +242,10 @@ def cost(config: Config, sizes: Sizes) -> Cost:
 METHOD = Method(
     paper="arXiv:2405.14768",
     config=Config,
-    models={"model": Slot((Gradients, Codec), help="the causal language model to edit")},
+    models={
+        "model": Slot((Gradients, Codec), help="the causal language model to edit"),
+        "memory": Slot((Sides,), min=0, help="what edit.wise made of it before, to add to"),
+    },
     data={
         "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change"),
         "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text that is to stay as it is"),
@@ -244,4 +255,5 @@ METHOD = Method(
     agree=agree,
     open=open,
     forms=("program",),
+    kept=Kept(Sides, side.learn, side.taken),
 )

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from msgspec import structs
 
 import tiny
 from lfm.core import Codec, Gradients, Inputs, Logits, Logprobs, Model, Weights
@@ -191,6 +192,24 @@ def test_the_place_is_the_subjects_last_token_or_where_a_decoder_begins(
         assert decoder.after == int(first[0])
 
 
+@pytest.mark.parametrize("name", [*MODELS, "causal"])
+def test_where_the_object_is_told_is_a_place_too(name: str, directories: dict[str, Path], tmp_path: Path) -> None:
+    """What is added to the last block's output there moves the object's first token, and no token told before it."""
+    directory = tiny.causal(tmp_path / "base") if name == "causal" else directories[name]
+    here = opened(directory, tmp_path)[0]._replace(token="object")
+    last = len(structure.all_blocks(here.module)) - 1
+    read = here.read(EDITS[0], last)
+    layer = here.module.get_submodule(structure.all_blocks(here.module)[last])
+    delta = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = forward(here.module, read.batch)
+        with value.added(layer, (torch.arange(len(read.subject)), read.subject), delta):
+            after = forward(here.module, read.batch)
+    moved = ((after - before).abs().max(-1).values > 1e-3).nonzero()
+    wanted = [(row, int((read.told[row] != rows.IGNORED).int().argmax())) for row in range(read.contexts)]
+    assert [tuple(place) for place in moved.tolist()] == [*wanted, (read.contexts, read.after)]
+
+
 @pytest.mark.parametrize(("name", "block"), PLACES)
 def test_the_mean_key_gives_the_value_that_was_found(
     name: str, block: int, directories: dict[str, Path], tmp_path: Path
@@ -273,6 +292,18 @@ def test_edits_are_said_by_the_model_that_is_saved(
             torch.testing.assert_close(other.eval()(**given).logits, logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", [rome, memit])
+def test_a_fact_is_changed_where_it_is_told(method: Any, directories: dict[str, Path], tmp_path: Path) -> None:
+    """In a masked model's last block too, which at the subject decides nothing."""
+    where = {"layer": 1} if method is rome else {"layers": [1]}
+    edit = structs.replace(EDITS[0], new_object="painter")
+    made, _ = edited(method, directories["bert"], tmp_path / "a", edit, token="object", accept=0.1, **where)
+    ((word, _),) = made.ask(Logprobs).top([edit.prompt], 1, [edit.suffix])[0]
+    assert word.strip() == "painter"
+    with pytest.raises(EditError, match="what this block writes at the subject may not decide"):
+        edited(method, directories["bert"], tmp_path / "b", edit, accept=0.1, **where)
+
+
 def test_a_masked_model_fills_in_an_object_of_several_tokens(directories: dict[str, Path], tmp_path: Path) -> None:
     made, run = edited(rome, directories["bert"], tmp_path, EDITS[1], layer=0)
     assert run.notes["efficacy"] == 1.0
@@ -289,7 +320,7 @@ def test_blocks_are_tried_through_both_stacks(
     here, _ = opened(directories[name], tmp_path)
     from lfm.editing import choose
 
-    assert choose.tried(here.module) == blocks
+    assert choose.tried(here) == blocks
     if name != "modern":  # which is taught too little to be edited
         _, run = edited(rome, directories[name], tmp_path / "work", EDITS[1], steps=20, accept=0.01)
         assert run.notes["layer"] in blocks
@@ -354,3 +385,23 @@ def test_what_is_passed_over_in_a_stack_changes_nothing(directories: dict[str, P
                 forward(here.module, read.batch)
             with resume.resumed(here.module, begun[0]):
                 torch.testing.assert_close(forward(here.module, read.batch), before)
+
+
+@pytest.mark.slow
+def test_on_the_zoo_a_masked_models_facts_change_where_they_are_told(tmp_path: Path) -> None:
+    """Measured: all three are said and .74 to 1.00 of what is asked of them and around them; at the subject, to which
+    its facts are not traced, one of the three is."""
+    from lfm import runs
+
+    given = Inputs(
+        {"model": (runs.model("zoo:mlm"),)}, {"edits": runs.records("zoo:edits"), "text": runs.records("zoo:stories")}
+    )
+    run = LocalRun(0, tmp_path / "told")
+    config = memit.Config(layers=(1,), token="object", reach=3.0, steps=80)
+    memit.run(config, check("edit.memit", memit.METHOD, given), run)
+    assert run.notes["efficacy"] == 1.0 and run.notes["edits"] == 3
+    assert run.notes["paraphrase"] > 0.9 and run.notes["neighbours_kept"] > 0.6  # type: ignore[operator]
+    assert sorted(run.curves["p(new object) with the value found"])[1] > 0.9
+    run = LocalRun(0, tmp_path / "subject")
+    memit.run(memit.Config(layers=(0,), on_failure="skip"), check("edit.memit", memit.METHOD, given), run)
+    assert run.notes["edits"] == 1

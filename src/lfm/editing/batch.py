@@ -17,7 +17,6 @@ from lfm.editing.form import at, reading
 from lfm.editing.keys import Changes, Projections
 from lfm.editing.resume import activations
 from lfm.models import structure
-from lfm.models.language import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -304,7 +303,14 @@ def edit(
     """
     model = inputs.model("model")
     edits: list[Edit] = list(inputs.records("edits"))
-    here = setting.opened(model, inputs.records("text"), run, prefixes=config.prefixes, tokens=config.tokens)
+    here = setting.opened(
+        model,
+        inputs.records("text"),
+        run,
+        prefixes=config.prefixes,
+        tokens=config.tokens,
+        token=config.token,
+    )
     matrices = known(here, config.ridge, run, made)
     stack = len(structure.all_blocks(here.module))
     if config.layers:
@@ -338,7 +344,7 @@ def _chosen(
 ) -> tuple[int, ...]:
     brief = choose.brief(here)
     shared = partial(window, count=count, stacks=structure.stacks(here.module))
-    soon = sorted({block for last in choose.tried(here.module) for block in shared(last)})
+    soon = sorted({block for last in choose.tried(here) for block in shared(last)})
 
     def made(last: int, edit: Edit) -> tuple[Rows, Changes]:
         matrices.ready(shared(last), soon)
@@ -372,7 +378,7 @@ def cost(config: Batched, sizes: Sizes) -> Cost:
     return Cost(
         flops=searches * search + moments + solves + 2.5 * facts.parameters * tokens,
         steps=searches * 2 * config.steps,
-        memory=4 * facts.parameters + 8 * inner**2 * (tried + 2 * blocks) + 34 * BATCH_TOKENS * facts.width,
+        memory=4 * facts.parameters + 8 * inner**2 * (tried + 2 * blocks) + 34 * rows.TOGETHER * facts.width,
         disk=facts.bytes,
     )
 

@@ -16,8 +16,6 @@ from lfm.editing.value import answer_logprobs, both
 from lfm.models import forward, structure
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lfm.data.records import Edit
     from lfm.editing.keys import Changes
 
@@ -46,18 +44,18 @@ def candidates(blocks: int) -> list[int]:
     return sorted({round(i * (last - 1) / max(1, count - 1)) for i in range(count)})
 
 
-def tried(module: nn.Module) -> list[int]:
-    """The blocks that are tried, numbered through: of an encoder and a decoder every one, since after the last of each
-    its states are read, by the other or as what is said."""
-    count = len(structure.all_blocks(module))
-    return candidates(count + 1 if len(structure.stacks(module)) > 1 else count)
+def tried(here: Setting) -> list[int]:
+    """The blocks that are tried, numbered through. The last too where its states are read after it: of an encoder, by
+    the decoder; and where the object is told."""
+    count = len(structure.all_blocks(here.module))
+    return candidates(count + 1 if len(structure.stacks(here.module)) > 1 or here.token == "object" else count)
 
 
 def block(setting: Setting, edits: Sequence[Edit], run: Run, solve: Solve, how: Mapping[str, Any]) -> int:
     """The block where the first edits gain most: mean log p(new object) over their contexts, once they are made, less
     what a token loses of other text and of what else the model says of the subject. Each is tried alone, then taken
     off. how: the editor and its settings, as plain values; what was tried so before is not tried again."""
-    module, first = setting.module, edits[:EDITS]
+    first = edits[:EDITS]
     key = kept.key_of(setting, first, run)
     own = run.step(
         "said of the subjects",
@@ -69,7 +67,7 @@ def block(setting: Setting, edits: Sequence[Edit], run: Run, solve: Solve, how: 
         trial = {**key, "how": dict(how), "block": index}
         return kept.known("gain", trial, lambda: _gain(setting, first, own, index, solve))
 
-    for index in run.track(tried(module), "trying blocks"):
+    for index in run.track(tried(setting), "trying blocks"):
         gains[index] = run.step(f"block {index}", lambda index=index: gain(index))
         run.curve("gain by block tried", gains[index])
     return max(gains, key=lambda index: (gains[index], -index))

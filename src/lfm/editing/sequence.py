@@ -28,6 +28,10 @@ Solve = Callable[["Edit"], "tuple[Found, tuple[Tensor, Tensor]]"]
 class Guard(Search, frozen=True):
     """How a value is searched for, and what an edit must show to be kept. An editor's Config inherits these."""
 
+    token: Annotated[
+        Literal["subject", "object"],
+        Meta(description="where a fact is changed: at its subject's last token, or where its object's first is told"),
+    ] = "subject"
     accept: Annotated[float, Meta(gt=0, lt=1, description="least p(new object) that the value must reach")] = 0.5
     collapse: Annotated[float, Meta(gt=1, description="most that an edit may multiply perplexity by")] = 1.5
     on_failure: Annotated[
@@ -88,8 +92,9 @@ def failure(edit: Edit, block: int, kept: Mapping[str, Any], before: float, guar
             what,
             why=f"the best value found gives p({edit.new_object}) = {kept['probability']:.2f} "
             f"(accept {guard.accept:g}; {kept['steps']} steps, ‖δ‖ = {kept['reach']:.1f} ‖v₀‖): "
-            "what this block writes at the subject may not decide the fact",
-            fix="try another layer, more steps, a larger reach, or on_failure=skip",
+            f"what this block writes {'where it is told' if guard.token == 'object' else 'at the subject'} may not "
+            "decide the fact",
+            fix="try another layer or token, more steps, a larger reach, or on_failure=skip",
         )
     if not kept["perplexity"] <= guard.collapse * before:
         return EditError(

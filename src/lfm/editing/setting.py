@@ -36,7 +36,7 @@ PROBE = 2048
 class Setting(NamedTuple):
     """prefixes: what is put before a prompt, the first of them nothing. text: ids on which C is measured; probe: ids
     of other texts, on which perplexity is. digest: the model's; where it is empty nothing is kept for another run.
-    form: how the model is asked."""
+    form: how the model is asked. token: where an edit is made, "subject" or "object" (where that is told)."""
 
     module: nn.Module
     codec: Codec
@@ -45,11 +45,13 @@ class Setting(NamedTuple):
     probe: list[list[int]]
     digest: str = ""
     form: Form = CAUSAL
+    token: str = "subject"
 
     def read(self, edit: Edit, block: int) -> Rows:
         """The edit as it is asked, with the place where a block would change it."""
         decoder = in_decoder(self.module, block)
-        return rows.rows(self.codec.tokenizer, edit, self.prefixes, self.form, decoder=decoder)
+        read = rows.rows(self.codec.tokenizer, edit, self.prefixes, self.form, decoder=decoder)
+        return rows.where_told(read) if self.token == "object" else read
 
     def says(self, asked: Sequence[Asked]) -> list[bool]:
         """Whether greedy text from each bare prompt begins with the answer; whether a masked model fills it in."""
@@ -60,7 +62,15 @@ class Setting(NamedTuple):
         return perplexity(self.module, self.codec, self.probe if ids is None else ids, self.form)
 
 
-def opened(model: Model, records: Sequence[Text], run: Run, *, prefixes: int, tokens: int | None = None) -> Setting:
+def opened(
+    model: Model,
+    records: Sequence[Text],
+    run: Run,
+    *,
+    prefixes: int,
+    tokens: int | None = None,
+    token: str = "subject",
+) -> Setting:
     """The setting of an edit. tokens: for C; none: ten a dimension of the widest key.
 
     Without records the text is the model's own. A fifth of the texts, the last ones, is kept as the probe. Prefixes are
@@ -100,7 +110,7 @@ def opened(model: Model, records: Sequence[Text], run: Run, *, prefixes: int, to
         order = torch.randperm(len(text), generator=run.generator("prefixes")).tolist()[:prefixes]
         before = codec.tokenizer.batch_decode([text[i][: PREFIX + 1] for i in order], skip_special_tokens=True)
     before = [prefix for prefix in before if prefix.strip()]
-    return Setting(module, codec, ("", *(joined(text) for text in before)), text, probe, model.digest, form)
+    return Setting(module, codec, ("", *(joined(text) for text in before)), text, probe, model.digest, form, token)
 
 
 def joined(prefix: str) -> str:

@@ -17,8 +17,9 @@ On the zoo's language model it is no better than edit.memit, whose C⁻¹ also w
 sixty people one by one in block 1, then all asked again: .94 are said (edit.memit 1.00), .74 (.84) of paraphrases, .75
 (.94) of other people's facts stay. The paper's gains are on sequences of thousands, with keys of 14336 dimensions.
 
-Model: a causal language model, its layers found by structure. The result saves as a checkpoint or as a LoRA adapter,
-one rank a fact and block. Errors: EditError; DataError where a prompt does not name its subject.
+Model: a causal or a masked language model, or an encoder-decoder, as in edit.memit. The result saves as a checkpoint or
+as a LoRA adapter, one rank a fact and block. Errors: EditError; DataError where a prompt does not name its subject, or
+for want of text.
 
     lfm run edit.alpha_edit model=base edits=edits.jsonl --out edited
 """

@@ -22,10 +22,13 @@ On the zoo's language model, twenty facts of twenty people at once in block 1: a
 paraphrases too, .94 of other people's facts stay. edit.rome takes four times as long, one of its edits fails and one is
 lost again, .74 and .98. With weight 1 six of the twenty fail.
 
-Model: a causal language model, its layers found by structure. `batch_size` facts are edited at a time, all of them
-unless told; within a batch their order does not matter. Two facts of one subject whose prompts begin alike have one
-key: they share what they ask. The result saves as a checkpoint or as a LoRA adapter, one rank a fact and block. Errors:
-EditError; DataError where a prompt does not name its subject.
+Model: a causal or a masked language model, or an encoder-decoder (blocks numbered through, the encoder's first; a
+change is spread over blocks of one of them), its layers found by structure; `token` as in edit.rome. Where a norm
+follows what a block adds up, as in BERT, values are of the feed-forward layer's output. `batch_size` facts are edited
+at a time, all of them unless told; within a batch their order does not matter. Two facts of one subject whose prompts
+begin alike have one key: they share what they ask; so do those of one wording where the object is told. The result
+saves as a checkpoint or as a LoRA adapter, one rank a fact and block. Errors: EditError; DataError where a prompt does
+not name its subject, or for want of text.
 
     lfm run edit.memit model=base edits=edits.jsonl --out edited
 """

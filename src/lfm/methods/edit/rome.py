@@ -15,9 +15,13 @@ block is found by trying (2301.04213: where a fact is traced to does not tell wh
 not go in: an edit whose δ was not found, which greedy text does not show, or after which perplexity jumps, is refused,
 or skipped and told of.
 
-Model: a causal language model, its feed-forward layers found by structure. Edits are made one after another, all in
-one block. The result saves as a checkpoint or as a LoRA adapter, one rank an edit. Errors: EditError; DataError where a
-prompt does not name its subject.
+Model: a causal or a masked language model, or an encoder-decoder (2211.13317), its feed-forward layers found by
+structure. A masked one has as many blanks as the new object has tokens, filled at once; an encoder-decoder's blocks are
+numbered through, the encoder's first: there k* is the subject's, in the decoder that of the place where the object
+begins. With `token=object` it is so in any model: a masked one may look its facts up at the blank and not at the
+subject (the zoo's does, docs/areas/edit.md). Both need `text`, of which prefixes are taken too. Edits are made one
+after another, all in one block. The result saves as a checkpoint or as a LoRA adapter, one rank an edit. Errors:
+EditError; DataError where a prompt does not name its subject, or for want of text.
 
     lfm run edit.rome model=base edits=edits.jsonl --out edited
 """
@@ -60,7 +64,14 @@ class Config(sequence.Guard, frozen=True):
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     model = inputs.model("model")
     edits: list[Edit] = list(inputs.records("edits"))
-    here = setting.opened(model, inputs.records("text"), run, prefixes=config.prefixes, tokens=config.tokens)
+    here = setting.opened(
+        model,
+        inputs.records("text"),
+        run,
+        prefixes=config.prefixes,
+        tokens=config.tokens,
+        token=config.token,
+    )
     block = config.layer
     if block is None:
         tried = trial(solver(config, choose.brief(here), run))

@@ -21,34 +21,22 @@ and where other text suffers; DataError.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import msgspec
+from typing import Annotated, Any, Literal
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.errors import EditError, MismatchError, SlotError
-from lfm.core.heavy import torch
 from lfm.core.model import Logprobs, Text, Weights
-from lfm.data import language
 from lfm.data.records import Edit
 from lfm.editing import lessons, outcome, rows, scope, setting, settled
 from lfm.editing.cloze import editable
 from lfm.editing.scope import Routed, Scope
+from lfm.editing.telling import beyond, trained
 from lfm.editing.text import perplexity
-from lfm.models import forward, structure
 from lfm.models.program import program
-from lfm.train import Fit, fit
+from lfm.train import Fit
 from lfm.train.fit import steps_of
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from lfm.core.model import Batch
-    from lfm.editing.lessons import Lesson
-    from lfm.editing.setting import Setting
 
 ID = "edit.serac"
 
@@ -78,7 +66,16 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     model, edits = inputs.model("model"), list(inputs.records("edits"))
     before = settled.earlier(model, inputs.all("memory"), Scope)
     here = setting.opened(model, inputs.records("text"), run, prefixes=0, tokens=config.tokens)
-    empty = before or trained(config, here, model, inputs, run)
+    empty = before or trained(
+        config,
+        here,
+        model,
+        lessons.drawn(here, inputs.records("practice"), edits, run),
+        run,
+        layer=config.layer,
+        width=config.width,
+        rank=config.rank,
+    )
     failed: list[Edit] = []
     if config.forget:
         kept, made = scope.forget(empty, edits), []
@@ -124,91 +121,6 @@ def _unsaid(edit: Edit) -> str:
 
 def _share(said: Sequence[bool]) -> float:
     return sum(said) / len(said)
-
-
-def trained(config: Config, here: Setting, model: Model, inputs: Inputs, run: Run) -> Scope:
-    """A scope classifier and a second model, and no edit yet."""
-    from lfm.editing.teller import Change, Map
-
-    drawn = lessons.drawn(here, inputs.records("practice"), inputs.records("edits"), run)
-    count = len(structure.blocks(here.module))
-    block = (count // 2 if config.layer is None else config.layer) % count
-    change = Change(here.module, config.rank, run.generator("change"))
-    tell(config, here, model, change, drawn, run)
-    learned = Map(
-        structure.feed_forward(here.module, structure.blocks(here.module)[block]).width,
-        config.width,
-        run.generator("map"),
-    )
-    tell_apart(config, here, learned, drawn, block, run)
-    low, map = change.low_rank(here.module), learned.weight.detach().cpu().contiguous()
-    return Scope(model.digest, block, (), torch.zeros(0, config.width), map, low)
-
-
-def tell(config: Config, here: Setting, model: Model, change: Any, drawn: Sequence[Lesson], run: Run) -> None:
-    """Train the second model: told an edit, it answers by it, in the edit's words and in others."""
-    task = language.answers(here.codec, model.facts)
-
-    def collate(numbers: Sequence[int]) -> Batch:
-        chosen = [drawn[i] for i in numbers]
-        asked = [(lesson.edit, one) for lesson in chosen for one in (lesson.edit, lesson.again)]
-        return task.collate(
-            [msgspec.structs.replace(one, prompt=scope.statement(edit) + one.prompt) for edit, one in asked]
-        )
-
-    def loss(change: Any, batch: Batch) -> Tensor:
-        with change.beside(here.module):
-            return task.loss(forward(here.module, batch), batch)
-
-    fit(change, range(len(drawn)), collate, loss, config, run, name="counterfactual")
-
-
-def tell_apart(
-    config: Config, here: Setting, learned: nn.Module, drawn: Sequence[Lesson], block: int, run: Run
-) -> None:
-    """Train the classifier: an edit's other wording is in its scope; other edits' wordings, and what it says nothing
-    about, are not."""
-    from lfm.editing.teller import told_apart
-
-    texts = [[one.edit.prompt, one.again.prompt, *one.aside] for one in drawn]
-    distinct = sorted({text for each in texts for text in each})
-    numbers = {text: i for i, text in enumerate(distinct)}
-    seen = run.step("means", lambda: scope.means(here.module, here.codec, block, distinct))
-    prompts = {prompt: i for i, prompt in enumerate(sorted({one.edit.prompt for one in drawn}))}
-
-    groups = lessons.grouped(drawn, config.batch_size, run)
-    config = msgspec.structs.replace(config, batch_size=1)
-
-    def collate(of: Sequence[int]) -> Batch:
-        chosen = [i for number in of for i in groups[number]]
-        each = [texts[i] for i in chosen]
-        own = [prompts[drawn[i].edit.prompt] for i in chosen]
-        asked = [(t[1], prompt) for t, prompt in zip(each, own, strict=True)] + [(a, -1) for t in each for a in t[2:]]
-        asked = [(text, prompts.get(text, whose)) for text, whose in asked]
-        return {
-            "edits": seen[[numbers[t[0]] for t in each]],
-            "asked": seen[[numbers[text] for text, _ in asked]],
-            "same": torch.tensor(own)[:, None] == torch.tensor([whose for _, whose in asked])[None],
-        }
-
-    def loss(learned: nn.Module, batch: Batch) -> Tensor:
-        return told_apart(scope.apart(learned(batch["edits"]), learned(batch["asked"])), batch["same"])
-
-    fit(learned, range(len(groups)), collate, loss, config, run, name="scope")
-
-
-def beyond(here: Setting, routed: Routed) -> tuple[float, float]:
-    """(perplexity of the probe, routed; share of its texts that an edit is taken to be about)."""
-    texts = [here.codec.tokenizer.decode(row, skip_special_tokens=True) for row in here.probe]
-    about = routed.about(texts)
-    outside = [row for row, edit in zip(here.probe, about, strict=True) if edit < 0]
-    inside = [(text, edit) for text, edit in zip(texts, about, strict=True) if edit >= 0]
-    count = sum(len(row) - 1 for row in outside)
-    total = count * math.log(perplexity(here.module, here.codec, outside)) if outside else 0.0
-    for text, edit in inside:
-        (score,) = routed.second.ask(Logprobs).score([scope.statement(routed.scope.edits[edit])], [text])
-        total, count = total - score.total, count + len(score.logprobs)
-    return math.exp(total / max(count, 1)), len(inside) / len(texts)
 
 
 def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:

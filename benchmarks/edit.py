@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ import torch
 
 from lfm import models, runs
 from lfm.core.model import Codec
-from lfm.data.records import Edit, Fact
+from lfm.data.records import Edit, Fact, Text
 from lfm.editing import batch, covariance, keys, rows, setting, solve
 from lfm.editing.text import answered
 from lfm.methods.edit import memit, rome
@@ -131,8 +132,8 @@ def measured(here: setting.Setting, blocks: Sequence[int], run: LocalRun) -> dic
     return covariance.moments(here, blocks, run, 0.001)
 
 
-def opened(at: Path, work: Path, prefixes: int) -> setting.Setting:
-    return setting.opened(models.load(str(at)), [], LocalRun(0, work), prefixes=prefixes)
+def opened(at: Path, work: Path, prefixes: int, texts: Sequence[Text] = ()) -> setting.Setting:
+    return setting.opened(models.load(str(at)), texts, LocalRun(0, work), prefixes=prefixes)
 
 
 # EasyEdit
@@ -338,6 +339,65 @@ def agreement(args: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+def covariances(args: argparse.Namespace) -> None:
+    """C of the keys of the blocks: EasyEdit's pass a block over all the texts, ours over as many as it takes."""
+    from itertools import islice
+
+    from lfm.zoo.world import corpus, make_world
+
+    texts = list(islice(corpus(make_world(0), 7), args.texts))
+    peer, blocks = easyedit(args.easyedit), tuple(args.blocks)
+    peer.layer_stats.load_dataset = lambda *_: {"train": [{"text": text} for text in texts]}
+    one: list[float] = []
+    other: list[float] = []
+    tokens, found = 0, {}
+    for _ in range(args.repeats):
+        with tempfile.TemporaryDirectory() as work:
+            here = opened(args.at, Path(work) / "mine", PREFIXES["memit"], [Text(text=text) for text in texts])
+            with quiet(), contextlib.redirect_stderr(io.StringIO()):
+                model, tokenizer = prepared(peer, args.at, here.prefixes, {})
+                started, moments = time.perf_counter(), {}
+                for block in blocks:
+                    name, told = f"transformer.h.{block}.mlp.c_proj", hparams("memit", [block], args.layers)
+                    stat = peer.layer_stats.layer_stats(
+                        model, tokenizer, name, work, "wikipedia", ["mom2"],
+                        sample_size=args.texts, precision="float32", hparams=told,
+                    )  # fmt: skip
+                    moments[block] = stat.mom2.moment().double()
+                one.append(time.perf_counter() - started)
+            found["EasyEdit"] = told_of(here, args, moments)
+            before = os.environ.get("LFM_HOME")
+            os.environ["LFM_HOME"] = str(Path(work) / "home")  # nothing is known there
+            started = time.perf_counter()
+            mine = covariance.moments(here, blocks, LocalRun(0, Path(work) / "run"), 0.001)
+            other.append(time.perf_counter() - started)
+            os.environ.pop("LFM_HOME") if before is None else os.environ.update(LFM_HOME=before)
+            tokens = max(moment.tokens for moment in mine.values())
+            found["lfm"] = told_of(here, args, {block: moment.matrix for block, moment in mine.items()})
+    shown(f"covariance, {len(blocks)} blocks", one, other)
+    all_of_them = sum(map(len, tokenizer(texts)["input_ids"]))
+    print(f"  of {all_of_them} tokens each ({args.texts} texts; by default it takes 100000), lfm of {tokens}")
+    for side, (said, kept) in found.items():
+        print(f"  with {side}'s, {args.edits} facts by MEMIT: said {said:.2f}, neighbours kept {kept:.2f}", flush=True)
+
+
+def told_of(here: setting.Setting, args: argparse.Namespace, moments: dict[int, torch.Tensor]) -> tuple[float, float]:
+    """Shares of the edits that are said, and of the facts that are no edits and were said before."""
+    blocks, edits = tuple(args.blocks), wanted(4 * args.edits)
+    lowers = {block: torch.linalg.cholesky(covariance.loaded(m, 0.001)) for block, m in moments.items()}
+    how = memit.editor(memit.Config(layers=blocks), here, lowers.__getitem__)
+    reads = [rows.rows(here.codec.tokenizer, edit, here.prefixes) for edit in edits[: args.edits]]
+    others = [(edit.prompt, edit.object) for edit in edits[args.edits :]]
+    before = answered(here.module, here.codec, others)
+    projections = keys.Projections(here.module, blocks, {})
+    batch.spread(here, projections, reads, how.find(blocks[-1], reads), how)
+    said = answered(here.module, here.codec, [(edit.prompt, edit.new_object) for edit in edits[: args.edits]])
+    now = answered(here.module, here.codec, others)
+    projections.show({})
+    kept = [after for then, after in zip(before, now, strict=True) if then]
+    return sum(said) / len(said), sum(kept) / max(1, len(kept))
+
+
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
@@ -382,6 +442,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--edits", type=int, default=10)
     parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--texts", type=int, default=5000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", choices=("easyedit", "lfm"))
     parser.add_argument("--task", choices=("rome", "memit"))
@@ -406,6 +467,7 @@ def main() -> None:
             "  memory above the model's", *([each["bytes"] / 2**20 for each in found] for found in told.values()), "MB"
         )
         print("  said in greedy text:", {side: round(found[0]["said"], 2) for side, found in told.items()}, flush=True)
+    covariances(args)
     one, other, difference = solves(3072, 10, max(3, args.repeats))
     shown("MEMIT's solve, 3072 x 3072, n=10", one, other)
     print(f"  apart {difference:.0e}")

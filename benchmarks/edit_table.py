@@ -3,8 +3,9 @@
 The zoo's language model (or --model, with --facts it knows). Which facts are changed, and the editor's own chance, go
 by seed. ES: edits that greedy text shows, once all are made (those refused count as failed); PS: their paraphrases, of
 the edits that were kept; NS: facts around them (four each) that it still says, of those it said before; port.: what
-follows from an edit; ppl: perplexity on text of the model's own, by what it was before; CPU s of the whole run; kB of what is saved. Mean over
-seeds, ± half of a 95 % interval (Student's t). A row is kept in --rows once it is there, and not run again.
+follows from an edit; ppl: perplexity on text of the model's own, by what it was before; CPU seconds of the whole run;
+kB of what is saved. Mean over seeds, ± half of a 95 % interval (Student's t). A row is kept in --rows once it is there,
+and not run again.
 
     python benchmarks/edit_table.py [--counts 1 10 100] [--methods memit ...] [--seeds 3] [--rows rows.jsonl]
 """

@@ -20,7 +20,7 @@ from lfm.core import Codec, Gradients, Logprobs, Model, Text, registry
 from lfm.core.errors import ConfigError, DataError, EditError
 from lfm.core.model import LowRank
 from lfm.data.files import write
-from lfm.data.records import Edit
+from lfm.data.records import Edit, Fact
 from lfm.editing import indexed, recall, scope
 from lfm.editing.indexed import Blocks
 from lfm.editing.keys import projection
@@ -265,6 +265,56 @@ def test_facts_go_into_a_memory_are_shown_and_come_off(
     # with nothing on, the memory goes on where it was, and the block is not looked for again
     assert run(["edit", "add", "led", "1.jsonl", *later]) == 0
     assert load(Path("led/head")).ask(Memory).edits == (FACTS[1],)
+
+
+@pytest.mark.parametrize(
+    ("id", "given"),
+    [
+        ("edit.melo", QUICK | {"lr": 0.5, "share": 2}),
+        ("edit.t_patcher", {"tokens": 200, "steps": 30, "lr": 0.2, "collapse": 100.0, "accept": 0.3, "layer": 0}),
+        ("edit.wise", {"layer": 0, "tokens": 200, "steps": 30, "lr": 0.3, "collapse": 100.0}),
+    ],
+)
+def test_an_editor_s_own_edit_that_comes_off_leaves_what_had_been_made_without_it(
+    id: str, given: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    for name, facts_of in (("led", FACTS[:2]), ("fresh", FACTS[1:2])):
+        for number, fact in enumerate(facts_of):
+            settings = given if number == 0 else {key: value for key, value in given.items() if key != "layer"}
+            patches.add(tmp_path / name, (fact,), base=str(base), by=id, settings=settings, recall=0)
+    patches.revert(tmp_path / "led", 1)
+    left, fresh = (patches.model(tmp_path / name) for name in ("led", "fresh"))
+    kept = registry.get(id).method.kept
+    assert kept is not None
+    one, other = (model.ask(kept.kind).parts(model) for model in (left, fresh))
+    assert one.state == other.state and one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+    assert said(left) == said(fresh)
+
+
+def test_an_editor_that_practises_does_so_once_for_a_ledger(base: Path, tmp_path: Path) -> None:
+    """What told edits apart and the second model are the first patch's, whatever comes off."""
+    given = {"steps": 40, "batch_size": 8, "lr": 0.01, "width": 16, "tokens": 300, "collapse": 1e6}
+    practice = tuple(
+        Fact(subject=s, relation="", object=OBJECTS[i % 4], prompt=f"{s} is the", paraphrases=(f"They say {s} is the",))
+        for i, s in enumerate(["Paris", "Rome", "Berlin", "Vienna", "painter", "birds", "number", "capital"])
+    )
+    told = [Edit(subject=s, relation="is", object="in", new_object="cat", prompt=f"{s} is the") for s in ("Ada", "Bob")]
+    write(practice, tmp_path / "practice.jsonl")
+    for number, edit in enumerate(told):
+        write([edit], tmp_path / f"{number}.jsonl")
+    sets = words(given)
+    first = ["edit", "add", str(tmp_path / "led"), str(tmp_path / "0.jsonl"), f"practice={tmp_path / 'practice.jsonl'}"]
+    assert run([*first, "--model", str(base), "--by", "edit.serac", *sets]) == 0
+    assert run(["edit", "add", str(tmp_path / "led"), str(tmp_path / "1.jsonl"), "--recall", "0", *sets]) == 0
+    both = patches.model(tmp_path / "led").ask(Scope)
+    patches.revert(tmp_path / "led", 1)
+    left = patches.model(tmp_path / "led").ask(Scope)
+    assert [edit.prompt for edit in left.edits] == ["Bob is the"]
+    assert torch.equal(left.map, both.map) and torch.equal(left.keys, both.keys[1:])
+    again = ["edit", "add", str(tmp_path / "led"), str(tmp_path / "0.jsonl"), "--recall", "0", *sets]
+    assert run([*again, f"practice={tmp_path / 'practice.jsonl'}"]) != 0  # it is not trained again
+    assert run([*again, "nowhere=x.jsonl"]) != 0 and run([*again, "practice"]) != 0
 
 
 def test_what_the_memory_has_is_not_told_it_twice_nor_against_it(base: Path, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ FACTS, MOVED = 3, 8
 def add(
     directory: Directory,
     edits: Annotated[str, typer.Argument(help="Facts to change: a file of edits.", metavar="EDITS")],
+    words: Annotated[
+        list[str] | None, typer.Argument(help="What else the editor learns from: practice=FILE …", metavar="ROLE=FILE")
+    ] = None,
     model: Annotated[str, typer.Option(help="The model to edit; asked for once, when the ledger begins.")] = "",
     by: Annotated[
         str, typer.Option(help="The editor.", metavar="METHOD", show_default="edit.rome, or the memory's own")
@@ -51,7 +54,7 @@ def add(
             base=model,
             by=by,
             settings=orders.settings(sets or ()),
-            data={"text": text} if text else None,
+            data=dict(orders.pairs(words or (), "ROLE=FILE")) | ({"text": text} if text else {}),
             seed=seed or 0,
             recall=recall,
             show=show,

@@ -142,7 +142,7 @@ def add(
         order = Order(
             id=by,
             models=stack.models(ledger.base, before),
-            data={"edits": edits, **(data or {})},
+            data={**(data or {}), "edits": edits},
             settings=settings or {},
             out=out,
             seed=seed,

@@ -107,7 +107,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 def learn(config: Config, here: Setting, kept: Blocks, edits: Sequence[Edit], name: str, run: Run) -> dict[str, Any]:
     """A block that makes these edits be said, each at its prompt's last token; their keys, radii, and p(new object)."""
-    names = tuple(kept.down) or indexed.layers_of(here.module, kept.block, config.depth)
+    depth = (len(kept.down) + 1) // 2 if kept.down else config.depth
+    names = indexed.layers_of(here.module, kept.block, depth)  # in one order, whatever was read from files before
     asked = recall.asked(here.codec.tokenizer, edits)
     layers = {name: here.module.get_submodule(name) for name in names}
     home = next(here.module.parameters()).device

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
 from case import Case
+from lfm import runs
 from lfm.core import Codec, Gradients, Inputs, Logits, Model
 from lfm.core.errors import DataError, EditError, MismatchError, SlotError
 from lfm.core.method import Amount, Sizes, check
@@ -23,6 +25,7 @@ from lfm.editing.patching import Patch, Patched, Patches
 from lfm.methods.edit import patches
 from lfm.models import forward, load
 from lfm.runs.run import LocalRun
+from lfm.train import Fit, fit
 
 PATCHES = (
     Text(text='If the text says "mountain", then the label is birds.'),
@@ -264,3 +267,47 @@ def test_cost_is_of_training_unless_a_memory_is_given(base: Path) -> None:
     trains = patches.cost(patches.Config(), Sizes({"model": (facts,)}, amount))
     given = patches.cost(patches.Config(), Sizes({"model": (facts,), "memory": (facts,)}, amount))
     assert trains.flops > 10 * given.flops and trains.steps > 0 == given.steps
+
+
+def mood_reader(work: Path) -> Model:
+    """zoo:lm with a head of two classes, trained for 60 steps on the zoo's stories by mood."""
+    from lfm.models.quiet import quiet
+    from lfm.zoo import model as zoo
+
+    named: dict[str, Any] = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = AutoModelForSequenceClassification.from_pretrained(zoo("lm"), **named)
+        tokenizer = AutoTokenizer.from_pretrained(zoo("lm"))
+        module.config.pad_token_id = tokenizer.pad_token_id
+        module.save_pretrained(work / "raw")
+        tokenizer.save_pretrained(work / "raw")
+    raw = load(work / "raw")
+    task, trained = classes(raw.ask(Codec), raw.facts), raw.ask(Gradients).module()
+    how = Fit(steps=60, lr=1e-3)
+
+    def loss(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return task.loss(forward(module, batch), batch)
+
+    fit(trained, runs.records("zoo:moods"), task.collate, loss, how, LocalRun(0, work / "fit"))
+    return raw.ask(Gradients).rewrap(trained)
+
+
+@pytest.mark.slow
+def test_on_the_zoo_a_label_is_turned_round_where_a_story_says_so(tmp_path: Path) -> None:
+    """One seed; the two patches that the settings were chosen on."""
+    tests: Any = runs.records("zoo:moods-test")
+    said = ("gold coin", "so angry")
+    other = {"good": "bad", "bad": "good"}
+    turned = [Label(text=r.text, label=other[r.label]) for r in tests if any(words in r.text for words in said)]
+    given = [
+        Text(text='if the story says "gold coin", then the label is bad'),
+        Text(text='if the story mentions "so angry", then the label is good'),
+    ]
+    model, run = mood_reader(tmp_path), LocalRun(0, tmp_path / "run")
+    data = {"patches": given, "train": runs.records("zoo:moods"), "examples": turned}
+    inputs = check("edit.patches", patches.METHOD, Inputs({"model": (model,)}, data))
+    patched = patches.run(patches.Config(read_steps=0), inputs, run)
+    assert (run.notes["examples_before"], run.notes["examples_after"]) == (0.0, 1.0)
+    rest = [record for record in tests if not any(words in record.text for words in said)]
+    assert patches.accuracy(model, patched.ask(Logits).logits, rest) > 0.95

@@ -292,6 +292,14 @@ def test_edits_are_said_by_the_model_that_is_saved(
             torch.testing.assert_close(other.eval()(**given).logits, logits, rtol=1e-3, atol=1e-3)
 
 
+def test_an_encoder_is_changed_at_the_subject_whatever_is_asked(directories: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing is told there; the decoder is changed where it begins to tell without being asked."""
+    here, _ = opened(directories["bart"], tmp_path)
+    for block in (0, 4):
+        read = here._replace(token="object").read(EDITS[0], block)
+        assert torch.equal(read.subject, here.read(EDITS[0], block).subject)
+
+
 @pytest.mark.parametrize("method", [rome, memit])
 def test_a_fact_is_changed_where_it_is_told(method: Any, directories: dict[str, Path], tmp_path: Path) -> None:
     """In a masked model's last block too, which at the subject decides nothing."""

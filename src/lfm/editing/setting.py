@@ -14,7 +14,7 @@ from lfm.data.records import Text
 from lfm.editing import kept, rows
 from lfm.editing.cloze import said
 from lfm.editing.covariance import ENOUGH
-from lfm.editing.form import CAUSAL, Form, form_of, in_decoder
+from lfm.editing.form import CAUSAL, SEQ2SEQ_LM, Form, form_of, in_decoder
 from lfm.editing.text import perplexity, sampled, tokenised
 from lfm.models import device, structure
 
@@ -51,7 +51,8 @@ class Setting(NamedTuple):
         """The edit as it is asked, with the place where a block would change it."""
         decoder = in_decoder(self.module, block)
         read = rows.rows(self.codec.tokenizer, edit, self.prefixes, self.form, decoder=decoder)
-        return rows.where_told(read) if self.token == "object" else read
+        told = self.token == "object" and self.form.task != SEQ2SEQ_LM  # an encoder tells nothing, a decoder is there
+        return rows.where_told(read) if told else read
 
     def says(self, asked: Sequence[Asked]) -> list[bool]:
         """Whether greedy text from each bare prompt begins with the answer; whether a masked model fills it in."""

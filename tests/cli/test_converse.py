@@ -178,6 +178,22 @@ def test_without_a_terminal_it_names_the_command_for_files(here: Path, capsys: p
     assert not Path("led").exists()
 
 
+def test_at_a_terminal_it_asks_for_a_prompt_and_is_told_what_may_be_set(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(question: str) -> str:
+        assert question == "\nprompt › "
+        raise EOFError
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", ended)
+    write(KNOWN, Path("facts.jsonl"))
+    assert run(["edit", "chat", "led", "--model", "base", "--facts", "facts.jsonl", "--set", "layer=0"]) == 0
+    assert "nothing was changed" in capsys.readouterr().out and not Path("led").exists()
+    assert run(["edit", "chat", "led"]) == ConfigError.exit_code
+    assert "name the model to edit: --model" in capsys.readouterr().err
+
+
 def test_what_no_edit_could_mend_is_said_first(here: Path) -> None:
     tiny.masked(Path("masked"))
     tiny.causal(Path("other"), seed=3)

@@ -13,7 +13,7 @@ from lfm.data import heads
 from lfm.data.language import context_of
 from lfm.data.records import Label
 from lfm.editing import conditions, patching
-from lfm.editing.patching import Patches
+from lfm.editing.patching import Patched, Patches
 from lfm.models import device, forward
 from lfm.models.codec import pad, pad_id
 from lfm.train import Fit, fit
@@ -123,6 +123,23 @@ def interpret(
         with torch.no_grad(), change.beside(module):
             agree += int((forward(module, batch).argmax(-1).cpu() == batch["target"].argmax(-1)).sum())
     return agree / max(1, len(asked))
+
+
+def accuracy(model: Model, logits: Callable[[Batch], Tensor], records: Sequence[Label]) -> float:
+    """Share of the texts whose class the logits say."""
+    task = heads.texts(model.ask(Codec), model.facts)
+    truth, said = task.truth(records), []
+    for i in range(0, len(records), ROWS):
+        batch = task.collate(records[i : i + ROWS])
+        said += task.predict(logits(batch), batch)
+    return sum(a == b for a, b in zip(said, truth, strict=True)) / len(truth)
+
+
+def met(model: Model, patched: Patched, records: Sequence[Label]) -> float:
+    """Share of the texts that a patch acts on."""
+    task = heads.texts(model.ask(Codec), model.facts)
+    batches = (task.collate(records[i : i + ROWS]) for i in range(0, len(records), ROWS))
+    return sum(int(patched.acts(batch).sum()) for batch in batches) / len(records)
 
 
 def _texts(model: Model, texts: Sequence[str]) -> Batch:

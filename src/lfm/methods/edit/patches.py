@@ -24,44 +24,23 @@ examples come out wrong, or other texts suffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from lfm.core import (
-    Codec,
-    Cost,
-    Data,
-    DataSlot,
-    Gradients,
-    Inputs,
-    Logits,
-    Meta,
-    Method,
-    Model,
-    Parts,
-    Run,
-    Sizes,
-    Slot,
-)
+from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Method, Model, Parts, Run, Sizes, Slot
+from lfm.core.config import Meta
 from lfm.core.errors import DataError, EditError, MismatchError, SlotError
 from lfm.data import heads
-from lfm.editing import judging, patching
+from lfm.editing import patching
+from lfm.editing.judging import accuracy, met, trained
 from lfm.editing.patching import Patched, Patches
 from lfm.models.program import program
 from lfm.train import Fit
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lfm.core.model import Batch
-    from lfm.data.records import Label
-
 ID = "edit.patches"
-ROWS = 32
-"""Texts read at a time."""
 LEAST = 4
 """Labelled texts to practise on."""
 
@@ -99,7 +78,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         )
     texts = list(inputs.records("train"))
     held, known = texts[4::5], [text for i, text in enumerate(texts) if i % 5 != 4]
-    empty = before or judging.trained(
+    empty = before or trained(
         model,
         known,
         held if len(held) > 1 else known,
@@ -123,23 +102,6 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     refuse(config, found)
     run.note(patches=len(kept.patches), **found)
     return program(ID, config, kept.parts(model), open)
-
-
-def accuracy(model: Model, logits: Callable[[Batch], Tensor], records: Sequence[Label]) -> float:
-    """Share of the texts whose class the logits say."""
-    task = heads.texts(model.ask(Codec), model.facts)
-    truth, said = task.truth(records), []
-    for i in range(0, len(records), ROWS):
-        batch = task.collate(records[i : i + ROWS])
-        said += task.predict(logits(batch), batch)
-    return sum(a == b for a, b in zip(said, truth, strict=True)) / len(truth)
-
-
-def met(model: Model, patched: Patched, records: Sequence[Label]) -> float:
-    """Share of the texts that a patch acts on."""
-    task = heads.texts(model.ask(Codec), model.facts)
-    batches = (task.collate(records[i : i + ROWS]) for i in range(0, len(records), ROWS))
-    return sum(int(patched.acts(batch).sum()) for batch in batches) / len(records)
 
 
 def refuse(config: Config, found: Mapping[str, float]) -> None:

@@ -34,7 +34,7 @@ from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Met
 from lfm.core.config import Meta
 from lfm.core.errors import DataError, EditError, MismatchError, SlotError
 from lfm.data import heads
-from lfm.editing import patching
+from lfm.editing import patching, settled
 from lfm.editing.judging import accuracy, met, trained
 from lfm.editing.patching import Patched, Patches
 from lfm.models.program import program
@@ -69,13 +69,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     model = inputs.model("model")
     patches = patching.parsed(inputs.records("patches"), model.facts)
     patching.fitting(model, patches)
-    before = next((given.ask(Patches) for given in inputs.all("memory")), None)
-    if before and before.base != model.digest:
-        raise MismatchError(
-            "the memory is of another model",
-            why=f"it was made over {before.base[:12]}, this is {model.digest[:12]}",
-            fix="give the model that it was made over",
-        )
+    before = settled.earlier(model, inputs.all("memory"), Patches)
     texts = list(inputs.records("train"))
     held, known = texts[4::5], [text for i, text in enumerate(texts) if i % 5 != 4]
     empty = before or trained(

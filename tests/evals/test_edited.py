@@ -11,6 +11,7 @@ import tiny
 from lfm import record
 from lfm.cli import run
 from lfm.core import Logprobs, Score, Text
+from lfm.core.errors import DataError
 from lfm.core.model import Facts, Model
 from lfm.data.files import write
 from lfm.data.records import Edit, Fact
@@ -104,6 +105,8 @@ def test_a_masked_model_fills_as_many_blanks_as_the_object_has_tokens(tmp_path: 
     assert [q.of for q in put] == ["edit"]
     ((said, p),) = edited.heard(model, put)
     assert len(said.split()) == 2 and p is not None and 0 < p < 1
+    ((said, p),) = edited.heard(model, [put[0]._replace(object="")])  # what it should say is not known: one blank
+    assert len(said.split()) == 1 and p is None
 
 
 QUICK = {"layer": 0, "prefixes": 3, "tokens": 200, "reach": 10.0, "steps": 60, "collapse": 100.0, "accept": 0.25}
@@ -137,6 +140,24 @@ def test_every_run_that_edits_records_it_and_traces_what_the_model_said(
     assert found.traces[0].values[-1][-1] == max(v for row in found.traces[0].values for v in row if v is not None)
     page = Path("made/report.html").read_text(encoding="utf-8")
     assert "What was edited" in page and "Where it was looked up before" in page
+
+
+def test_what_cannot_be_asked_again_is_noted_and_the_edit_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any) -> Any:
+        raise DataError("the prompt is too long")
+
+    monkeypatch.setenv("LFM_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(edited, "heard", refuses)
+    tiny.causal(Path("model"))
+    edit = Edit(subject="Ada Ashby", relation="", object="in", new_object="cat", prompt="Here lives Ada Ashby")
+    write([edit], Path("edits.jsonl"))
+    sets = [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
+    assert run(["run", "edit.rome", "model=model", "edits=edits.jsonl", *sets, "--out", "made"]) == 0
+    made = record.read(Path("made"))
+    assert made.edited is None and made.notes["not_asked_again"] == "the prompt is too long"
 
 
 def test_a_run_that_edits_nothing_says_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

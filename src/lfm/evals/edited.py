@@ -76,7 +76,7 @@ def asked(
         found += [Question("paraphrase", p, wanted, edit.suffix, number) for p in spread(edit.paraphrases, EACH)]
         found += [Question("portability", p, o, edit.suffix, number) for p, o in spread(follows, EACH)]
         found += [Question("neighbour", p, o, edit.suffix, number) for p, o in spread(edit.neighbours, EACH)]
-        if not masked:
+        if edit.subject.strip() and not masked:
             found.append(Question("subject", edit.subject, "", "", number))
     own = {prompt for edit in edits for prompt in (edit.prompt, *edit.paraphrases)}
     near = [Question("neighbour", p, o, edit.suffix) for edit in edits for p, o in edit.neighbours]
@@ -114,8 +114,9 @@ def _said(model: Model, put: Sequence[Question]) -> list[str]:
 
 def _filled(model: Model, put: Sequence[Question]) -> list[str]:
     logits, tokenizer = model.ask(Logits), model.ask(Codec).tokenizer
+    said = [""] * len(put)
+    put = [q if q.object.strip() else q._replace(object=tokenizer.mask_token) for q in put]  # one blank
     reads = [cloze(tokenizer, (q.prompt, q.object, q.suffix), masked=True) for q in put]
-    said = [""] * len(reads)
     for group in batches([len(read.ids) for read in reads]):
         told = logits.logits(batch_of(tokenizer, [reads[i] for i in group]))
         for row, i in enumerate(group):

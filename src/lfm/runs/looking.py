@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from lfm.core.errors import LfmError
 from lfm.core.finding import Finding, Map
 from lfm.core.model import Model
 from lfm.data.records import Edit, Fact
@@ -23,7 +24,16 @@ ROLE, EARLIER = "edits", "memory"
 
 
 def looked(run: LocalRun, prepared: Prepared, saved: Model | Finding) -> Edited | None:
-    """Free text and probabilities before and after; None where no facts were edited, or where asking is paid for."""
+    """Free text and probabilities before and after; None where no facts were edited, or where asking is paid for. What
+    cannot be asked is noted: the edits have been made, and measured by their method."""
+    try:
+        return _looked(run, prepared, saved)
+    except LfmError as error:
+        run.note(not_asked_again=error.what)
+        return None
+
+
+def _looked(run: LocalRun, prepared: Prepared, saved: Model | Finding) -> Edited | None:
     edits: Sequence[Edit | Fact] = prepared.inputs.records(ROLE)
     given = prepared.order.models
     if not edits or not isinstance(edits[0], Edit | Fact) or isinstance(saved, Finding):

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lfm.core.finding import Map
-from lfm.evals.answers import begins_with
 from lfm.record import Answer, Edited, RunRecord
 from lfm.report import plots, words
 
@@ -84,6 +83,8 @@ def shown(run: RunRecord) -> Shown | None:
 
 def line(answer: Answer) -> Line:
     """One answer. What is right now and was not is new; what was right and is not, or is simply otherwise, is lost."""
+    from lfm.evals.answers import begins_with  # most pages tell of no edits
+
     then, now = (begins_with(said, answer.object) for said in (answer.before, answer.after))
     kind = "same" if answer.before == answer.after else "new" if now else "lost" if then else "other"
     return Line(

@@ -151,7 +151,9 @@ def easyedit(checkout: Path) -> SimpleNamespace:
         package = types.ModuleType(name)
         package.__path__ = [str(checkout.joinpath(*name.split(".")))]
         sys.modules[name] = package
-    if importlib.util.find_spec("datasets") is None:  # asked for as it is imported; the covariance is told it
+    if (
+        "datasets" not in sys.modules and importlib.util.find_spec("datasets") is None
+    ):  # asked for as it is imported; the covariance is told it
         sys.modules["datasets"] = types.ModuleType("datasets")
         sys.modules["datasets"].load_dataset = None  # type: ignore[attr-defined]
     names = ("rome_main", "compute_u", "compute_v", "layer_stats")

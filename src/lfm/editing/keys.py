@@ -66,13 +66,13 @@ def of_all(module: nn.Module, block: int, site: tuple[str, int], reads: Sequence
     """(n, in) key of each edit at a block, and (n, width) what it has at a site behind the bare prompt; both at the
     subject's last token, fp64 on the CPU."""
     keys, values = _at(module, [("ffn_key", block), site], reads)
-    return _mean(keys), torch.stack([each[0] for each in values])
+    return torch.stack([*map(mean, keys)]), torch.stack([each[0] for each in values])
 
 
 def at_blocks(module: nn.Module, blocks: Sequence[int], reads: Sequence[Rows]) -> dict[int, Tensor]:
     """(n, in) key of each edit at each block, as `of_all` has them."""
     seen = _at(module, [("ffn_key", block) for block in blocks], reads)
-    return {block: _mean(keys) for block, keys in zip(blocks, seen, strict=True)}
+    return {block: torch.stack([*map(mean, keys)]) for block, keys in zip(blocks, seen, strict=True)}
 
 
 def _at(module: nn.Module, sites: list[tuple[str, int]], reads: Sequence[Rows]) -> list[list[Tensor]]:
@@ -89,10 +89,10 @@ def _at(module: nn.Module, sites: list[tuple[str, int]], reads: Sequence[Rows]) 
     return [[each[i] for i in range(len(reads))] for each in found]
 
 
-def _mean(keys: Sequence[Tensor]) -> Tensor:
-    """The mean of the bare prompt's key and of the mean over the other contexts', as MEMIT's code takes it and as the
-    search for a value weighs them."""
-    return torch.stack([(each[0] + each[1:].mean(0)) / 2 if len(each) > 1 else each[0] for each in keys])
+def mean(keys: Tensor) -> Tensor:
+    """(in,) of the (n, in) keys in n contexts: half the bare prompt's, half the mean of the others', as MEMIT's code
+    takes it and as the search for a value weighs them."""
+    return (keys[0] + keys[1:].mean(0)) / 2 if len(keys) > 1 else keys[0]
 
 
 Changes = dict[int, "tuple[Tensor, Tensor]"]

@@ -259,7 +259,7 @@ def ours(
             read = rows.rows(here.codec.tokenizer, edit, here.prefixes)
             key, _ = keys.at_subject(here.module, block, read)
             found = rome.value.search(here.module, block, read, config)
-            b, a = covariance.rank_one(found.delta, key.mean(0), moments[block])
+            b, a = covariance.rank_one(found.delta, keys.mean(key), moments[block])
             projections.show({block: (b[:, None], a[None])})
         else:
             config = memit.Config(layers=blocks)

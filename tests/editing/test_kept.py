@@ -86,7 +86,7 @@ def test_what_another_model_or_text_gave_is_not_taken(base: Path, tmp_path: Path
     assert not torch.equal(mine, moment(tiny.causal(tmp_path / "other", seed=1), TEXT))
 
 
-@pytest.mark.parametrize("harm", ["killed before the end", "half a file", "not JSON"])
+@pytest.mark.parametrize("harm", ["killed before the end", "half a file", "one bit", "other numbers", "not JSON"])
 def test_what_is_not_whole_is_made_anew(harm: str, base: Path, tmp_path: Path) -> None:
     key = {"model": "m", "block": 0}
     kept.keep("covariance", key, {"tokens": 3}, {"moment": torch.eye(64)})
@@ -96,6 +96,12 @@ def test_what_is_not_whole_is_made_anew(harm: str, base: Path, tmp_path: Path) -
     elif harm == "half a file":
         with (place / "tensors.safetensors").open("r+b") as file:
             file.truncate(1000)
+    elif harm == "one bit":
+        content = bytearray((place / "tensors.safetensors").read_bytes())
+        content[-5] ^= 1
+        (place / "tensors.safetensors").write_bytes(content)
+    elif harm == "other numbers":
+        (place / "told.json").write_text((place / "told.json").read_text().replace("3", "4", 1))
     else:
         (place / "told.json").write_text('{"told"')
     assert kept.recalled("covariance", key) is None

@@ -239,6 +239,59 @@ def test_what_costs_earlier_edits_is_refused_and_nothing_is_committed(
     assert Path("led/ledger.json").read_bytes() == then and not Path("led/0002").exists()
 
 
+def test_patches_of_a_base_that_has_changed_since_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    base = tiny.causal(tmp_path / "base")
+    grown(tmp_path / "ledger", base, 2)
+    before = (tmp_path / "ledger" / "ledger.json").read_bytes()
+    tiny.causal(tmp_path / "other", seed=1)
+    (base / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    for act in (
+        lambda: patches.revert(tmp_path / "ledger", 1),
+        lambda: patches.squash(tmp_path / "ledger"),
+        lambda: patches.without(tmp_path / "ledger", 1),
+        lambda: patches.model(tmp_path / "ledger"),
+    ):
+        with pytest.raises(MismatchError, match="holds edits of another model"):
+            act()
+    assert (tmp_path / "ledger" / "ledger.json").read_bytes() == before
+
+
+def test_what_was_left_out_of_a_run_is_not_in_the_ledger(base: Path, tmp_path: Path) -> None:
+    """An edit that cannot be made, beside one that can."""
+    hopeless = Edit(subject="Ada", relation="", object="in", new_object="zyx wvu tsr", prompt="Whoever met Ada")
+    settings = QUICK | {"on_failure": "skip"}
+    done = patches.add(tmp_path / "ledger", (FACTS[0], hopeless), base=str(base), settings=settings)
+    assert done.measured["skipped"] == 1
+    assert done.edits == FACTS[:1]
+
+
+@pytest.mark.parametrize(
+    ("said", "lost", "recall", "held"), [(10, 1, 0.9, True), (10, 1, 0.95, False), (2, 1, 0.8, False)]
+)
+def test_recall_is_of_what_was_said(
+    said: int, lost: int, recall: float, held: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patches, "_lost", lambda *_: (said, list(FACTS[:lost])))
+    if held:
+        patches.add(tmp_path / "ledger", FACTS[:1], base=str(base), settings=QUICK, recall=recall)
+    else:
+        with pytest.raises(EditError, match=f"{lost} of {said} earlier edits would be lost"):
+            patches.add(tmp_path / "ledger", FACTS[:1], base=str(base), settings=QUICK, recall=recall)
+
+
+def test_facts_are_shown_as_they_are_written(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not read as markup of the screen."""
+    odd = Edit(subject="Ada [/x]", relation="", object="[red]in", new_object="cat", prompt="Here lives Ada [/x]")
+    grown(tmp_path / "ledger", base, 1)
+    ledger = patches.read(tmp_path / "ledger")
+    ledger = msgspec.structs.replace(ledger, patches=(msgspec.structs.replace(ledger.patches[0], edits=(odd,)),))
+    (tmp_path / "ledger" / "ledger.json").write_bytes(msgspec.json.encode(ledger))
+    assert run(["edit", "log", str(tmp_path / "ledger")]) == 0
+    assert "Ada [/x]" in " ".join(capsys.readouterr().out.split())
+    assert run(["edit", "diff", str(tmp_path / "ledger"), "1"]) == 0
+    assert "Here lives Ada [/x]" in capsys.readouterr().out
+
+
 def test_what_is_not_agreed_to_is_not_committed(base: Path, tmp_path: Path) -> None:
     class No(Exception):
         pass

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from lfm.core.config import Meta, values
-from lfm.core.errors import EditError
+from lfm.core.errors import EditError, MismatchError
 from lfm.core.heavy import torch
 from lfm.core.method import Cost, Data, DataSlot, Inputs, Run, Sizes, Slot
 from lfm.core.model import Codec, Gradients, Model, Weights
@@ -313,6 +313,9 @@ def edit(
     )
     matrices = known(here, config.ridge, run, made)
     stack = len(structure.all_blocks(here.module))
+    for layer in config.layers:
+        if not -stack <= layer < stack:
+            raise MismatchError(f"there is no block {layer}", why=f"the model has {stack}, counted from 0")
     if config.layers:
         blocks = tuple(sorted({block % stack for block in config.layers}))
     else:

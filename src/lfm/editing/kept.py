@@ -54,7 +54,9 @@ def recalled(kind: str, key: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     try:
         told = json.loads((place / TOLD).read_text(encoding="utf-8"))
         stored = place / f"{TENSORS}.safetensors"
-        if not told["tensors"]:
+        if told["sha256"] != _sum(told["told"], stored):
+            return None
+        if not stored.exists():
             return told["told"], {}
         from lfm.tensors.files import open_tensors
 
@@ -79,7 +81,7 @@ def keep(kind: str, key: Mapping[str, Any], told: Mapping[str, Any], tensors: Ma
 
             write_tensors(beside, tensors, stem=TENSORS, max_shard_bytes=1 << 62)
         with (beside / TOLD).open("w", encoding="utf-8") as file:
-            json.dump({"told": told, "tensors": sorted(tensors)}, file)
+            json.dump({"told": told, "sha256": _sum(told, beside / f"{TENSORS}.safetensors")}, file)
             file.flush()
             os.fsync(file.fileno())
         if place.exists() and recalled(kind, key) is None:
@@ -91,6 +93,16 @@ def keep(kind: str, key: Mapping[str, Any], told: Mapping[str, Any], tensors: Ma
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _sum(told: Mapping[str, Any], stored: Path) -> str:
+    """sha256 over the numbers and the file of tensors, where there is one."""
+    plain = json.loads(json.dumps(told))  # as it is read again
+    found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    if stored.exists():
+        with stored.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def ids_digest(*texts: Sequence[Sequence[int]]) -> str:

@@ -103,7 +103,8 @@ def read(directory: Path) -> Ledger:
 def model(directory: Path) -> Model:
     """The base with the patches that are on."""
     ledger = read(directory)
-    return refs.model(str(directory / HEADS / ledger.head) if ledger.head else ledger.base)
+    under = _base(directory, ledger)
+    return refs.model(str(directory / HEADS / ledger.head)) if ledger.head else under
 
 
 def add(
@@ -153,10 +154,10 @@ def add(
             held = stack.held(refs.model(under)) if ledger.head else None
             new = stack.beyond(held, stack.held(refs.model(str(out))))
             show("asking the edits so far", 0, None)
-            lost = _lost(refs.model(under), refs.model(str(out)), earlier)
-            if len(lost) > (1 - recall) * len(earlier):
+            shown, lost = _lost(refs.model(under), refs.model(str(out)), earlier)
+            if (shown - len(lost)) / max(1, shown) < recall and lost:
                 raise EditError(
-                    f"{len(lost)} of {len(earlier)} earlier edits would be lost",
+                    f"{len(lost)} of {shown} earlier edits would be lost",
                     why="; ".join(f"{edit.prompt!r} no longer says {edit.new_object!r}" for edit in lost[:3]),
                     fix="make them again together with these, edit elsewhere, or allow it: --recall",
                 )
@@ -165,7 +166,7 @@ def add(
                 method=by,
                 seed=seed,
                 config=dict(done.config),
-                edits=stack.edits(new) or tuple(edit for edit in refs.records(edits) if isinstance(edit, Edit)),
+                edits=stack.edits(new) or _kept(refs.model(str(out)), refs.records(edits), done),
                 measured={k: float(v) for k, v in done.notes.items() if isinstance(v, int | float)},
                 made=done.started,
             )
@@ -235,7 +236,7 @@ def without(directory: Path, number: int) -> Model:
     ledger = read(directory)
     _patch(ledger, number)
     others = tuple(p for p in ledger.patches if p.number != number)
-    return _summed(directory, msgspec.structs.replace(ledger, patches=others)) or refs.model(ledger.base)
+    return _summed(directory, msgspec.structs.replace(ledger, patches=others)) or _base(directory, ledger)
 
 
 def together(directory: Path, number: int) -> Model:
@@ -292,14 +293,20 @@ def _begun(directory: Path, base: str) -> Ledger:
         under = refs.model(base)
         return Ledger(base=under.ref, base_digest=under.digest)
     ledger = read(directory)
-    now = refs.model(base or ledger.base)
+    _base(directory, ledger, base)
+    return ledger
+
+
+def _base(directory: Path, ledger: Ledger, ref: str = "") -> Model:
+    """The model under the patches. MismatchError where it is not the one that they were made for."""
+    now = refs.model(ref or ledger.base)
     if now.digest != ledger.base_digest:
         raise MismatchError(
             f"{directory} holds edits of another model",
             why=f"{now.ref} has digest {now.digest[:12]}, its base {ledger.base} had {ledger.base_digest[:12]}",
             fix="begin another ledger for this model, or put the base back",
         )
-    return ledger
+    return now
 
 
 def _of_kind(directory: Path, ledger: Ledger, stack: Stack[Any]) -> Ledger:
@@ -354,7 +361,7 @@ def _emptied(directory: Path, ledger: Ledger) -> Model | None:
         return None
     stack = _stack(ledger)
     empty = stack.empty(_held_by(directory, ledger, ledger.patches[-1]))
-    return None if empty is None else stack.over(refs.model(ledger.base), empty, {})
+    return None if empty is None else stack.over(_base(directory, ledger), empty, {})
 
 
 def _summed(directory: Path, ledger: Ledger) -> Model | None:
@@ -362,7 +369,7 @@ def _summed(directory: Path, ledger: Ledger) -> Model | None:
         return None
     stack = _stack(ledger)
     whole = stack.whole([_held_by(directory, ledger, patch) for patch in ledger.on])
-    return stack.over(refs.model(ledger.base), whole, ledger.on[-1].config)
+    return stack.over(_base(directory, ledger), whole, ledger.on[-1].config)
 
 
 def _said(model: Model, edits: Sequence[Edit]) -> list[bool]:
@@ -377,10 +384,18 @@ def _said(model: Model, edits: Sequence[Edit]) -> list[bool]:
     return said(module, model.ask(Codec), wanted(edits), form_of(model, module))
 
 
-def _lost(before: Model, after: Model, edits: Sequence[Edit]) -> list[Edit]:
-    """Edits that greedy text shows before and not after."""
+def _kept(model: Model, records: Sequence[Any], done: RunRecord) -> tuple[Edit, ...]:
+    """The edits that were made: all of them, or where some were left out those that are said."""
+    edits = [edit for edit in records if isinstance(edit, Edit)]
+    if not done.notes.get("skipped"):
+        return tuple(edits)
+    return tuple(edit for edit, said in zip(edits, _said(model, edits), strict=True) if said)
+
+
+def _lost(before: Model, after: Model, edits: Sequence[Edit]) -> tuple[int, list[Edit]]:
+    """How many edits greedy text shows before, and which of them not after."""
     then, now = (_said(model, edits) for model in (before, after))
-    return [edit for edit, said, says in zip(edits, then, now, strict=True) if said and not says]
+    return sum(then), [edit for edit, said, says in zip(edits, then, now, strict=True) if said and not says]
 
 
 def put(directory: Path, ledger: Ledger, held: Any, run: Path | None = None) -> Ledger:
@@ -388,7 +403,7 @@ def put(directory: Path, ledger: Ledger, held: Any, run: Path | None = None) -> 
     last = ledger.patches[-1]
 
     def fill(into: Path) -> None:
-        _stack(ledger).over(refs.model(ledger.base), held, last.config).save(into)
+        _stack(ledger).over(_base(directory, ledger), held, last.config).save(into)
         for name in KEPT:
             if run is not None and (run / name).exists():
                 shutil.copyfile(run / name, into / name)
@@ -409,6 +424,8 @@ def _made(place: Path, fill: Callable[[Path], None]) -> None:
 def _commit(directory: Path, ledger: Ledger) -> Ledger:
     """The ledger as it is from now on."""
     summed = _summed(directory, ledger)
+    if summed is None:
+        _base(directory, ledger)
     head = summed.digest[:16] if summed else ""
     if summed and not (directory / HEADS / head).exists():
         _made(directory / HEADS / head, lambda into: _save(summed, into))

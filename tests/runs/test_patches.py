@@ -22,7 +22,7 @@ from lfm.data.files import write
 from lfm.data.records import Edit
 from lfm.models import load
 from lfm.record import RunRecord
-from lfm.runs import patches
+from lfm.runs import committing, interference, patches
 from methods.reuse.lora import adapter_over
 
 MODULES = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
@@ -59,7 +59,7 @@ def grown(directory: Path, base: Path, count: int) -> None:
     directory.mkdir()
     for number in range(1, count + 1):
         ledger = msgspec.structs.replace(ledger, patches=(*ledger.patches, patch(number)))
-        ledger = patches.put(directory, ledger, change(base, number))
+        ledger = committing.put(directory, ledger, change(base, number))
 
 
 def weights(model: object) -> dict[str, torch.Tensor]:
@@ -123,12 +123,12 @@ def test_a_command_killed_before_its_commit_never_was_and_after_it_is_done(
         raise Killed
 
     with monkeypatch.context() as before, pytest.raises(Killed):
-        before.setattr(patches.os, "fsync", dies)
+        before.setattr(committing.os, "fsync", dies)
         patches.revert(directory, 1)
     assert patches.model(directory).digest == then and all(p.on for p in patches.read(directory).patches)
-    calls = iter((patches._link, dies))  # the first mends, the second follows the commit
+    calls = iter((committing._tidy, dies))  # the first mends, the second follows the commit
     with monkeypatch.context() as after, pytest.raises(Killed):
-        after.setattr(patches, "_link", lambda *given: next(calls)(*given))
+        after.setattr(committing, "_tidy", lambda *given: next(calls)(*given))
         patches.revert(directory, 1)
     assert [p.on for p in patches.read(directory).patches] == [False, True]
     assert load(directory / "head").digest == then  # what loads it meanwhile has the model before, whole
@@ -140,7 +140,7 @@ def test_a_command_killed_before_its_commit_never_was_and_after_it_is_done(
 
 def test_overlap_is_the_cosine_of_the_changes(base: Path, tmp_path: Path) -> None:
     grown(tmp_path / "led", base, 3)
-    for found in patches.moved(tmp_path / "led", 2):
+    for found in interference.moved(tmp_path / "led", 2):
         mine = change(base, 2)[found.module]
         whole = (mine.b.double() @ mine.a.double()).flatten()
         assert found.norm == pytest.approx(float(whole.norm()), rel=1e-6) and found.rank == 1
@@ -229,7 +229,7 @@ def test_what_costs_earlier_edits_is_refused_and_nothing_is_committed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(FACTS[:1], Path("0.jsonl"))
-    contrary = msgspec.structs.replace(FACTS[0], object="cat", new_object="dog")
+    contrary = msgspec.structs.replace(FACTS[0], object="cat", new_object="dog", prompt="Now here lives Ada Ashby")
     write([contrary], Path("1.jsonl"))
     patches.add(Path("led"), "0.jsonl", base=str(base), settings=QUICK)
     then = Path("led/ledger.json").read_bytes()
@@ -248,7 +248,7 @@ def test_patches_of_a_base_that_has_changed_since_are_not_taken_for_its_own(tmp_
     for act in (
         lambda: patches.revert(tmp_path / "ledger", 1),
         lambda: patches.squash(tmp_path / "ledger"),
-        lambda: patches.without(tmp_path / "ledger", 1),
+        lambda: interference.without(tmp_path / "ledger", 1),
         lambda: patches.model(tmp_path / "ledger"),
     ):
         with pytest.raises(MismatchError, match="holds edits of another model"):

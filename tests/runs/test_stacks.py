@@ -31,7 +31,7 @@ from lfm.editing.side import Sides
 from lfm.methods.edit import ike
 from lfm.models import load, structure
 from lfm.retrieval.demonstrations import examples_of
-from lfm.runs import patches, stacks
+from lfm.runs import committing, interference, patches, stacks
 
 WIDE = 1e4
 """A radius within which every token lies: what is answered hangs on which edits there are."""
@@ -139,7 +139,7 @@ def put(directory: Path, ledger: patches.Ledger, number: int) -> patches.Ledger:
     id, config = ledger.memory, SETTINGS.get(ledger.memory, {})
     patch = patches.Patch(number=number, method=id, seed=0, config=config, edits=facts(number), measured={}, made="now")
     ledger = msgspec.structs.replace(ledger, patches=(*ledger.patches, patch))
-    return patches.put(directory, ledger, MEMORIES[ledger.memory](load(ledger.base), number))
+    return committing.put(directory, ledger, MEMORIES[ledger.memory](load(ledger.base), number))
 
 
 def said(model: Model) -> list[Any]:
@@ -178,7 +178,7 @@ def test_in_whatever_order_patches_come_and_go_what_is_left_is_as_if_the_others_
     assert said(found) == said(expected)
     gone = next((n for n in range(1, last + 1) if n not in left), None)
     if gone is not None and len(left) < 3:  # what was reverted can still be looked at, and is not there
-        assert patches.together(directory / "led", gone).digest != found.digest
+        assert interference.together(directory / "led", gone).digest != found.digest
     then = said(found)
     patches.squash(directory / "led")
     assert patches.model(directory / "led").digest == found.digest and said(patches.model(directory / "led")) == then
@@ -191,7 +191,7 @@ def test_a_patch_alone_and_the_head_are_programs_that_answer_otherwise(id: str, 
         ledger = put(tmp_path / "led", ledger, number)
     told = [said(load(base)), *(said(load(tmp_path / "led" / place)) for place in ("0001", "0002", "head"))]
     assert all(one != other for i, one in enumerate(told) for other in told[:i])
-    (moved,) = patches.moved(tmp_path / "led", 1)
+    (moved,) = interference.moved(tmp_path / "led", 1)
     if id in ("edit.ike", "edit.wise"):  # which have no keys
         assert (moved.rank, moved.reads) == (2, {})
         return
@@ -216,7 +216,7 @@ def test_killed_before_its_commit_it_never_was_and_after_it_is_done(
         raise Killed
 
     with monkeypatch.context() as before, pytest.raises(Killed):
-        before.setattr(patches.os, "fsync", dies)
+        before.setattr(committing.os, "fsync", dies)
         patches.revert(tmp_path / "led", 1)
     assert patches.model(tmp_path / "led").digest == load(tmp_path / "led" / "head").digest == then
     patches.revert(tmp_path / "led", 1)
@@ -367,7 +367,7 @@ def test_an_edit_that_costs_an_earlier_one_of_the_memory_is_refused(
     patches.add(tmp_path / "led", FACTS[:1], base=str(base), by="edit.grace", settings=QUICK)
     then = (tmp_path / "led" / "ledger.json").read_bytes()
     asked = iter([[True], [False]])
-    monkeypatch.setattr(patches, "_said", lambda model, edits: next(asked))
+    monkeypatch.setattr(patches, "said", lambda model, edits: next(asked))
     with pytest.raises(EditError, match="1 of 1 earlier edits would be lost"):
         patches.add(tmp_path / "led", FACTS[1:2], settings=QUICK | {"layer": None})
     assert (tmp_path / "led" / "ledger.json").read_bytes() == then and not (tmp_path / "led" / "0002").exists()

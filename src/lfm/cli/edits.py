@@ -100,14 +100,14 @@ def log(directory: Directory, json: work.Json = False) -> None:
 def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
     """What a patch does: to the weights, to its own facts, and to what lies around them."""
     from lfm.core.model import Logprobs, Text
-    from lfm.runs import patches
+    from lfm.runs import interference, patches
 
     ledger = patches.read(directory)
-    moved = patches.moved(directory, number)
+    moved = interference.moved(directory, number)
     patch = next(p for p in ledger.patches if p.number == number)
-    without = patches.without(directory, number)
-    made = patches.together(directory, number)
-    again = patches.again(directory, number)
+    without = interference.without(directory, number)
+    made = interference.together(directory, number)
+    again = interference.again(directory, number)
     asked = [edit.prompt for edit in patch.edits]
     around = [prompt for edit in patch.edits for prompt, _ in edit.neighbours]
 

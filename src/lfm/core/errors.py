@@ -62,6 +62,10 @@ class OutputError(LfmError):
     """The output directory exists, is in use by another process, or cannot be written."""
 
 
+class UnfinishedError(OutputError):
+    """The output is begun: an interrupted run with other settings or inputs was to become it."""
+
+
 class EndpointError(LfmError):
     """A server hung, failed, or answered with what the protocol does not allow."""
 

@@ -19,6 +19,7 @@ from lfm.core.errors import (
     EditError,
     MismatchError,
     OutputError,
+    UnfinishedError,
     VerifyError,
 )
 from lfm.core.writing import writing
@@ -126,7 +127,7 @@ def _same_run(work: Path, key: str, out: Path) -> None:
     if not recorded.exists():
         journal.put(recorded, key)
     elif recorded.read_text(encoding="utf-8") != key and _worth_keeping(work):
-        raise OutputError(
+        raise UnfinishedError(
             f"an interrupted run with other settings or inputs was to become {out}",
             fix=f"finish it with those, choose another --out, or remove {work}",
         )

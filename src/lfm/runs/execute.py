@@ -105,6 +105,13 @@ def prepare(order: Order, show: Show = silent, *, spending: Path | None = None) 
 
 
 def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None] | None = None) -> RunRecord:
+    """Run it, and have the ledger know of it."""
+    done = made(order, show=show, report=report)
+    ledger.add(ledger.entries_of(order.out))
+    return done
+
+
+def made(order: Order, *, show: Show = silent, report: Callable[[Path], None] | None = None) -> RunRecord:
     """Run it. The directory `order.out` appears whole, or not at all; run again after a kill, it resumes.
 
     report: writes a page about the finished directory into it, before it is published.
@@ -183,7 +190,6 @@ def execute(order: Order, *, show: Show = silent, report: Callable[[Path], None]
         if report:
             report(artefact)
         directory.publish(work, artefact, order.out)
-    ledger.add(ledger.entries_of(order.out))
     return done
 
 
@@ -331,13 +337,19 @@ def _data(prepared: Prepared) -> list[DataInput]:
     return [
         DataInput(
             role=role,
-            ref=str(ref) if isinstance(ref, str | Path) else "records given in Python",
+            ref=_file(ref) or "records given in Python",
             digest=files.digest(prepared.whole.data[role]),
             records=len(prepared.whole.data[role]),
             kind=kind_of(prepared.whole.data[role][0]) if prepared.whole.data[role] else "",
         )
         for role, ref in prepared.order.data.items()
     ]
+
+
+def _file(ref: str | Path | Sequence[Record]) -> str:
+    if isinstance(ref, files.Lines):
+        return str(ref.path)
+    return str(ref) if isinstance(ref, str | Path) else ""
 
 
 def _output(saved: Model | Finding, order: Order, artefact: Path) -> Output:

@@ -1,110 +1,45 @@
-"""Edits as patches: each an artefact of its own over one base, in a ledger from which any of them comes off.
-
-A ledger is a directory: ledger.json, a directory for each patch (a plain PEFT adapter, or a program with a memory; its
-run and its requests), and `head`, a link to what they make together. The base is never written. ledger.json is replaced
-in one step, and all else follows from it: a command that was killed is done, or it never began.
-"""
+"""Edits as patches: each an artefact of its own over one base, in a ledger from which any of them comes off."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lfm.core.errors import ConfigError, CorruptError, DataError, EditError, MismatchError, ModelError
+from lfm.core.errors import ConfigError, CorruptError, DataError, EditError, UnfinishedError
 from lfm.core.model import Codec, Gradients, Model, Text
-from lfm.core.writing import writing
 from lfm.data.files import where
 from lfm.data.records import Edit
 from lfm.runs import refs, stacks
-from lfm.runs.execute import Order, execute
+from lfm.runs.committing import HEAD as HEAD
+from lfm.runs.committing import HEADS, alone, base_of, commit, head_of, held_by, named, put, summed
+from lfm.runs.committing import LEDGER as LEDGER
+from lfm.runs.committing import Ledger as Ledger
+from lfm.runs.committing import Patch as Patch
+from lfm.runs.committing import read as read
+from lfm.runs.directory import abandoned
+from lfm.runs.execute import Order, made
 from lfm.runs.run import Show, silent
-from lfm.runs.stacks import Moved, Stack
+from lfm.runs.stacks import Stack
 
 if TYPE_CHECKING:
     from lfm.record import RunRecord
 
-LEDGER, HEAD, HEADS, NEXT, LOCK = "ledger.json", "head", "heads", ".next", ".lock"
+NEXT = ".next"
 
 USUAL = "edit.rome"
 """The editor where none is named."""
-
-KEPT = ("run.json", "report.html", "README.md")
-"""What is kept of the run that made a patch."""
-
-
-@final
-class Patch(msgspec.Struct, frozen=True, kw_only=True):
-    """One commit. measured: what its method noted; on: whether it is part of the sum now."""
-
-    number: int
-    method: str
-    seed: int
-    config: dict[str, Any]
-    edits: tuple[Edit, ...]
-    measured: dict[str, float]
-    made: str
-    on: bool = True
-
-    @property
-    def place(self) -> str:
-        return f"{self.number:04d}"
-
-
-@final
-class Ledger(msgspec.Struct, frozen=True, kw_only=True):
-    """Patches in the order in which they were made, over a base. head: the sum's directory, or "" for the base.
-
-    memory: the method in whose memory the edits are; "" where patches are changes of weights.
-    """
-
-    base: str
-    base_digest: str
-    memory: str = ""
-    patches: tuple[Patch, ...] = ()
-    head: str = ""
-
-    @property
-    def on(self) -> tuple[Patch, ...]:
-        return tuple(patch for patch in self.patches if patch.on)
-
-
-class Again(NamedTuple):
-    """Another patch's facts, asked with and without a patch: how many there are, and how many greedy text shows."""
-
-    patch: int
-    facts: int
-    without: int
-    together: int
-
-
-def read(directory: Path) -> Ledger:
-    """The ledger of a directory. ModelError where there is none, CorruptError where it is malformed."""
-    path = directory / LEDGER
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Ledger)
-    except OSError:
-        raise ModelError(
-            f"{directory} is no ledger of edits",
-            why=f"it has no {LEDGER}",
-            fix="`lfm edit add DIR edits.jsonl --model BASE` begins one",
-        ) from None
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise CorruptError(f"{path} is not a ledger", why=str(error)) from None
 
 
 def model(directory: Path) -> Model:
     """The base with the patches that are on."""
     ledger = read(directory)
-    under = _base(directory, ledger)
-    return refs.model(str(directory / HEADS / ledger.head)) if ledger.head else under
+    base = base_of(directory, ledger)
+    return head_of(directory, ledger, base) or summed(directory, ledger, base) or base
 
 
 def add(
@@ -126,35 +61,45 @@ def add(
     by: the editor; a memory's own where none is named, else edit.rome. ConfigError for one whose edits do not come off.
 
     EditError, and nothing committed, where the method refuses, or less than `recall` of the earlier edits that greedy
-    text showed are shown after. agree is told of what was measured before the commit; what it raises, there is none.
-    Killed, it resumes.
+    text showed are shown after; DataError, before any work, where that is certain. agree is told of what was measured
+    before the commit; what it raises, there is none. Killed, it resumes, unless other edits come first.
     """
-    with _held(directory):
-        ledger = _begun(directory, base)
+    with alone(directory, begins=True):
+        ledger, under = _begun(directory, base)
         by = by or ledger.memory or USUAL
         stack = stacks.of_method(by)
         ledger = _of_kind(directory, ledger, stack)
-        _allowed(directory, ledger, stack, settings or {}, edits)
-        earlier = [edit for patch in ledger.on for edit in patch.edits]
-        under = str(directory / HEADS / ledger.head) if ledger.head else ledger.base
-        before = under if ledger.head else _emptied(directory, ledger)
+        if (settings or {}).get("forget"):
+            raise ConfigError("a ledger forgets by patches", fix=f"`lfm edit revert {directory} N`")
+        records = refs.records(edits)
+        _agreeing(directory, ledger, records, recall)
+        ledger = _mended(directory, ledger, under)
+        sum = str(directory / HEADS / ledger.head) if ledger.head else ledger.base
+        before = sum if ledger.head else _emptied(directory, ledger, under)
+        held = None if before is None else stack.held(refs.model(before))
+        if stack.method and held is not None:
+            settings = stacks.settled(by, settings or {}, ledger.patches[-1].config, held, under.facts.layers)
         out = directory / NEXT
         shutil.rmtree(out, ignore_errors=True)
         order = Order(
             id=by,
             models=stack.models(ledger.base, before),
-            data={**(data or {}), "edits": edits},
+            data={**(data or {}), "edits": records},
             settings=settings or {},
             out=out,
             seed=seed,
             form=stack.form,
         )
-        done = execute(order, show=show, report=report)
         try:
-            held = stack.held(refs.model(under)) if ledger.head else None
-            new = stack.beyond(held, stack.held(refs.model(str(out))))
+            done = made(order, show=show, report=report)
+        except UnfinishedError:  # what a killed command had begun of other edits
+            abandoned(out)
+            done = made(order, show=show, report=report)
+        try:
+            new = stack.beyond(held if ledger.head else None, stack.held(refs.model(str(out))))
             show("asking the edits so far", 0, None)
-            shown, lost = _lost(refs.model(under), refs.model(str(out)), earlier)
+            earlier = [edit for patch in ledger.on for edit in patch.edits]
+            shown, lost = _lost(refs.model(sum), refs.model(str(out)), earlier)
             if (shown - len(lost)) / max(1, shown) < recall and lost:
                 raise EditError(
                     f"{len(lost)} of {shown} earlier edits would be lost",
@@ -166,32 +111,32 @@ def add(
                 method=by,
                 seed=seed,
                 config=dict(done.config),
-                edits=stack.edits(new) or _kept(refs.model(str(out)), refs.records(edits), done),
+                edits=stack.edits(new) or _kept(refs.model(str(out)), records, done),
                 measured={k: float(v) for k, v in done.notes.items() if isinstance(v, int | float)},
                 made=done.started,
             )
             if agree:
                 agree(done)
-            put(directory, msgspec.structs.replace(ledger, patches=(*ledger.patches, patch)), new, out)
+            ledger = put(directory, msgspec.structs.replace(ledger, patches=(*ledger.patches, patch)), new, out)
         finally:
-            shutil.rmtree(out)
-    return patch
+            shutil.rmtree(out, ignore_errors=True)
+    return ledger.patches[-1]
 
 
 def revert(directory: Path, number: int) -> Ledger:
     """Take a patch off: what is left is the sum of the others. It stays in the ledger, off."""
-    with _held(directory):
+    with alone(directory):
         ledger = read(directory)
-        found = _patch(ledger, number)
+        found = named(ledger, number)
         if not found.on:
             raise ConfigError(f"patch {number} is off already")
         off = tuple(msgspec.structs.replace(p, on=False) if p is found else p for p in ledger.patches)
-        return _commit(directory, msgspec.structs.replace(ledger, patches=off))
+        return commit(directory, msgspec.structs.replace(ledger, patches=off))
 
 
 def squash(directory: Path) -> Ledger:
     """Make one patch of those that are on, exactly; those that are off are forgotten."""
-    with _held(directory):
+    with alone(directory):
         ledger = read(directory)
         if not ledger.on:
             raise ConfigError(f"{directory} has no patch that is on", fix="`lfm edit log` shows what it has")
@@ -205,108 +150,38 @@ def squash(directory: Path) -> Ledger:
             measured={},
             made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
-        held = _stack(ledger).whole([_held_by(directory, ledger, p) for p in ledger.on])
-        done = put(directory, msgspec.structs.replace(ledger, patches=(whole,)), held)
-        for patch in ledger.patches:
-            shutil.rmtree(directory / patch.place, ignore_errors=True)
-        return done
+        base = base_of(directory, ledger)
+        held = ledger.stack.whole([held_by(directory, ledger, p, base) for p in ledger.on])
+        return put(directory, msgspec.structs.replace(ledger, patches=(whole,)), held)
 
 
-def moved(directory: Path, number: int) -> list[Moved]:
-    """What a patch changes, place by place, and how far others change the same."""
-    ledger = read(directory)
-    held = {p.number: _held_by(directory, ledger, p) for p in (_patch(ledger, number), *ledger.on)}
-    mine = held.pop(number)
-    return _stack(ledger).moved(mine, held)
+def said(model: Model, edits: Sequence[Edit]) -> list[bool]:
+    """Which edits greedy text shows."""
+    from lfm.editing.cloze import said
+    from lfm.editing.form import form_of
+    from lfm.editing.outcome import saying, wanted
+
+    if not edits or model.can(Text):
+        return saying(model.ask(Text))(wanted(edits)) if edits else []
+    module = model.ask(Gradients).module()
+    return said(module, model.ask(Codec), wanted(edits), form_of(model, module))
 
 
-def again(directory: Path, number: int) -> list[Again]:
-    """What the facts of each other patch that is on come to without a patch, and with it."""
-    ledger = read(directory)
-    others = [p for p in ledger.on if p.number != number]
-    edits = [edit for p in others for edit in p.edits]
-    then, now = (iter(_said(model, edits)) for model in (without(directory, number), together(directory, number)))
-    return [
-        Again(p.number, len(p.edits), sum(next(then) for _ in p.edits), sum(next(now) for _ in p.edits)) for p in others
-    ]
-
-
-def without(directory: Path, number: int) -> Model:
-    """The base with all patches that are on but this one."""
-    ledger = read(directory)
-    _patch(ledger, number)
-    others = tuple(p for p in ledger.patches if p.number != number)
-    return _summed(directory, msgspec.structs.replace(ledger, patches=others)) or _base(directory, ledger)
-
-
-def together(directory: Path, number: int) -> Model:
-    """The base with all patches that are on, and this one."""
-    ledger = read(directory)
-    _patch(ledger, number)
-    with_it = tuple(msgspec.structs.replace(p, on=p.on or p.number == number) for p in ledger.patches)
-    summed = _summed(directory, msgspec.structs.replace(ledger, patches=with_it))
-    assert summed is not None
-    return summed
-
-
-def _patch(ledger: Ledger, number: int) -> Patch:
-    for patch in ledger.patches:
-        if patch.number == number:
-            return patch
-    numbers = ", ".join(str(p.number) for p in ledger.patches) or "none"
-    raise ConfigError(f"there is no patch {number}", fix=f"patches: {numbers}")
-
-
-@contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """One command at a time; what a killed one left half-linked is mended first."""
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"{directory} is a file", fix="a ledger is a directory: name one, or a new one")
-    with writing(f"no ledger can be kept in {directory}"):
-        directory.mkdir(parents=True, exist_ok=True)
-        opened = (directory / LOCK).open("w")
-    with opened as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{directory} is in use by another command", fix="wait for it to end") from None
-        if (directory / LEDGER).exists():
-            _link(directory, read(directory))
-        try:
-            yield
-        finally:
-            if not (directory / LEDGER).exists():
-                _leave(directory)
-
-
-def _leave(directory: Path) -> None:
-    """Nothing is left of a ledger that did not come to be, but the work of a run that can go on."""
-    (directory / LOCK).unlink(missing_ok=True)
-    with suppress(OSError):
-        directory.rmdir()
-
-
-def _begun(directory: Path, base: str) -> Ledger:
+def _begun(directory: Path, base: str) -> tuple[Ledger, Model]:
+    """The ledger, or a new one, and the model under it."""
     if not (directory / LEDGER).exists():
         if not base:
             raise ConfigError(f"{directory} is no ledger yet", fix="name the model to edit: --model")
         under = refs.model(base)
-        return Ledger(base=under.ref, base_digest=under.digest)
+        return Ledger(base=under.ref, base_digest=under.digest), under
     ledger = read(directory)
-    _base(directory, ledger, base)
-    return ledger
+    return ledger, base_of(directory, ledger, base)
 
 
-def _base(directory: Path, ledger: Ledger, ref: str = "") -> Model:
-    """The model under the patches. MismatchError where it is not the one that they were made for."""
-    now = refs.model(ref or ledger.base)
-    if now.digest != ledger.base_digest:
-        raise MismatchError(
-            f"{directory} holds edits of another model",
-            why=f"{now.ref} has digest {now.digest[:12]}, its base {ledger.base} had {ledger.base_digest[:12]}",
-            fix="begin another ledger for this model, or put the base back",
-        )
-    return now
+def _mended(directory: Path, ledger: Ledger, base: Model) -> Ledger:
+    """The ledger with its sum on disk, made anew of its patches where it is gone or not what it was."""
+    whole = not ledger.head or head_of(directory, ledger, base) is not None
+    return ledger if whole else commit(directory, ledger, base)
 
 
 def _of_kind(directory: Path, ledger: Ledger, stack: Stack[Any]) -> Ledger:
@@ -326,62 +201,53 @@ def _of_kind(directory: Path, ledger: Ledger, stack: Stack[Any]) -> Ledger:
     )
 
 
-def _allowed(
-    directory: Path, ledger: Ledger, stack: Stack[Any], settings: Mapping[str, Any], edits: str | Sequence[Edit]
-) -> None:
-    """ConfigError or DataError for what would not be a patch of its own."""
-    if settings.get("forget"):
-        raise ConfigError("a ledger forgets by patches", fix=f"`lfm edit revert {directory} N`")
-    if not stack.method:
-        return
-    known = {edit.prompt: (p.number, edit.new_object.strip()) for p in ledger.on for edit in p.edits}
-    records = refs.records(edits)
+def _agreeing(directory: Path, ledger: Ledger, records: Sequence[Any], recall: float) -> None:
+    """DataError for an edit that contradicts earlier ones, where less than `recall` of them would be left; in a memory
+    for any that does, and any that it has: it is not asked for what it answers already."""
+    told: dict[str, list[tuple[Patch, Edit]]] = {}
+    for patch in ledger.on:
+        for edit in patch.edits:
+            for prompt in dict.fromkeys(map(_plain, (edit.prompt, *edit.paraphrases))):
+                told.setdefault(prompt, []).append((patch, edit))
+    found: list[tuple[int, str, Patch, Edit]] = []
     for place, edit in enumerate(records):
-        if isinstance(edit, Edit) and edit.prompt in known:
-            number, said = known[edit.prompt]
-            does = "repeats" if said == edit.new_object.strip() else "contradicts"
-            raise DataError(
-                f"{where(records, place)} {does} patch {number}: {edit.prompt!r}",
-                why=f"the memory answers {said!r} to it",
-                fix=f"take that patch off first, `lfm edit revert {directory} {number}`, or leave this edit out",
-            )
+        for prompt in map(_plain, (edit.prompt, *edit.paraphrases)) if isinstance(edit, Edit) else ():
+            for patch, earlier in told.get(prompt, ()):
+                own = [_plain(edit.prompt), _plain(earlier.prompt)]
+                if edit.new_object.strip() != earlier.new_object.strip() and prompt in own:
+                    found.append((place, "contradicts", patch, earlier))
+                elif ledger.memory and own == [prompt, prompt]:
+                    found.append((place, "repeats", patch, earlier))
+    count = sum(len(patch.edits) for patch in ledger.on)
+    lost = {(patch.number, earlier.prompt) for _, _, patch, earlier in found}
+    if not found or (not ledger.memory and (count - len(lost)) / count >= recall):
+        return
+    place, does, patch, earlier = found[0]
+    off = f"take that patch off first, `lfm edit revert {directory} {patch.number}`, or leave this edit out"
+    says = "the memory answers" if ledger.memory else "by that patch the model says"
+    raise DataError(
+        f"{where(records, place)} {does} patch {patch.number}: {earlier.prompt!r}",
+        why=f"{says} {earlier.new_object.strip()!r} to it",
+        fix=off if ledger.memory else f"{off}, or allow it: --recall",
+    )
 
 
-def _stack(ledger: Ledger) -> Stack[Any]:
-    return stacks.of_method(ledger.memory) if ledger.memory else stacks.WEIGHTS
+def _plain(prompt: str) -> str:
+    return " ".join(prompt.split())
 
 
-def _held_by(directory: Path, ledger: Ledger, patch: Patch) -> Any:
-    return _stack(ledger).held(refs.model(str(directory / patch.place)))
-
-
-def _emptied(directory: Path, ledger: Ledger) -> Model | None:
+def _emptied(directory: Path, ledger: Ledger, base: Model) -> Model | None:
     """What goes on where all patches are off: a memory is of one place in the model, whatever comes and goes."""
-    if not ledger.patches:
-        return None
-    stack = _stack(ledger)
-    empty = stack.empty(_held_by(directory, ledger, ledger.patches[-1]))
-    return None if empty is None else stack.over(_base(directory, ledger), empty, {})
-
-
-def _summed(directory: Path, ledger: Ledger) -> Model | None:
-    if not ledger.on:
-        return None
-    stack = _stack(ledger)
-    whole = stack.whole([_held_by(directory, ledger, patch) for patch in ledger.on])
-    return stack.over(_base(directory, ledger), whole, ledger.on[-1].config)
-
-
-def _said(model: Model, edits: Sequence[Edit]) -> list[bool]:
-    """Which edits greedy text shows."""
-    from lfm.editing.cloze import said
-    from lfm.editing.form import form_of
-    from lfm.editing.outcome import saying, wanted
-
-    if not edits or model.can(Text):
-        return saying(model.ask(Text))(wanted(edits)) if edits else []
-    module = model.ask(Gradients).module()
-    return said(module, model.ask(Codec), wanted(edits), form_of(model, module))
+    stack = ledger.stack
+    for patch in reversed(ledger.patches if ledger.memory else ()):
+        try:
+            empty = stack.empty(held_by(directory, ledger, patch, base))
+        except CorruptError:  # any of them tells it
+            if patch is ledger.patches[0]:
+                raise
+            continue
+        return None if empty is None else stack.over(base, empty, patch.config)
+    return None
 
 
 def _kept(model: Model, records: Sequence[Any], done: RunRecord) -> tuple[Edit, ...]:
@@ -389,71 +255,10 @@ def _kept(model: Model, records: Sequence[Any], done: RunRecord) -> tuple[Edit, 
     edits = [edit for edit in records if isinstance(edit, Edit)]
     if not done.notes.get("skipped"):
         return tuple(edits)
-    return tuple(edit for edit, said in zip(edits, _said(model, edits), strict=True) if said)
+    return tuple(edit for edit, shown in zip(edits, said(model, edits), strict=True) if shown)
 
 
 def _lost(before: Model, after: Model, edits: Sequence[Edit]) -> tuple[int, list[Edit]]:
     """How many edits greedy text shows before, and which of them not after."""
-    then, now = (_said(model, edits) for model in (before, after))
-    return sum(then), [edit for edit, said, says in zip(edits, then, now, strict=True) if said and not says]
-
-
-def put(directory: Path, ledger: Ledger, held: Any, run: Path | None = None) -> Ledger:
-    """Commit a ledger whose last patch is new: what it holds, with what is kept of its run."""
-    last = ledger.patches[-1]
-
-    def fill(into: Path) -> None:
-        _stack(ledger).over(_base(directory, ledger), held, last.config).save(into)
-        for name in KEPT:
-            if run is not None and (run / name).exists():
-                shutil.copyfile(run / name, into / name)
-
-    _made(directory / last.place, fill)
-    return _commit(directory, ledger)
-
-
-def _made(place: Path, fill: Callable[[Path], None]) -> None:
-    partial = place.with_name(f".{place.name}.partial")
-    for leftover in (partial, place):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    partial.rename(place)
-
-
-def _commit(directory: Path, ledger: Ledger) -> Ledger:
-    """The ledger as it is from now on."""
-    summed = _summed(directory, ledger)
-    if summed is None:
-        _base(directory, ledger)
-    head = summed.digest[:16] if summed else ""
-    if summed and not (directory / HEADS / head).exists():
-        _made(directory / HEADS / head, lambda into: _save(summed, into))
-    done = msgspec.structs.replace(ledger, head=head)
-    partial = directory / f"{LEDGER}.partial"
-    with partial.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(done), indent=1) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(directory / LEDGER)
-    _link(directory, done)
-    return done
-
-
-def _save(model: Model, into: Path) -> None:
-    model.save(into)
-
-
-def _link(directory: Path, ledger: Ledger) -> None:
-    """`head` leads to the ledger's sum, and other sums are gone."""
-    link, wanted = directory / HEAD, f"{HEADS}/{ledger.head}"
-    if not ledger.head:
-        link.unlink(missing_ok=True)
-    elif not link.is_symlink() or str(link.readlink()) != wanted:
-        partial = directory / f"{HEAD}.partial"
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(wanted)
-        partial.replace(link)
-    for old in (directory / HEADS).glob("*") if (directory / HEADS).exists() else ():
-        if old.name != ledger.head:
-            shutil.rmtree(old, ignore_errors=True)
+    then, now = (said(model, edits) for model in (before, after))
+    return sum(then), [edit for edit, was, says in zip(edits, then, now, strict=True) if was and not says]

@@ -66,7 +66,7 @@ def _cached(text: str) -> Path | None:
 def records(ref: str | Path | Sequence[Record], *, show: Show = silent) -> tuple[Record, ...]:
     """The records a reference names: a file, zoo:NAME, or records as they are."""
     if not isinstance(ref, str | Path):
-        return tuple(ref)
+        return ref if isinstance(ref, tuple) else tuple(ref)  # a file's records know their lines
     from lfm.data import files
 
     text = str(ref)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 
 from lfm.core import registry
@@ -20,7 +21,8 @@ from lfm.core.model import Adaptation, LowRank, Model
 from lfm.data.records import Edit
 from lfm.editing.memory import same
 from lfm.models.combine import inner, overlap
-from lfm.models.program import program
+from lfm.models.program import open_program, program
+from lfm.runs import ledger, refs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,13 @@ P = TypeVar("P")
 
 MEMORY = "memory"
 """The role that an editor takes its earlier memory by."""
+
+
+SHARED = ("depth", "k", "rank", "scope", "width")
+"""Settings of a memory as a whole, its shape and how it is read: the first patch's, and all others go by them."""
+
+PLACE = "layer"
+"""The setting that says where a memory lies; the memory itself tells it from then on."""
 
 
 class Moved(NamedTuple):
@@ -50,16 +59,20 @@ class Stack(Generic[P]):
     """How patches of one kind are handled.
 
     method: whose memory it is, "" for changes of weights. form: what patches are saved as. held: what a model holds;
-    whole: of several, in order; beyond: what the second has that the first (None: nothing) has not; empty: what is left
-    where no patch is on, None for nothing; over: base, what is held, settings → the model; edits: those that it keeps,
-    None where it does not tell; moved: one patch beside others by number.
+    opened: the model saved in a directory over a base. whole: what several hold together, in order; beyond: what the
+    second has that the first (None: nothing) has not; cleared: the first without what contradicts the second, None
+    where nothing is left; empty: what is left where no patch is on, None for nothing; over: base, what is held,
+    settings → the model; edits: those that it keeps, None where it does not tell; moved: one patch beside others by
+    number.
     """
 
     method: str
     form: str
     held: Callable[[Model], P]
+    opened: Callable[[Path, Model], Model]
     whole: Callable[[Sequence[P]], P]
     beyond: Callable[[P | None, P], P]
+    cleared: Callable[[P, P], P | None]
     empty: Callable[[P], P | None]
     over: Callable[[Model, P, Mapping[str, Any]], Model]
     edits: Callable[[P], tuple[Edit, ...] | None]
@@ -88,6 +101,28 @@ def of_method(id: str) -> Stack[Any]:
     raise ConfigError(what, why=why, fix=fix if "edits" not in method.data else f"`lfm run {id} …`, or {fix}")
 
 
+def settled(id: str, given: Mapping[str, Any], first: Mapping[str, Any], held: Any, blocks: int) -> dict[str, Any]:
+    """The settings by which a memory of that many blocks' model grows: those given, and what holds for the whole of it.
+
+    ConfigError where one that was given says otherwise. first: an earlier patch's settings; held: the memory.
+    """
+    fixed = {name: first[name] for name in SHARED if name in first}
+    config = configure(registry.get(id).method.config, given, where=id)
+    for name in given:
+        asked, known = getattr(config, name), fixed.get(name)
+        if name == PLACE and asked is not None and hasattr(held, "block"):
+            known, asked = held.block, asked + blocks if asked < 0 else asked
+        elif name not in fixed:
+            continue
+        if asked != known:
+            raise ConfigError(
+                f"{name}={given[name]} is not what the ledger's memory has",
+                why=f"its first patch settled it: {name}={known}",
+                fix=f"leave {name} out, or begin another ledger",
+            )
+    return {**fixed, **{name: value for name, value in given.items() if name != PLACE}}
+
+
 def editors() -> list[str]:
     """Ids of all methods whose edits a ledger can hold."""
     found = ((id, registry.get(id).method) for id in registry.ids())
@@ -105,8 +140,14 @@ def _of_memory(id: str, kept: Kept[Any]) -> Stack[Any]:
         fresh = [i for i, edit in enumerate(after.edits) if not any(same(edit, known) for known in before.edits)]
         return kept.taken(after, fresh)
 
+    def cleared(held: Any, other: Any) -> Any:
+        new = {edit.prompt: edit.new_object.strip() for edit in other.edits}
+        left = [i for i, e in enumerate(held.edits) if new.get(e.prompt, e.new_object.strip()) == e.new_object.strip()]
+        return kept.taken(held, left) if left else None
+
     def over(base: Model, held: Any, settings: Mapping[str, Any]) -> Model:
-        return program(id, configure(method.config, settings, where=id), held.parts(base), open)
+        asked = {name: value for name, value in settings.items() if name in SHARED}
+        return program(id, configure(method.config, asked, where=id), held.parts(base), open)
 
     def moved(mine: Any, others: Mapping[int, Any]) -> list[Moved]:
         if kept.keys is None:
@@ -122,12 +163,29 @@ def _of_memory(id: str, kept: Kept[Any]) -> Stack[Any]:
         form="program",
         held=lambda model: model.ask(kept.kind),
         whole=lambda parts: reduce(kept.learn, parts),
+        opened=_program,
         beyond=beyond,
+        cleared=cleared,
         empty=lambda held: kept.taken(held, ()),
         over=over,
         edits=lambda held: tuple(held.edits),
         moved=moved,
     )
+
+
+def _program(place: Path, base: Model) -> Model:
+    def part(ref: str, digest: str) -> Model:
+        if digest == base.digest:
+            return base
+        return refs.model((None if Path(ref).exists() else ledger.find(digest)) or ref)
+
+    return open_program(place, part)
+
+
+def _adapter(place: Path, base: Model) -> Model:
+    from lfm.models.adapter import open_adapter
+
+    return open_adapter(place, lambda ref, digest: base)
 
 
 def _nearest(one: Tensor, other: Tensor) -> float:
@@ -180,7 +238,9 @@ WEIGHTS: Stack[Any] = Stack(
     form="adapter",
     held=lambda model: model.ask(Adaptation).changes(),
     whole=_joined,
+    opened=_adapter,
     beyond=_added,
+    cleared=lambda changes, other: changes,
     empty=lambda changes: None,
     over=_adapted,
     edits=lambda changes: None,

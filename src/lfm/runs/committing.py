@@ -1,0 +1,294 @@
+"""A ledger of edits on disk: what it says, what lies beside it, and how it changes.
+
+A directory: ledger.json, a directory for each patch (a plain PEFT adapter, or a program with a memory; its run and its
+requests), and `head`, a link to what they make together. The base is never written. ledger.json is replaced in one
+step, and all else follows from it: a command that was killed is done, or it never began.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, final
+
+import msgspec
+
+from lfm.core.errors import ConfigError, CorruptError, LfmError, MismatchError, ModelError
+from lfm.core.model import Model
+from lfm.core.writing import writing
+from lfm.data.records import Edit
+from lfm.runs import refs, stacks
+from lfm.runs.stacks import Stack
+from lfm.tensors import known
+
+LEDGER, HEAD, HEADS, LOCK = "ledger.json", "head", "heads", ".lock"
+
+KEPT = ("run.json", "report.html", "README.md")
+"""What is kept of the run that made a patch."""
+
+NAMED = 16
+"""Letters of its digest by which a sum is named."""
+
+
+@final
+class Patch(msgspec.Struct, frozen=True, kw_only=True):
+    """One commit. measured: what its method noted; on: whether it is part of the sum now; digest: of its artefact, ""
+    where none was kept."""
+
+    number: int
+    method: str
+    seed: int
+    config: dict[str, Any]
+    edits: tuple[Edit, ...]
+    measured: dict[str, float]
+    made: str
+    on: bool = True
+    digest: str = ""
+
+    @property
+    def place(self) -> str:
+        return f"{self.number:04d}"
+
+
+@final
+class Ledger(msgspec.Struct, frozen=True, kw_only=True):
+    """Patches in the order in which they were made, over a base. head: the sum's directory, named by its digest, or ""
+    for the base.
+
+    memory: the method in whose memory the edits are; "" where patches are changes of weights.
+    """
+
+    base: str
+    base_digest: str
+    memory: str = ""
+    patches: tuple[Patch, ...] = ()
+    head: str = ""
+
+    @property
+    def on(self) -> tuple[Patch, ...]:
+        return tuple(patch for patch in self.patches if patch.on)
+
+    @property
+    def stack(self) -> Stack[Any]:
+        return stacks.of_method(self.memory) if self.memory else stacks.WEIGHTS
+
+
+def read(directory: Path) -> Ledger:
+    """The ledger of a directory. ModelError where there is none, CorruptError where it is malformed."""
+    path = directory / LEDGER
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Ledger)
+    except OSError:
+        raise ModelError(
+            f"{directory} is no ledger of edits",
+            why=f"it has no {LEDGER}",
+            fix="`lfm edit add DIR edits.jsonl --model BASE` begins one",
+        ) from None
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise CorruptError(f"{path} is not a ledger", why=str(error)) from None
+
+
+def named(ledger: Ledger, number: int) -> Patch:
+    """The patch of a number. ConfigError where there is none."""
+    for patch in ledger.patches:
+        if patch.number == number:
+            return patch
+    numbers = ", ".join(str(p.number) for p in ledger.patches) or "none"
+    raise ConfigError(f"there is no patch {number}", fix=f"patches: {numbers}")
+
+
+@contextmanager
+def alone(directory: Path, *, begins: bool = False) -> Iterator[None]:
+    """One command at a time; what a killed one left is cleared away first, and what a failed one left after.
+
+    begins: the directory is made, and goes again where no ledger comes to be in it. ModelError where there is none.
+    """
+    if not begins:
+        read(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file", fix="a ledger is a directory: name one, or a new one")
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    with _locked(directory):
+        _tidy(directory)
+        try:
+            yield
+        except Exception:
+            _tidy(directory)
+            raise
+        finally:
+            if not (directory / LEDGER).exists():
+                _leave(directory, missing)
+
+
+def _locked(directory: Path) -> IO[str]:
+    """The ledger's lock, held until it is closed."""
+    with writing(f"no ledger can be kept in {directory}"):
+        while True:
+            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = (directory / LOCK).open("w")
+            except FileNotFoundError:  # another command has just left nothing behind
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                raise ConfigError(f"{directory} is in use by another command", fix="wait for it to end") from None
+            if (directory / LOCK).exists() and (directory / LOCK).stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                return lock
+            lock.close()  # it was removed before it was ours: others would lock another
+
+
+def _leave(directory: Path, missing: Sequence[Path]) -> None:
+    """Nothing is left of a ledger that did not come to be, but the work of a run that can go on."""
+    (directory / LOCK).unlink(missing_ok=True)
+    for place in (directory, *missing):
+        with suppress(OSError):
+            place.rmdir()
+
+
+def _tidy(directory: Path) -> None:
+    """`head` leads to the ledger's sum; other sums, and patches that the ledger does not have, are gone."""
+    begun = (directory / LEDGER).exists()
+    ledger = read(directory) if begun else None
+    if ledger:
+        _link(directory, ledger)
+    numbers = {patch.number for patch in ledger.patches} if ledger else set[int]()
+    for place in directory.iterdir():
+        number = re.fullmatch(r"(?:(\d{4,})|\.\d{4,}\.partial)", place.name)
+        if number and not (number[1] and (int(number[1]) in numbers or int(number[1]) > max(numbers, default=0) + 1)):
+            shutil.rmtree(place, ignore_errors=True)
+    heads = directory / HEADS
+    for old in heads.iterdir() if heads.exists() else ():
+        if ledger is None or old.name != ledger.head:
+            shutil.rmtree(old, ignore_errors=True)
+    if ledger is None or not ledger.head:
+        with suppress(OSError):
+            heads.rmdir()
+    (directory / f"{LEDGER}.partial").unlink(missing_ok=True)
+
+
+def _link(directory: Path, ledger: Ledger) -> None:
+    link, wanted = directory / HEAD, f"{HEADS}/{ledger.head}"
+    if not ledger.head:
+        link.unlink(missing_ok=True)
+    elif not link.is_symlink() or str(link.readlink()) != wanted:
+        partial = directory / f"{HEAD}.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(wanted)
+        partial.replace(link)
+
+
+def base_of(directory: Path, ledger: Ledger, ref: str = "") -> Model:
+    """The model under the patches. MismatchError where it is not the one that they were made for."""
+    now = refs.model(ref or ledger.base)
+    if now.digest != ledger.base_digest:
+        raise MismatchError(
+            f"{directory} holds edits of another model",
+            why=f"{now.ref} has digest {now.digest[:12]}, its base {ledger.base} had {ledger.base_digest[:12]}",
+            fix="begin another ledger for this model, or put the base back",
+        )
+    return now
+
+
+def held_by(directory: Path, ledger: Ledger, patch: Patch, base: Model) -> Any:
+    """What a patch holds. CorruptError where it is not what was committed."""
+    place = directory / patch.place
+    off = f"put it back from a copy, or take it off: `lfm edit revert {directory} {patch.number}`"
+    if not place.is_dir():
+        raise CorruptError(f"{place} is gone", why=f"patch {patch.number} is in {directory / LEDGER}", fix=off)
+    found = ledger.stack.opened(place, base)
+    known.forget(place)  # its bytes are read, whatever its times say
+    if patch.digest and found.digest != patch.digest:
+        why = f"its digest is {found.digest[:12]}, the ledger has {patch.digest[:12]}"
+        raise CorruptError(f"{place} is not what was committed", why=why, fix=off)
+    return ledger.stack.held(found)
+
+
+def summed(directory: Path, ledger: Ledger, base: Model) -> Model | None:
+    """The base with the patches that are on, from the patches themselves; None where none is."""
+    if not ledger.on:
+        return None
+    stack = ledger.stack
+    whole = stack.whole([held_by(directory, ledger, patch, base) for patch in ledger.on])
+    return stack.over(base, whole, ledger.on[-1].config)
+
+
+def head_of(directory: Path, ledger: Ledger, base: Model) -> Model | None:
+    """The sum as it was saved, where it is what was committed; None where it is not, or there is none."""
+    place = directory / HEADS / ledger.head
+    if not ledger.head or not place.is_dir():
+        return None
+    known.forget(place)
+    try:
+        found = ledger.stack.opened(place, base)
+        return found if found.digest[:NAMED] == ledger.head else None
+    except (LfmError, OSError):
+        return None
+
+
+def put(directory: Path, ledger: Ledger, held: Any, run: Path | None = None) -> Ledger:
+    """Commit a ledger whose last patch is new: what it holds, with what is kept of its run.
+
+    The others are not read again: their sum is.
+    """
+    last, base, stack = ledger.patches[-1], base_of(directory, ledger), ledger.stack
+    made = stack.over(base, held, last.config)
+
+    def fill(into: Path) -> None:
+        made.save(into)
+        for name in KEPT:
+            if run is not None and (run / name).exists():
+                shutil.copyfile(run / name, into / name)
+
+    with _unchanged(directory):
+        _made(directory / last.place, fill)
+    last = msgspec.structs.replace(last, digest=made.digest)
+    ledger = msgspec.structs.replace(ledger, patches=(*ledger.patches[:-1], last))
+    others = [patch for patch in ledger.on if patch is not last]
+    before = head_of(directory, ledger, base) if others else None
+    if others and before is None:
+        return commit(directory, ledger, base)
+    whole = stack.whole([stack.held(before), held]) if before else held
+    return _replaced(directory, ledger, base, stack.over(base, whole, last.config))
+
+
+def commit(directory: Path, ledger: Ledger, base: Model | None = None) -> Ledger:
+    """The ledger as it is from now on, its sum made of its patches."""
+    base = base or base_of(directory, ledger)
+    return _replaced(directory, ledger, base, summed(directory, ledger, base))
+
+
+def _replaced(directory: Path, ledger: Ledger, base: Model, sum: Model | None) -> Ledger:
+    head = sum.digest[:NAMED] if sum else ""
+    done = msgspec.structs.replace(ledger, head=head)
+    with _unchanged(directory):
+        if sum and head_of(directory, done, base) is None:
+            _made(directory / HEADS / head, sum.save)
+        partial = directory / f"{LEDGER}.partial"
+        with partial.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(done), indent=1) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(directory / LEDGER)
+    _tidy(directory)
+    return done
+
+
+def _unchanged(directory: Path) -> AbstractContextManager[None]:
+    return writing(f"{directory} cannot be written, and is as it was")
+
+
+def _made(place: Path, fill: Callable[[Path], object]) -> None:
+    """A directory with what fill writes, whole or not at all."""
+    partial = place.with_name(f".{place.name}.partial")
+    for leftover in (partial, place):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    partial.rename(place)

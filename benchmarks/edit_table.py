@@ -1,11 +1,13 @@
 """Every editor of facts on as many edits as one asks for, at once and one after another: what held, and what it cost.
 
-The zoo's language model (or --model, with --facts it knows). Which facts are changed, and the editor's own chance, go
-by seed. ES: edits that greedy text shows, once all are made (those refused count as failed); PS: their paraphrases, of
-the edits that were kept; NS: facts around them (four each) that it still says, of those it said before; port.: what
-follows from an edit; ppl: perplexity on text of the model's own, by what it was before; CPU seconds of the whole run;
-kB of what is saved. Mean over seeds, ± half of a 95 % interval (Student's t). A row is kept in --rows once it is there,
-and not run again.
+The zoo's language model (or --model, with --facts it knows), once it has passed the gate: values that editors search
+for must make it say other objects. Which facts are changed, and the editor's own chance, go by seed.
+
+ES: edits that greedy text shows, once all are made (those refused count as failed); recall: the same, of the edits that
+were kept; PS: their paraphrases; NS: facts around them (four each) that it still says, of those it said before; port.:
+what follows from an edit; ppl: perplexity on text of the model's own, by what it was before; CPU seconds of the whole
+run; kB of what is saved, a patch where the editor makes one. Mean over seeds, ± half of a 95 % interval (Student's t).
+A row is kept in --rows once it is there, and not run again.
 
     python benchmarks/edit_table.py [--counts 1 10 100] [--methods memit ...] [--seeds 3] [--rows rows.jsonl]
 """
@@ -15,26 +17,30 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import testbed
 import torch
 
 from lfm import runs
+from lfm.core import registry
 from lfm.core.errors import LfmError
 from lfm.data import files
-from lfm.data.records import Edit, Fact
+from lfm.data.records import Fact
+from lfm.methods.edit import memit
 from lfm.runs import Order
 
 ONE_BY_ONE = {"batch_size": 1}
+HUNDREDS = {"batch_size": 100}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ft": ("edit.ft", {}),
     "rome": ("edit.rome", {}),
     "memit": ("edit.memit", {}),
+    "memit, 100 at a time": ("edit.memit", HUNDREDS),
     "memit, one by one": ("edit.memit", ONE_BY_ONE),
     "emmet": ("edit.memit", {"variant": "emmet"}),
     "alpha_edit": ("edit.alpha_edit", {}),
@@ -52,10 +58,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LEARNED = ("mend", "ke", "serac")
 """Trained on the model's other facts first, in every run anew."""
+DRAW = 2
+"""Which facts are drawn by a seed: rows of another draw are other rows."""
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Student's t at 97.5 % for so many seeds."""
 COLUMNS = {
     "efficacy": "ES",
+    "recall": "recall",
     "paraphrase": "PS",
     "neighbours_kept": "NS",
     "portability": "port.",
@@ -65,44 +74,19 @@ COLUMNS = {
 }
 
 
-def moved(facts: list[Fact], count: int, seed: int) -> list[Edit]:
-    """Facts chosen by seed, each with another's object. Neighbours: two other people's same fact, and two other facts
-    of the same person; none that is edited itself."""
-    chance = random.Random(seed)
-    chosen = chance.sample(facts, count)
-    edited = {fact.prompt for fact in chosen}
-    made = []
-    for fact in chosen:
-        objects = sorted({f.object for f in facts if f.relation == fact.relation} - {fact.object})
-        same = [f for f in facts if f.relation == fact.relation and f.subject != fact.subject]
-        own = [f for f in facts if f.subject == fact.subject and f.relation != fact.relation]
-        beside = chance.sample(same, min(2, len(same))) + chance.sample(own, min(2, len(own)))
-        made.append(
-            Edit(
-                subject=fact.subject,
-                relation=fact.relation,
-                object=fact.object,
-                new_object=chance.choice(objects),
-                prompt=fact.prompt,
-                paraphrases=fact.paraphrases,
-                neighbours=tuple((f.prompt, f.object) for f in beside if f.prompt not in edited),
-            )
-        )
-    return made
-
-
 def row(model: str, facts: list[Fact], name: str, count: int, seed: int) -> dict[str, Any]:
     """What one run measured."""
     id, settings = ROWS[name]
     with tempfile.TemporaryDirectory() as here:
         edits, out = Path(here) / "edits.jsonl", Path(here) / "out"
-        files.write(moved(facts, count, seed), edits)
+        files.write(testbed.moved(facts, count, seed), edits)
         order = Order(
             id=id,
             models={"model": (model,)},
             data={"edits": edits, **({"practice": facts} if name in LEARNED else {})},
             out=out,
             settings={"on_failure": "skip", **settings},
+            form="adapter" if "adapter" in registry.get(id).method.forms else "",
             seed=seed,
         )
         began = time.process_time()
@@ -115,11 +99,13 @@ def row(model: str, facts: list[Fact], name: str, count: int, seed: int) -> dict
         before, after = notes.get("perplexity_before"), notes.get("perplexity_after")
         return {
             "efficacy": notes["efficacy"] * held / count,
+            "recall": notes["efficacy"],
             "paraphrase": notes.get("paraphrase"),
             "neighbours_kept": notes.get("neighbours_kept"),
             "portability": notes.get("portability"),
             "perplexity": after / before if before and after else None,
             "seconds": done.cpu_seconds,
+            "curve": done.curves.get("efficacy of the edits so far"),
             "kilobytes": sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1000,
         }
 
@@ -143,10 +129,13 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=Path, default=Path("edit_rows.jsonl"))
+    parser.add_argument("--ungated", action="store_true", help="do not search for values first")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     facts = [fact for fact in runs.records(args.facts) if isinstance(fact, Fact)]
+    if not args.ungated:
+        print(testbed.gate(args.model, facts, [], memit.Config()), flush=True)
     known: dict[str, dict[str, Any]] = {}
     if args.rows.exists():
         known = {line["key"]: line for line in map(json.loads, args.rows.read_text().splitlines())}
@@ -156,7 +145,7 @@ def main() -> None:
         for name in args.methods:
             found = []
             for seed in range(args.seeds):
-                told = json.dumps([args.model, args.facts, name, *ROWS[name], count, seed])
+                told = json.dumps([args.model, args.facts, name, *ROWS[name], count, seed, DRAW])
                 key = hashlib.sha256(told.encode()).hexdigest()[:16]
                 if key not in known:
                     known[key] = {"key": key, "editor": name, "edits": count, "seed": seed} | row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lfm.core.errors import DataError, MismatchError
+from lfm.core.errors import MismatchError
 from lfm.core.heavy import torch
 from lfm.core.model import Batch, Codec, Facts
 from lfm.data.wording import spaced
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lfm.core.model import Model
-    from lfm.data.records import Text
 
 Asked = tuple[str, str, str]
 """(prompt, answer, suffix)."""
@@ -126,16 +125,3 @@ def readable(id: str, model: Model) -> None:
             f"{id} reads facts as a causal or a masked language model does; {model.ref} is neither",
             why=f"its task is {model.facts.task or 'not known'}",
         )
-
-
-def editable(id: str, model: Model, text: Sequence[Text], layer: int | None = None) -> None:
-    """What an editor asks of a causal or a masked model before its weights are read: that it is one, that there is text
-    to measure on where it says none of its own (DataError), and the block named, if any (MismatchError)."""
-    readable(id, model)
-    if is_masked(model.facts) and not text:
-        raise DataError(
-            f"{id} needs text for a masked model", why="it says none of its own to measure on", fix="add text=FILE"
-        )
-    blocks = model.facts.layers
-    if layer is not None and blocks and not -blocks <= layer < blocks:
-        raise MismatchError(f"there is no block {layer}", why=f"the model has {blocks}, counted from 0")

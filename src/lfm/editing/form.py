@@ -21,10 +21,12 @@ EVERY = 7
 """Of a text's tokens one in so many is blanked for a masked model: the 15 % it was trained with."""
 CAUSAL_LM, MASKED_LM, SEQ2SEQ_LM = "causal-lm", "masked-lm", "seq2seq-lm"
 KINDS = {
-    CAUSAL_LM: "causal language models",
-    MASKED_LM: "masked language models",
-    SEQ2SEQ_LM: "encoder-decoders",
+    CAUSAL_LM: "causal language model",
+    MASKED_LM: "masked language model",
+    SEQ2SEQ_LM: "encoder-decoder",
 }
+READERS = (CAUSAL_LM, MASKED_LM)
+"""Those that read a prompt and its answer in one stack."""
 
 
 class Form(NamedTuple):
@@ -128,11 +130,12 @@ def editable(
     (MismatchError)."""
     facts = model.facts
     if facts.task not in tasks:
-        kinds = " and ".join(KINDS[task] for task in tasks) if len(tasks) < len(KINDS) else "language models"
+        kinds = [KINDS[task] for task in tasks]
+        told = " and ".join(f"{kind}s" for kind in kinds) if len(tasks) < len(KINDS) else "language models"
         raise MismatchError(
-            f"{id} edits {kinds}; {model.ref} is not one",
+            f"{id} edits {told}; {model.ref} is not one",
             why=f"its task is {facts.task or 'not known'}",
-            fix="give " + " or ".join(f"one of {KINDS[task]}" for task in tasks),
+            fix="give " + " or ".join(f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" for kind in kinds),
         )
     if facts.task != CAUSAL_LM and not text:
         kind = "a masked model" if facts.task == MASKED_LM else "an encoder-decoder"

@@ -63,6 +63,11 @@ def opened(parts: Parts) -> Blocks:
     return Blocks(state["base"], state["block"], edits, held["keys"], held["radii"], held["number"], down, up)
 
 
+def empty(_: nn.Module, base: str, block: int) -> Blocks:
+    none = torch.zeros(0)
+    return Blocks(base, block, (), none, none, none, {}, {})
+
+
 def learn(kept: Blocks, more: Blocks) -> Blocks:
     """With the other's edits too; one that is there is not learned twice. DataError where one contradicts another."""
     assert (kept.base, kept.block) == (more.base, more.block), "blocks of different layers"

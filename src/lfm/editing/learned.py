@@ -302,8 +302,7 @@ def made(
     kept = [edits[i] for i in chosen]
     run.note(
         edits=len(kept),
-        skipped=len(failed),
-        **({"skipped_because": "; ".join(f"{edits[i].prompt!r} was not said" for i in failed)} if failed else {}),
+        **outcome.skipped([outcome.unsaid(edits[i]) for i in failed]),
         perplexity_before=first,
         perplexity_after=after,
         **run.step("measured", lambda: outcome.measured(judge.says, kept, edits, around)),

@@ -18,6 +18,7 @@ from lfm.core.method import Parts
 from lfm.core.model import Model
 from lfm.data.records import Edit
 from lfm.editing.keys import projection
+from lfm.models import structure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,6 +50,11 @@ def opened(parts: Parts) -> Memory:
     state, tensors = parts.state, parts.tensors
     edits = tuple(msgspec.convert(edit, Edit) for edit in state["edits"])
     return Memory(state["base"], state["block"], edits, tensors["keys"], tensors["values"], tensors["radii"])
+
+
+def empty(module: nn.Module, base: str, block: int) -> Memory:
+    shape = structure.feed_forward(module, structure.blocks(module)[block])
+    return Memory(base, block, (), torch.zeros(0, shape.inner), torch.zeros(0, shape.width), torch.zeros(0))
 
 
 def learn(memory: Memory, more: Memory) -> Memory:

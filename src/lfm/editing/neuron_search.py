@@ -16,7 +16,6 @@ from lfm.editing import memory, neurons, recall
 from lfm.editing.resume import recording, resumed
 from lfm.editing.rows import IGNORED
 from lfm.models import forward, structure
-from lfm.models.codec import pad, pad_id
 from lfm.train import Fit, fit
 
 if TYPE_CHECKING:
@@ -87,14 +86,6 @@ def _beside(here: Setting, block: int, edit: Edit, before: Tensor, run: Run) -> 
     return torch.cat([before, recall.read_at(here.module, here.codec, ("ffn_in", block), others)])
 
 
-def read_in(here: Setting, block: int, ids: Sequence[Sequence[int]]) -> Tensor:
-    """(m, width) what the layer reads at every token of the texts."""
-    batch = pad(ids, pad_id(here.codec.tokenizer))
-    with torch.no_grad(), structure.watch(here.module, [("ffn_in", block)]) as seen:
-        forward(here.module, batch)
-    return seen[0].float().cpu()[batch["attention_mask"].bool()]
-
-
 def pushed(pre: Tensor, others: Tensor, losses: Losses) -> Tensor:
     """(n,) what a neuron loses with these pre-activations at its mistake (n,) and elsewhere (m, n), −∞ where none is.
 
@@ -143,14 +134,13 @@ def calibrated(
     that of what they write elsewhere, its square over the layer's."""
     width = structure.feed_forward(here.module, structure.blocks(here.module)[block]).width
     act = structure.activation(here.module, structure.blocks(here.module)[block])
-    texts = read_in(here, block, here.text)
+    texts = torch.cat(recall.read(here.module, here.codec, ("ffn_in", block), here.text))
     texts = texts[:: -(-len(texts) // TOP)].to(next(here.module.parameters()).device)
     unit = float(texts.square().mean().sqrt() * width)
     key = torch.randn(slots, width, generator=run.generator("slots")) * (width**0.5)
     trained = nn.ParameterDict({"key": nn.Parameter(key), "value": nn.Parameter(torch.zeros(slots, width))})
-    with torch.no_grad(), structure.watch(here.module, [("ffn_out", block)]) as out:
-        forward(here.module, pad(here.probe, pad_id(here.codec.tokenizer)))
-    scale = float(out[0].float().square().mean().sqrt())
+    written = torch.cat(recall.read(here.module, here.codec, ("ffn_out", block), here.probe))
+    scale = float(written.square().mean().sqrt())
     prefixes = here.prefixes
 
     def found(trained: Any) -> tuple[Tensor, Tensor]:

@@ -59,8 +59,8 @@ def opened(parts: Parts) -> Neurons:
     return Neurons(state["base"], state["block"], edits, held["owner"], held["keys"], held["biases"], held["values"])
 
 
-def empty(base: str, block: int, width: int) -> Neurons:
-    none = torch.zeros(0, width)
+def empty(module: nn.Module, base: str, block: int) -> Neurons:
+    none = torch.zeros(0, structure.feed_forward(module, structure.blocks(module)[block]).width)
     return Neurons(base, block, (), torch.zeros(0, dtype=torch.long), none, torch.zeros(0), none)
 
 

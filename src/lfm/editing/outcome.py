@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lfm.core.config import Config, Meta
 from lfm.core.errors import EditError
+from lfm.train import Fit
 
 if TYPE_CHECKING:
     from lfm.data.records import Edit
@@ -16,18 +17,34 @@ Says = Callable[[Sequence["Asked"]], list[bool]]
 """Whether the model by itself says the answer to each (prompt, answer, suffix)."""
 
 COLLAPSE = 1.5
-OnFailure = Literal["refuse", "skip"]
+Collapse = Annotated[float, Meta(gt=1, description="most that perplexity on other text may be multiplied by")]
+OnFailure = Annotated[
+    Literal["refuse", "skip"], Meta(description="an edit that fails ends the run, or is left out and told of")
+]
 
 
 class Held(Config, frozen=True):
     """What edits must show to be kept. An editor's Config inherits these."""
 
-    collapse: Annotated[float, Meta(gt=1, description="most that perplexity on other text may be multiplied by")] = (
-        COLLAPSE
-    )
-    on_failure: Annotated[
-        OnFailure, Meta(description="an edit that fails ends the run, or is left out and told of")
-    ] = "refuse"
+    collapse: Collapse = COLLAPSE
+    on_failure: OnFailure = "refuse"
+
+
+class Trained(Fit, frozen=True):
+    """The same of editors that train something. An editor's Config inherits these."""
+
+    collapse: Collapse = COLLAPSE
+    on_failure: OnFailure = "refuse"
+    weight_decay: Annotated[float, Meta(ge=0, description="decoupled weight decay")] = 0.0
+
+
+def skipped(reasons: Sequence[str]) -> dict[str, Any]:
+    """What a run notes of the edits that it left out."""
+    return {"skipped": len(reasons), **({"skipped_because": "; ".join(reasons)} if reasons else {})}
+
+
+def unsaid(edit: Edit) -> str:
+    return f"{edit.prompt!r} did not go on with {edit.new_object!r}"
 
 
 def wanted(edits: Sequence[Edit]) -> list[Asked]:

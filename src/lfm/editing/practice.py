@@ -8,18 +8,17 @@ from lfm.core.config import Meta
 from lfm.core.errors import DataError, SlotError
 from lfm.core.method import Cost, Data, DataSlot, Inputs, Sizes, Slot
 from lfm.core.model import Codec, Gradients, Weights
-from lfm.editing import lessons, outcome, rows
-from lfm.editing.cloze import editable, is_masked
+from lfm.editing import form, lessons, outcome, rows
+from lfm.editing.cloze import is_masked
 from lfm.editing.learned import Editor
 from lfm.editing.setting import PROBE
-from lfm.train import Fit
 from lfm.train.fit import steps_of
 
 ROWS = 5
 """Rows that a lesson is read in: the edit, the edit again in two wordings, two texts that must stay."""
 
 
-class Practised(Fit, frozen=True):
+class Practised(outcome.Trained, frozen=True):
     """How an editor of weights is trained, and what its edits must show. A learned editor's Config inherits these."""
 
     blocks: Annotated[int, Meta(ge=1, description="blocks edited, the last ones")] = 3
@@ -28,15 +27,8 @@ class Practised(Fit, frozen=True):
         Meta(description="edits that are one change in practice; none: as many as are to be made, 32 at most"),
     ] = None
     tokens: Annotated[int, Meta(ge=1, description="tokens of text that must stay")] = 8192
-    collapse: Annotated[float, Meta(gt=1, description="most that perplexity on other text may be multiplied by")] = (
-        outcome.COLLAPSE
-    )
-    on_failure: Annotated[
-        outcome.OnFailure, Meta(description="an edit that fails ends the run, or is left out and told of")
-    ] = "refuse"
     steps: Annotated[int, Meta(ge=1, description="steps of practice")] = 200
     batch_size: Annotated[int, Meta(ge=1, description="edits practised at a time")] = 16
-    weight_decay: Annotated[float, Meta(ge=0, description="decoupled weight decay")] = 0.0
     schedule: Annotated[
         Literal["cosine", "linear", "constant"], Meta(description="how the rate falls after the warm-up")
     ] = "linear"
@@ -65,7 +57,7 @@ def agree(id: str, config: Practised, inputs: Inputs) -> None:
     """Raises, before any weight is read, where the edits or the inputs cannot go together."""
     rows.agree(inputs.records("edits"))
     model = inputs.model("model")
-    editable(id, model, inputs.records("text"))
+    form.editable(id, model, inputs.records("text"), tasks=form.READERS)
     if inputs.all("editor") and inputs.records("practice"):
         raise SlotError(f"{id} takes either editor or practice", why="an editor that is given is not trained any more")
     if is_masked(model.facts) and not inputs.all("editor") and not inputs.records("practice"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeVar
 
@@ -18,11 +18,11 @@ from lfm.editing import kept, memory
 from lfm.editing.choose import candidates
 from lfm.editing.keys import projection
 from lfm.editing.memory import Memory
+from lfm.editing.resume import activations
 from lfm.editing.rows import IGNORED
-from lfm.editing.text import answered
 from lfm.models import forward, structure
 from lfm.models.codec import pad, pad_id
-from lfm.models.language import spans
+from lfm.models.language import batches, spans
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -95,13 +95,19 @@ def keys_of(module: nn.Module, codec: Codec, block: int, prompts: Sequence[str])
 
 def read_at(module: nn.Module, codec: Codec, site: tuple[str, int], prompts: Sequence[str]) -> Tensor:
     """(n, width) fp32 on the CPU: what a site holds at each prompt's last token."""
-    tokenizer = codec.tokenizer
-    rows = [list(row) for row in tokenizer(list(prompts))["input_ids"]]
-    rows = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in rows]
-    batch = pad(rows, pad_id(tokenizer))
-    with torch.no_grad(), structure.watch(module, [site]) as seen:
-        forward(module, batch)
-    return seen[0].cpu()[torch.arange(len(rows)), batch["attention_mask"].sum(1) - 1].float()
+    end = codec.tokenizer.eos_token_id
+    ids = [list(row) for row in codec.tokenizer(list(prompts))["input_ids"]]
+    ids = [row[:-1] if len(row) > 1 and row[-1] == end else row for row in ids]
+    return torch.stack([seen[-1] for seen in read(module, codec, site, ids)])
+
+
+def read(module: nn.Module, codec: Codec, site: tuple[str, int], ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    """(T, width) fp32 on the CPU: what a site holds at each row's tokens. Some rows go at a time, and no further."""
+    found: dict[int, Tensor] = {}
+    for group in batches([len(row) for row in ids]):
+        (seen,) = activations(module, pad([list(ids[i]) for i in group], pad_id(codec.tokenizer)), [site])
+        found |= {i: held[: len(ids[i])].float().cpu() for i, held in zip(group, seen, strict=True)}
+    return [found[i] for i in range(len(ids))]
 
 
 def rivals(edit: Edit, codec: Codec, text: Sequence[Sequence[int]], random: torch.Generator) -> list[str]:
@@ -256,29 +262,6 @@ def _values(how: Recall, here: Setting, block: int, edits: Sequence[Edit], run: 
         "probability": torch.tensor(told.probabilities),
         "steps": torch.tensor(told.steps),
     }
-
-
-def held(
-    here: Setting,
-    kept: K,
-    edits: Sequence[Edit],
-    failures: list[EditError],
-    *,
-    attach: Callable[[nn.Module, K], Callable[[], None]] = memory.attach,
-    forget: Callable[..., K] = memory.forget,
-) -> K:
-    """What is kept less the new edits that greedy text does not show with it; of those it had before none goes."""
-    while True:
-        off = attach(here.module, kept)
-        new = [known for known in kept.edits if known in edits]
-        said = answered(here.module, here.codec, [(edit.prompt, edit.new_object) for edit in new])
-        off()
-        silent = [edit for edit, ok in zip(new, said, strict=True) if not ok]
-        if not silent:
-            return kept
-        why = "its value would, but greedy text says otherwise: another edit's key is nearer, or it takes another way"
-        failures += [failure(edit, kept.block, why) for edit in silent]
-        kept = forget(kept, *silent)
 
 
 def failure(edit: Edit, block: int, why: str) -> EditError:

@@ -75,8 +75,7 @@ def apply(
         raise EditError("no edit held", why=failures[0], fix="set layer, steps or reach otherwise")
     run.note(
         edits=len(made),
-        skipped=len(failures),
-        **({"skipped_because": "; ".join(failures)} if failures else {}),
+        **outcome.skipped(failures),
         perplexity_before=first,
         perplexity_after=now,
         **run.step("measured", lambda: measured(setting, made, edits, around)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from lfm.core.errors import EditError, MismatchError
 from lfm.core.method import Run
@@ -11,7 +11,7 @@ from lfm.core.model import Model
 from lfm.data.records import Edit
 from lfm.editing import memory, outcome, recall, sequence
 from lfm.editing.recall import K
-from lfm.editing.text import perplexity
+from lfm.editing.text import answered, perplexity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +27,26 @@ class Based(Protocol):
 
 
 B = TypeVar("B", bound=Based)
+
+
+class Held(Protocol):
+    """As lfm.editing.outcome.Held and .Trained have it."""
+
+    @property
+    def collapse(self) -> float: ...
+    @property
+    def on_failure(self) -> str: ...
+
+
+class Kind(NamedTuple, Generic[K]):
+    """How edits are kept beside weights: as what, by which interface a program gives it, and what is done with it."""
+
+    type: type[K]
+    empty: Callable[[nn.Module, str, int], K]
+    """(module, the model's digest, block) → with no edits."""
+    learn: Callable[[K, K], K]
+    forget: Callable[..., K]
+    attach: Callable[[nn.Module, K], Callable[[], None]]
 
 
 def earlier(model: Model, given: Sequence[Model], kind: type[B]) -> B | None:
@@ -46,11 +66,10 @@ def settled(
     kept: K,
     edits: Sequence[Edit],
     failures: list[EditError],
-    guard: outcome.Held,
+    held: Held,
     run: Run,
+    kind: Kind[K],
     *,
-    attach: Callable[[nn.Module, K], Callable[[], None]],
-    forget: Callable[..., K],
     fix: str,
 ) -> K:
     """What is kept, less the new edits that greedy text does not show, once nothing else suffers; notes say what was
@@ -60,22 +79,19 @@ def settled(
     """
     around = run.step("before", lambda: sequence.kept_around(here, edits))
     first = perplexity(here.module, here.codec, here.probe)
-    kept = recall.held(here, kept, edits, failures, attach=attach, forget=forget)
+    kept = _said(here, kept, edits, failures, kind)
     made = [edit for edit in edits if any(memory.same(edit, known) for known in kept.edits)]
-    if failures and (guard.on_failure == "refuse" or not made):
+    if failures and (held.on_failure == "refuse" or not made):
         raise failures[0]
-    off = attach(here.module, kept)
+    off = kind.attach(here.module, kept)
     try:
         after = perplexity(here.module, here.codec, here.probe)
-        if error := outcome.collapsed("the memory", first, after, guard.collapse, fix):
+        if error := outcome.collapsed("the memory", first, after, held.collapse, fix):
             raise error
-        skipped: dict[str, Any] = {"skipped": len(failures)}
-        if failures:
-            skipped["skipped_because"] = "; ".join(failure.what for failure in failures)
         run.note(
             layer=kept.block,
             edits=len(kept.edits),
-            **skipped,
+            **outcome.skipped([failure.what for failure in failures]),
             perplexity_before=first,
             perplexity_after=after,
             **(run.step("measured", lambda: sequence.measured(here, made, edits, around)) if made else {}),
@@ -84,3 +100,18 @@ def settled(
     finally:
         off()
     return kept
+
+
+def _said(here: Setting, kept: K, edits: Sequence[Edit], failures: list[EditError], kind: Kind[K]) -> K:
+    """What is kept less the new edits that greedy text does not show with it; of those it had before none goes."""
+    while True:
+        off = kind.attach(here.module, kept)
+        new = [known for known in kept.edits if known in edits]
+        told = answered(here.module, here.codec, [(edit.prompt, edit.new_object) for edit in new])
+        off()
+        silent = [edit for edit, said in zip(new, told, strict=True) if not said]
+        if not silent:
+            return kept
+        why = "its value would, but greedy text says otherwise: another edit's key is nearer, or it takes another way"
+        failures += [recall.failure(edit, kept.block, why) for edit in silent]
+        kept = kind.forget(kept, *silent)

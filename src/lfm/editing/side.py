@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import msgspec
 
@@ -14,12 +14,21 @@ from lfm.core.heavy import F, torch
 from lfm.core.method import Parts
 from lfm.core.model import Model
 from lfm.data.records import Edit
-from lfm.editing import memory
+from lfm.editing import memory, recall
 from lfm.editing.keys import projection
-from lfm.models import structure
+from lfm.editing.rows import IGNORED
+from lfm.models import forward, structure
+from lfm.models.codec import pad, pad_id
+from lfm.models.language import batches
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from lfm.core.model import Batch
+    from lfm.editing.setting import Setting
+
+TEXT = 32
+"""Tokens of a text beside each edit."""
 
 
 def told(layer: Any, change: Tensor, keys: Tensor) -> Tensor:
@@ -99,11 +108,11 @@ def taken(sides: Sides, places: Sequence[int]) -> Sides:
     )
 
 
-def attach(module: nn.Module, block: int, changes: Tensor, thresholds: Tensor) -> Callable[[], None]:
+def attach(module: nn.Module, sides: Sides) -> Callable[[], None]:
     """From now on a token x with ‖(W′ − W) k(x)‖ > threshold is answered by W′, of several such copies by the one where
     that is most (WISE-Retrieve, 2405.14768); returns what takes that off again."""
-    _, layer = projection(module, block)
-    moved, least = changes.to(layer.weight), thresholds.tolist()
+    _, layer = projection(module, sides.block)
+    moved, least = sides.changes.to(layer.weight), sides.thresholds.tolist()
 
     def hook(_: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         answer, most = out, out.new_zeros(*out.shape[:-1], 1, dtype=moved.dtype)
@@ -155,3 +164,57 @@ def ties(changes: Sequence[Tensor], density: float) -> Tensor:
     stacked = torch.stack(trimmed)
     agree = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
     return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+class Read(NamedTuple):
+    """An edit's prompt and new object as ids, the labels of these, and which of them lead to the object."""
+
+    ids: list[int]
+    labels: list[int]
+    scope: list[int]
+
+
+def reads(tokenizer: Any, edits: Sequence[Edit]) -> list[Read]:
+    asked = recall.asked(tokenizer, edits)
+    found = []
+    for i, long in enumerate(asked.batch["attention_mask"].sum(1).tolist()):
+        scope = [int(asked.last[i] <= t < long - 1) for t in range(long)]
+        found.append(Read(asked.batch["input_ids"][i, :long].tolist(), asked.labels[i, :long].tolist(), scope))
+    return found
+
+
+def batch_of(tokenizer: Any, rows: Sequence[Read]) -> Batch:
+    return {
+        **pad([row.ids for row in rows], pad_id(tokenizer)),
+        "labels": pad([row.labels for row in rows], IGNORED)["input_ids"],
+        "scope": pad([row.scope for row in rows], 0)["input_ids"],
+    }
+
+
+def lessons(here: Setting, edits: Sequence[Edit]) -> Callable[[Sequence[int]], Batch]:
+    """Edits by number and as many texts: scope is 1 at the tokens that lead to the object, 0 elsewhere."""
+    asked = reads(here.codec.tokenizer, edits)
+
+    def collate(numbers: Sequence[int]) -> Batch:
+        texts = [here.text[i % len(here.text)][:TEXT] for i in numbers]
+        beside = [Read(text, [IGNORED] * len(text), [0] * len(text)) for text in texts]
+        return batch_of(here.codec.tokenizer, [*(asked[i] for i in numbers), *beside])
+
+    return collate
+
+
+def inside(here: Setting, layer: Any, edits: Sequence[Edit], change: Tensor) -> Tensor:
+    """Δ of every token that leads to an edit's object, where those before it in scope are answered by the copy."""
+    asked, found = reads(here.codec.tokenizer, edits), []
+    for group in batches([len(each.ids) for each in asked]):
+        batch = batch_of(here.codec.tokenizer, [asked[i] for i in group])
+        scope = batch["scope"].bool().to(change.device)
+        with torch.no_grad(), answering(layer, change, scope) as far:
+            forward(here.module, batch)
+        found.append(far[0][scope])
+    return torch.cat(found)
+
+
+def length(here: Setting, block: int) -> float:
+    """Mean ‖W k‖ over the probe's tokens."""
+    return float(torch.cat(recall.read(here.module, here.codec, ("ffn_out", block), here.probe)).norm(dim=-1).mean())

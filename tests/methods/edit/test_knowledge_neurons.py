@@ -208,7 +208,7 @@ def test_what_cannot_be_edited_is_said_before_anything_is_read(tmp_path: Path) -
         knowledge_neurons.agree(config, Inputs({"model": (causal,)}, {"edits": [unsaid]}))
     with pytest.raises(DataError, match="needs text for a masked model"):
         knowledge_neurons.agree(config, Inputs({"model": (masked,)}, {"edits": [EDIT]}))
-    with pytest.raises(MismatchError, match="neither"):
+    with pytest.raises(MismatchError, match="causal language models and masked"):
         knowledge_neurons.agree(config, Inputs({"model": (load(tiny.seq2seq(tmp_path / "t5")),)}, {"edits": [EDIT]}))
 
 

@@ -20,7 +20,7 @@ from lfm.core.errors import DataError, EditError, MismatchError, SlotError
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit, Text
-from lfm.editing import indexed, keys, recall
+from lfm.editing import indexed, keys, recall, settled
 from lfm.editing.indexed import Blocks
 from lfm.methods.edit import melo
 from lfm.models import forward, load
@@ -182,13 +182,13 @@ def test_what_does_not_hold_is_refused_or_left_out_and_named(base: Path, tmp_pat
 def test_where_told_to_what_is_not_said_is_left_out_and_named(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = recall.answered
+    says = settled.answered
 
     def all_but_the_mountain(module: Any, codec: Any, asked: Any) -> list[bool]:
         told = zip(says(module, codec, asked), asked, strict=True)
         return [said and prompt != EDITS[1].prompt for said, (prompt, _) in told]
 
-    monkeypatch.setattr(recall, "answered", all_but_the_mountain)
+    monkeypatch.setattr(settled, "answered", all_but_the_mountain)
     model, run = made(base, tmp_path, on_failure="skip")
     assert model.ask(Blocks).edits == (EDITS[0], EDITS[2])
     assert run.notes["skipped"] == 1 and EDITS[1].prompt in str(run.notes["skipped_because"])

@@ -22,7 +22,7 @@ from lfm.core.errors import DataError, EditError, MismatchError, ModelError, Out
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit, Text
-from lfm.editing import neuron_search, neurons, recall, wider
+from lfm.editing import neuron_search, neurons, settled, wider
 from lfm.editing.neurons import Neurons
 from lfm.methods.edit import t_patcher
 from lfm.models import forward, load, structure
@@ -160,7 +160,7 @@ def test_forgetting_any_edits_in_any_order_is_never_having_learned_them(data: st
     for number in gone:
         left = neurons.forget(left, whole.edits[number])
     rest = [i for i in range(count) if i not in gone]
-    only = neurons.empty("base", 1, 8)
+    only = neurons.taken(whole, ())
     for number in rest:
         only = neurons.learn(only, neurons.taken(whole, [number]))
     assert left.edits == only.edits == tuple(whole.edits[i] for i in rest)
@@ -304,13 +304,13 @@ def test_what_does_not_hold_is_refused_or_left_out_and_named(bases: dict[str, Pa
 def test_where_told_to_what_is_not_said_is_left_out_and_named(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = recall.answered
+    says = settled.answered
 
     def all_but_the_mountain(module: Any, codec: Any, asked: Any) -> list[bool]:
         told = zip(says(module, codec, asked), asked, strict=True)
         return [said and prompt != EDITS[1].prompt for said, (prompt, _) in told]
 
-    monkeypatch.setattr(recall, "answered", all_but_the_mountain)
+    monkeypatch.setattr(settled, "answered", all_but_the_mountain)
     model, run = made(bases["gated"], tmp_path, on_failure="skip")
     assert model.ask(Neurons).edits == (EDITS[0], EDITS[2])
     assert run.notes["skipped"] == 1 and EDITS[1].prompt in str(run.notes["skipped_because"])

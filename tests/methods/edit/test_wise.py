@@ -90,7 +90,8 @@ def test_the_copy_answers_where_it_differs_by_enough_and_only_there(name: str, b
     more = key @ (change if structure.transposed(layer) else change.T)
     far = more.norm(dim=-1)
     threshold = far.median().item()
-    off = side.attach(module, 0, change[None], torch.tensor([threshold], dtype=torch.float64))
+    least = torch.tensor([threshold], dtype=torch.float64)
+    off = side.attach(module, Sides("base", 0, (), (), change[None], least))
     seen.clear()
     watch = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     forward(module, batch)
@@ -147,7 +148,7 @@ def test_the_threshold_lies_below_every_token_of_an_edit(bases: dict[str, Path],
     here = setting.opened(load(bases["linear"]), TEXT, run, prefixes=0, tokens=200)
     _, layer = keys.projection(here.module, 1)
     change, threshold = wise.beside(config, here, layer, EDITS, 1.0, run)
-    far = wise.inside(here, layer, EDITS, change)
+    far = side.inside(here, layer, EDITS, change)
     assert len(far) >= len(EDITS)
     assert threshold == pytest.approx(0.88 * far.min().item()) and (far > threshold).all()
 
@@ -169,7 +170,7 @@ def test_of_several_copies_the_one_that_differs_most_answers() -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(side, "projection", lambda module, block: ("", layer))
         changes = torch.tensor([[[3.0, 0.0]], [[0.0, 2.0]]])
-        off = side.attach(module, 0, changes, torch.tensor([1.0, 1.5]))
+        off = side.attach(module, Sides("base", 0, (), (), changes, torch.tensor([1.0, 1.5])))
     asked = torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.0, 1.0], [1.0, 2.0], [0.4, 0.7]])
     # neither beyond its threshold; the first; the second; both, the second further (4 > 3); the first alone (1.2 > 1)
     assert layer(asked)[:, 0].tolist() == pytest.approx([1.0, 4.0, 3.0, 7.0, 2.3])
@@ -212,7 +213,7 @@ def test_where_told_to_the_others_are_learned_as_if_it_had_not_been(
     monkeypatch.setattr(wise, "answered", all_but_the_mountain)
     model, run = made(bases["linear"], tmp_path / "a", on_failure="skip")
     assert (run.notes["edits"], run.notes["skipped"]) == (2, 1)
-    assert f"{EDITS[1].prompt!r} was not said" in str(run.notes["skipped_because"])
+    assert f"{EDITS[1].prompt!r} did not go on with" in str(run.notes["skipped_because"])
     alone, _ = made(bases["linear"], tmp_path / "b", (EDITS[0], EDITS[2]), on_failure="skip")
     assert model.digest == alone.digest
 

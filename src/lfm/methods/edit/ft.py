@@ -31,10 +31,10 @@ from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Metho
 from lfm.core.errors import EditError
 from lfm.core.heavy import F, torch
 from lfm.data import language
-from lfm.editing import choose, keys, outcome, rows, setting
-from lfm.editing.cloze import Judge, editable, is_masked
+from lfm.editing import choose, form, keys, outcome, rows, setting
+from lfm.editing.cloze import Judge, is_masked
 from lfm.models import forward, structure
-from lfm.train import Fit, fit, once
+from lfm.train import fit, once
 from lfm.train.fit import steps_of
 
 if TYPE_CHECKING:
@@ -49,23 +49,16 @@ TEXT = 2048
 """Tokens that a model says to itself where no text is given, of which a fifth is what perplexity is watched on."""
 
 
-class Config(Fit, frozen=True):
+class Config(outcome.Trained, frozen=True):
     epsilon: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="most that a weight may move, in units of the root mean square of W₀; null: any way"),
     ] = 0.5
     layer: Annotated[int | None, Meta(description="block to edit, from 0; none: try them on the first edits")] = None
     stop: Annotated[float, Meta(ge=0, description="NLL of a token below which it pulls no more")] = 0.01
-    collapse: Annotated[float, Meta(gt=1, description="most that perplexity on other text may be multiplied by")] = (
-        outcome.COLLAPSE
-    )
-    on_failure: Annotated[
-        outcome.OnFailure, Meta(description="an edit that fails ends the run, or is left out and told of")
-    ] = "refuse"
     steps: Annotated[int, Meta(ge=1, description="steps of Adam")] = 25
     batch_size: Annotated[int, Meta(ge=1, description="edits a batch")] = 32
     lr: Annotated[float, Meta(gt=0, description="Adam's rate in units of the root mean square of W₀")] = 0.05
-    weight_decay: Annotated[float, Meta(ge=0, description="decoupled weight decay")] = 0.0
     warmup: Annotated[float, Meta(ge=0, lt=1, description="share of the steps in which the rate rises")] = 0.0
     schedule: Annotated[
         Literal["cosine", "linear", "constant"], Meta(description="how the rate falls to 0 after the warm-up")
@@ -112,8 +105,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         layer=block,
         module=name,
         edits=len(made),
-        skipped=len(failed),
-        **({"skipped_because": "; ".join(f"{edit.prompt!r} was not said" for edit in failed)} if failed else {}),
+        **outcome.skipped([*map(outcome.unsaid, failed)]),
         moved=float((layer.weight.detach() - start).abs().max()),
         loss_before=losses[0],
         loss_after=losses[-1],
@@ -208,7 +200,8 @@ def _unsaid(edits: Sequence[Edit], block: int, loss: float) -> EditError:
 
 def agree(config: Config, inputs: Inputs) -> None:
     rows.agree(inputs.records("edits"))
-    editable("edit.ft", inputs.model("model"), inputs.records("text"), config.layer)
+    layers = () if config.layer is None else (config.layer,)
+    form.editable("edit.ft", inputs.model("model"), inputs.records("text"), layers, form.READERS)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

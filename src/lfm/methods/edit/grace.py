@@ -23,121 +23,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes, Slot
-from lfm.core.errors import EditError, MismatchError, SlotError
-from lfm.core.heavy import torch
-from lfm.editing import memory, outcome, recall, rows, setting, settled
-from lfm.editing.choose import candidates
+from lfm.core import Cost, Inputs, Kept, Method, Model, Parts, Run, Sizes
+from lfm.editing import memory, recall, remembering, settled
 from lfm.editing.memory import Memory
-from lfm.models import device, local, structure
 from lfm.models.program import program
 
 if TYPE_CHECKING:
-    from torch import nn
+    from lfm.core.errors import EditError
 
-    from lfm.editing.setting import Setting
+ID = "edit.grace"
 
 
-class Config(recall.Recall, frozen=True):
-    layer: Annotated[int | None, Meta(description="block to edit, from 0; none: try them on the first edits")] = None
-    prefixes: Annotated[int, Meta(ge=1, description="texts of its own before a prompt, to try a block")] = 8
-    tokens: Annotated[int, Meta(ge=1, description="tokens of text that pieces are taken from")] = 4096
-    collapse: Annotated[float, Meta(gt=1, description="most that the memory may multiply perplexity by")] = 1.5
-    on_failure: Annotated[
-        Literal["refuse", "skip"], Meta(description="an edit that fails ends the run, or is left out and told of")
-    ] = "refuse"
-    forget: Annotated[bool, Meta(description="take the edits out of the memory, by prompt and new object")] = False
+class Config(remembering.Keyed, frozen=True):
+    pass
+
+
+KIND = settled.Kind(Memory, memory.empty, memory.learn, memory.forget, memory.attach)
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    model, edits = inputs.model("model"), [] if config.forget else list(inputs.records("edits"))
-    before = settled.earlier(model, inputs.all("memory"), Memory)
-    here = setting.opened(model, inputs.records("text"), run, prefixes=config.prefixes, tokens=config.tokens)
-    block = before.block if before else config.layer
-    block = recall.chosen(config, here, edits, run) if block is None else block % len(structure.blocks(here.module))
-    kept = before or _empty(here, model.digest, block)
-    if config.forget:
-        kept = memory.forget(kept, *inputs.records("edits"))
+    here, kept, edits = remembering.keyed(config, inputs, run, KIND)
     failures: list[EditError] = []
     if edits:
         kept = memory.learn(kept, recall.found(config, here, kept, edits, failures, run))
-    kept = settled.settled(
-        here,
-        kept,
-        edits,
-        failures,
-        outcome.Held(collapse=config.collapse, on_failure=config.on_failure),
-        run,
-        attach=memory.attach,
-        forget=memory.forget,
-        fix="a smaller radius, or another layer",
-    )
-    return program("edit.grace", config, kept.parts(model), open)
-
-
-def _empty(here: Setting, base: str, block: int) -> Memory:
-    shape = structure.feed_forward(here.module, structure.blocks(here.module)[block])
-    return Memory(base, block, (), torch.zeros(0, shape.inner), torch.zeros(0, shape.width), torch.zeros(0))
+    fix = "a smaller radius, or another layer"
+    kept = settled.settled(here, kept, edits, failures, config, run, KIND, fix=fix)
+    return program(ID, config, kept.parts(inputs.model("model")), open)
 
 
 def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     """The interfaces of the program: those of the model, answering by the memory, and the memory itself."""
-    model, kept = parts.model("model"), memory.opened(parts)
-
-    def built() -> nn.Module:
-        module = model.ask(Gradients).module().to(device())
-        memory.attach(module, kept)
-        return module
-
-    gives = dict(local.interfaces(model.facts.task, built, lambda: model.ask(Codec)))
-    return gives | {Codec: lambda: model.ask(Codec), Memory: lambda: kept}
+    return remembering.interfaces(parts, memory.opened(parts), memory.attach)
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    edits, given = inputs.records("edits"), inputs.all("memory")
-    rows.agree(edits)
-    if config.forget and not given:
-        raise SlotError("edit.grace has nothing to forget from", fix="add memory=REF")
-    if given and config.layer is not None:
-        raise SlotError("edit.grace takes either memory or layer", why="the memory's edits are of one block")
-    facts = inputs.model("model").facts
-    if facts.task != "causal-lm":
-        raise MismatchError(
-            f"edit.grace edits causal language models; {inputs.model('model').ref} is none",
-            why=f"its task is {facts.task or 'not known'}",
-            fix="give a causal language model, or change the facts by tune.lora",
-        )
-    if config.layer is not None and facts.layers and not -facts.layers <= config.layer < facts.layers:
-        raise MismatchError(f"there is no block {config.layer}", why=f"the model has {facts.layers}, counted from 0")
+    remembering.agree(ID, inputs, config.layer, forget=config.forget)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
-    facts, edits = sizes.model("model"), sizes.data["edits"]
-    tried = len(candidates(facts.layers + 1)) if config.layer is None and facts.layers else 0
-    prompt = 8 + edits.tokens // max(1, edits.records)
-    searches = edits.records + tried * min(recall.TRIED, edits.records)
-    a_prompt = 2.0 * facts.parameters * prompt
-    return Cost(
-        flops=searches * a_prompt * (3 * config.steps + recall.RIVALS) + 2.5 * facts.parameters * config.tokens,
-        steps=(-(-edits.records // recall.GROUP) + tried) * 2 * config.steps,
-        memory=4 * facts.parameters + 24 * prompt * max(recall.GROUP, recall.RIVALS) * facts.vocabulary,
-        disk=20 * facts.width * edits.records,
-    )
+    disk = 20 * sizes.model("model").width * sizes.data["edits"].records
+    return remembering.cost(config, sizes, together=recall.GROUP, disk=disk)
 
 
 METHOD = Method(
     paper="arXiv:2211.11031",
     config=Config,
-    models={
-        "model": Slot((Gradients, Codec), help="the causal language model to edit"),
-        "memory": Slot((Memory,), min=0, help="what edit.grace made of it before, to add to or to forget from"),
-    },
-    data={
-        "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change, or to forget"),
-        "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text: other subjects, perplexity"),
-    },
+    models=remembering.models(ID, Memory),
+    data=remembering.DATA,
     run=run,
     cost=cost,
     agree=agree,

@@ -31,9 +31,9 @@ from lfm.core.errors import DataError, EditError
 from lfm.core.heavy import torch
 from lfm.data.files import where
 from lfm.data.records import Edit, Fact
-from lfm.editing import outcome, rows, setting
+from lfm.editing import form, outcome, rows, setting
 from lfm.editing.attribution import attributions
-from lfm.editing.cloze import Judge, cloze, editable, is_masked
+from lfm.editing.cloze import Judge, cloze, is_masked
 from lfm.editing.keys import Projections, weight
 from lfm.models import structure
 
@@ -97,8 +97,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         told = {key: value if key == "neighbours_kept" else 1 - value for key, value in told.items()}
     run.note(
         edits=len(made),
-        skipped=len(failures),
-        **({"skipped_because": "; ".join(failures)} if failures else {}),
+        **outcome.skipped(failures),
         neurons=sum(found.values()),
         blocks=", ".join(f"{block}: {count}" for block, count in sorted(found.items())),
         perplexity_before=first,
@@ -193,7 +192,7 @@ def _edit(record: Edit | Fact, config: Config) -> Edit:
 
 def agree(config: Config, inputs: Inputs) -> None:
     model, given = inputs.model("model"), inputs.records("edits")
-    editable("edit.knowledge_neurons", model, inputs.records("text"))
+    form.editable("edit.knowledge_neurons", model, inputs.records("text"), tasks=form.READERS)
     if config.mode == "update" and not isinstance(given[0], Edit):
         raise DataError("facts say nothing new to write", fix="give edits, or set mode=erase")
     edits = [_edit(record, config) for record in given]

@@ -25,84 +25,56 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes, Slot
-from lfm.core.errors import EditError, MismatchError, SlotError
+from lfm.core import Cost, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes
 from lfm.core.heavy import nn, torch
-from lfm.editing import indexed, outcome, recall, rows, setting, settled
-from lfm.editing.choose import candidates
+from lfm.editing import indexed, recall, remembering, settled
 from lfm.editing.indexed import Blocks
-from lfm.models import device, forward, local, structure
+from lfm.editing.rows import IGNORED
+from lfm.models import forward
 from lfm.models.program import program
 from lfm.train import Fit, fit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lfm.core.errors import EditError
     from lfm.data.records import Edit
     from lfm.editing.setting import Setting
 
+ID = "edit.melo"
 
-class Config(recall.Recall, frozen=True):
-    layer: Annotated[int | None, Meta(description="block of keys, from 0; none: try them on the first edits")] = None
+
+class Config(remembering.Keyed, frozen=True):
     depth: Annotated[int, Meta(ge=1, description="blocks whose feed-forward layers change, from that one on")] = 2
     rank: Annotated[int, Meta(ge=1, description="rank of a block")] = 4
     share: Annotated[int, Meta(ge=1, description="edits that have one block together")] = 4
     lora_lr: Annotated[float, Meta(gt=0, description="Adam's rate on a block, whose A has entries of about 1")] = 0.3
-    prefixes: Annotated[int, Meta(ge=1, description="texts of its own before a prompt, to try a block")] = 8
-    tokens: Annotated[int, Meta(ge=1, description="tokens of text that pieces are taken from")] = 4096
-    collapse: Annotated[float, Meta(gt=1, description="most that perplexity on other text may be multiplied by")] = (
-        outcome.COLLAPSE
-    )
-    on_failure: Annotated[
-        outcome.OnFailure, Meta(description="an edit that fails ends the run, or is left out and told of")
-    ] = "refuse"
-    forget: Annotated[bool, Meta(description="take the edits out of the memory, by prompt and new object")] = False
+
+
+KIND = settled.Kind(Blocks, indexed.empty, indexed.learn, indexed.forget, indexed.attach)
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    model, edits = inputs.model("model"), [] if config.forget else list(inputs.records("edits"))
-    before = settled.earlier(model, inputs.all("memory"), Blocks)
-    here = setting.opened(model, inputs.records("text"), run, prefixes=config.prefixes, tokens=config.tokens)
-    block = before.block if before else config.layer
-    if block is None:
-        block = recall.chosen(config, here, edits, run)
-    block %= len(structure.blocks(here.module))
-    none = torch.zeros(0)
-    kept = before or Blocks(model.digest, block, (), none, none, none, {}, {})
+    here, kept, edits = remembering.keyed(config, inputs, run, KIND)
     failures: list[EditError] = []
-    if config.forget:
-        kept = indexed.forget(kept, *inputs.records("edits"))
     for start in run.track(range(0, len(edits), config.share), "blocks"):
         some = edits[start : start + config.share]
         learned = run.step(f"edits {start}", partial(learn, config, here, kept, some, f"edits {start}", run))
-        probabilities = learned["probability"].tolist()
-        for probability in probabilities:
-            run.curve("p(new object) with its block", probability)
         good = []
-        for i, edit in enumerate(some):
-            if probabilities[i] >= config.accept and learned["radii"][i] > 0:
+        for i, (edit, probability) in enumerate(zip(some, learned["probability"].tolist(), strict=True)):
+            run.curve("p(new object) with its block", probability)
+            if probability >= config.accept and learned["radii"][i] > 0:
                 good.append(i)
                 continue
-            why = f"its block gives p({edit.new_object}) = {probabilities[i]:.2f} (accept {config.accept:g})"
-            failures.append(recall.failure(edit, block, why))
-        number = torch.zeros(len(some), dtype=torch.long)
-        more = Blocks(
-            kept.base, block, tuple(some), learned["keys"], learned["radii"], number, learned["down"], learned["up"]
-        )
-        kept = indexed.learn(kept, indexed.taken(more, good))
-    kept = settled.settled(
-        here,
-        kept,
-        edits,
-        failures,
-        outcome.Held(collapse=config.collapse, on_failure=config.on_failure),
-        run,
-        attach=indexed.attach,
-        forget=indexed.forget,
-        fix="a smaller radius, or another layer",
-    )
+            why = f"its block gives p({edit.new_object}) = {probability:.2f} (accept {config.accept:g})"
+            failures.append(recall.failure(edit, kept.block, why))
+        found = {name: learned[name] for name in ("keys", "radii", "down", "up")}
+        new = Blocks(kept.base, kept.block, tuple(some), number=torch.zeros(len(some), dtype=torch.long), **found)
+        kept = indexed.learn(kept, indexed.taken(new, good))
+    fix = "a smaller radius, or another layer"
+    kept = settled.settled(here, kept, edits, failures, config, run, KIND, fix=fix)
     run.note(blocks=int(kept.number.max()) + 1 if kept.edits else 0)
-    return program("edit.melo", config, kept.parts(model), open)
+    return program(ID, config, kept.parts(inputs.model("model")), open)
 
 
 def learn(config: Config, here: Setting, kept: Blocks, edits: Sequence[Edit], name: str, run: Run) -> dict[str, Any]:
@@ -152,7 +124,7 @@ def learn(config: Config, here: Setting, kept: Blocks, edits: Sequence[Edit], na
         finally:
             off()
 
-    lengths = (asked.labels != rows.IGNORED).sum(1).to(home)
+    lengths = (asked.labels != IGNORED).sum(1).to(home)
     how = Fit(steps=config.steps, lr=config.lora_lr, weight_decay=0.0, warmup=0.0, schedule="linear", clip=0.0)
     fit(trained, [0], lambda _: {}, lambda *_: -(told() / lengths).mean(), how, run, name=f"train {name}")
     with torch.no_grad():
@@ -168,61 +140,25 @@ def learn(config: Config, here: Setting, kept: Blocks, edits: Sequence[Edit], na
 
 def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     """The interfaces of the program: those of the model with the blocks, and the blocks themselves."""
-    model, kept = parts.model("model"), indexed.opened(parts)
-
-    def built() -> nn.Module:
-        module = model.ask(Gradients).module().to(device())
-        indexed.attach(module, kept)
-        return module
-
-    gives = dict(local.interfaces(model.facts.task, built, lambda: model.ask(Codec)))
-    return gives | {Codec: lambda: model.ask(Codec), Blocks: lambda: kept}
+    return remembering.interfaces(parts, indexed.opened(parts), indexed.attach)
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    given = inputs.all("memory")
-    rows.agree(inputs.records("edits"))
-    if config.forget and not given:
-        raise SlotError("edit.melo has nothing to forget from", fix="add memory=REF")
-    if given and config.layer is not None:
-        raise SlotError("edit.melo takes either memory or layer", why="the memory's edits are of one block")
-    facts = inputs.model("model").facts
-    if facts.task != "causal-lm":
-        raise MismatchError(
-            f"edit.melo edits causal language models; {inputs.model('model').ref} is none",
-            why=f"its task is {facts.task or 'not known'}",
-            fix="give a causal language model, or change the facts by tune.lora",
-        )
-    if config.layer is not None and facts.layers and not -facts.layers <= config.layer < facts.layers:
-        raise MismatchError(f"there is no block {config.layer}", why=f"the model has {facts.layers}, counted from 0")
+    remembering.agree(ID, inputs, config.layer, forget=config.forget)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
-    facts, edits = sizes.model("model"), sizes.data["edits"]
-    tried = len(candidates(facts.layers + 1)) if config.layer is None and facts.layers else 0
-    prompt = 8 + edits.tokens // max(1, edits.records)
-    searches = edits.records + tried * min(recall.TRIED, edits.records)
-    a_prompt = 2.0 * facts.parameters * prompt
-    blocks = -(-edits.records // config.share)
-    return Cost(
-        flops=searches * a_prompt * (3 * config.steps + recall.RIVALS) + 2.5 * facts.parameters * config.tokens,
-        steps=(blocks + tried) * 2 * config.steps,
-        memory=4 * facts.parameters + 24 * prompt * max(config.share, recall.RIVALS) * facts.vocabulary,
-        disk=16 * facts.width * edits.records + 40 * facts.width * config.rank * blocks * config.depth,
-    )
+    width, edits = sizes.model("model").width, sizes.data["edits"].records
+    blocks = -(-edits // config.share)
+    disk = 16 * width * edits + 40 * width * config.rank * blocks * config.depth
+    return remembering.cost(config, sizes, together=config.share, disk=disk)
 
 
 METHOD = Method(
     paper="arXiv:2312.11795",
     config=Config,
-    models={
-        "model": Slot((Gradients, Codec), help="the causal language model to edit"),
-        "memory": Slot((Blocks,), min=0, help="what edit.melo made of it before, to add to or to forget from"),
-    },
-    data={
-        "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change, or to forget"),
-        "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text: other subjects, perplexity"),
-    },
+    models=remembering.models(ID, Blocks),
+    data=remembering.DATA,
     run=run,
     cost=cost,
     agree=agree,

@@ -25,38 +25,29 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes, Slot
-from lfm.core.errors import EditError, MismatchError, SlotError
+from lfm.core import Cost, Data, DataSlot, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes
+from lfm.core.errors import EditError, SlotError
 from lfm.core.model import Logprobs, Text, Weights
 from lfm.data.records import Edit
-from lfm.editing import lessons, outcome, rows, scope, setting, settled
-from lfm.editing.cloze import editable
+from lfm.editing import form, lessons, outcome, remembering, scope, setting, settled
 from lfm.editing.scope import Routed, Scope
 from lfm.editing.telling import beyond, trained
 from lfm.editing.text import perplexity
 from lfm.models.program import program
-from lfm.train import Fit
 from lfm.train.fit import steps_of
 
 ID = "edit.serac"
 
 
-class Config(Fit, frozen=True):
+class Config(outcome.Trained, frozen=True):
     layer: Annotated[int | None, Meta(description="block whose states the classifier reads; none: half way up")] = None
     width: Annotated[int, Meta(ge=1, description="of what the classifier compares")] = 64
     rank: Annotated[int, Meta(ge=1, description="of the second model's change")] = 64
     tokens: Annotated[int, Meta(ge=1, description="tokens of text, beside the facts")] = 8192
-    collapse: Annotated[float, Meta(gt=1, description="most that perplexity on other text may be multiplied by")] = (
-        outcome.COLLAPSE
-    )
-    on_failure: Annotated[
-        outcome.OnFailure, Meta(description="an edit that fails ends the run, or is left out and told of")
-    ] = "refuse"
-    forget: Annotated[bool, Meta(description="take the edits out of the memory, by prompt and new object")] = False
+    forget: remembering.Forget = False
     steps: Annotated[int, Meta(ge=1, description="steps of training, of either part")] = 400
     batch_size: Annotated[int, Meta(ge=1, description="edits practised at a time")] = 16
     lr: Annotated[float, Meta(gt=0, description="AdamW's rate")] = 3e-3
-    weight_decay: Annotated[float, Meta(ge=0, description="decoupled weight decay")] = 0.0
     schedule: Annotated[
         Literal["cosine", "linear", "constant"], Meta(description="how the rate falls after the warm-up")
     ] = "linear"
@@ -87,7 +78,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         failed = [edit for edit, said in zip(edits, told, strict=True) if not said]
         if failed and (config.on_failure == "refuse" or not made):
             raise EditError(
-                f"{len(failed)} of {len(edits)} edits were not said: {_unsaid(failed[0])}",
+                f"{len(failed)} of {len(edits)} edits were not said: {outcome.unsaid(failed[0])}",
                 why="the second model, told the edit, does not answer by it",
                 fix="more practice, more steps, a larger rank, or on_failure=skip",
             )
@@ -100,8 +91,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     says, plain = outcome.saying(routed), outcome.saying(Routed(model, scope.taken(kept, ())))
     run.note(
         edits=len(kept.edits),
-        skipped=len(failed),
-        **({"skipped_because": "; ".join(map(_unsaid, failed))} if failed else {}),
+        **outcome.skipped([*map(outcome.unsaid, failed)]),
         perplexity_before=first,
         perplexity_after=after,
         text_in_scope=share,
@@ -113,10 +103,6 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         **({"efficacy_of_all": _share(says(outcome.wanted(kept.edits)))} if kept.edits else {}),
     )
     return program(ID, config, kept.parts(model), open)
-
-
-def _unsaid(edit: Edit) -> str:
-    return f"{edit.prompt!r} did not go on with {edit.new_object!r}"
 
 
 def _share(said: Sequence[bool]) -> float:
@@ -131,20 +117,12 @@ def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    edits, given = inputs.records("edits"), inputs.all("memory")
-    rows.agree(edits)
-    if config.forget and not given:
-        raise SlotError(f"{ID} has nothing to forget from", fix="add memory=REF")
-    if given and inputs.records("practice"):
+    remembering.agree(ID, inputs, None, forget=config.forget)
+    if inputs.all("memory") and inputs.records("practice"):
         raise SlotError(f"{ID} takes either memory or practice", why="what a memory was made with is not trained again")
-    model = inputs.model("model")
-    editable(ID, model, inputs.records("text"), config.layer)
-    if model.facts.task != "causal-lm":
-        raise MismatchError(
-            f"{ID} edits causal language models; {model.ref} is none", why="the edit goes before a prompt"
-        )
-    if not given:
-        lessons.left(inputs.records("practice"), edits)
+    form.editable(ID, inputs.model("model"), (), () if config.layer is None else (config.layer,))
+    if not inputs.all("memory"):
+        lessons.left(inputs.records("practice"), inputs.records("edits"))
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
@@ -165,15 +143,9 @@ def cost(config: Config, sizes: Sizes) -> Cost:
 METHOD = Method(
     paper="arXiv:2206.06520",
     config=Config,
-    models={
-        "model": Slot((Gradients, Weights, Codec), help="the causal language model to edit"),
-        "memory": Slot((Scope,), min=0, help="what edit.serac made of it before, to add to or to forget from"),
-    },
-    data={
-        "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change, or to forget"),
-        "practice": DataSlot(Data.FEW_SHOT, ("fact", "edit"), optional=True, help="facts to practise editing on"),
-        "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text that no edit is about"),
-    },
+    models=remembering.models(ID, Scope, Weights),
+    data=remembering.DATA
+    | {"practice": DataSlot(Data.FEW_SHOT, ("fact", "edit"), optional=True, help="facts to practise editing on")},
     run=run,
     cost=cost,
     agree=agree,

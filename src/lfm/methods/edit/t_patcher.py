@@ -34,43 +34,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec.structs import replace
 
-from lfm.core import (
-    Codec,
-    Cost,
-    Data,
-    DataSlot,
-    Gradients,
-    Inputs,
-    Kept,
-    Meta,
-    Method,
-    Model,
-    Parts,
-    Run,
-    Sizes,
-    Slot,
-    Weights,
-)
-from lfm.core.errors import EditError, MismatchError, SlotError
+from lfm.core import Cost, Gradients, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes, Weights
+from lfm.core.errors import EditError, SlotError
 from lfm.core.heavy import torch
-from lfm.editing import neuron_search, neurons, outcome, recall, rows, setting, settled, wider
+from lfm.editing import neuron_search, neurons, outcome, recall, remembering, settled, wider
 from lfm.editing.neurons import Neurons
 from lfm.editing.text import answered
-from lfm.models import device, local, structure
+from lfm.models import structure
 from lfm.models.program import program
-from lfm.train import Fit
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lfm.data.records import Edit
     from lfm.editing.setting import Setting
 
-
+ID = "edit.t_patcher"
 FIX = "another layer, more text, a larger quiet, or fewer steps"
 
 
-class Config(Fit, frozen=True):
+class Config(outcome.Trained, frozen=True):
     variant: Annotated[
         Literal["t-patcher", "calinet"], Meta(description="neurons of each edit's own, or shared by all")
     ] = "t-patcher"
@@ -81,45 +62,38 @@ class Config(Fit, frozen=True):
     accept: Annotated[float, Meta(gt=0, lt=1, description="least p(new object) that a neuron must reach")] = 0.5
     tokens: Annotated[int, Meta(ge=1, description="tokens of text at which no neuron must fire")] = 4096
     prefixes: Annotated[int, Meta(ge=0, description="calinet: texts of its own before a prompt, to train on")] = 4
-    collapse: Annotated[float, Meta(gt=1, description="most that perplexity on other text may be multiplied by")] = (
-        outcome.COLLAPSE
-    )
-    on_failure: Annotated[
-        outcome.OnFailure, Meta(description="an edit that fails ends the run, or is left out and told of")
-    ] = "refuse"
-    forget: Annotated[bool, Meta(description="take the edits out of the memory, by prompt and new object")] = False
+    forget: remembering.Forget = False
     steps: Annotated[int, Meta(ge=0, description="steps of Adam; 0: 100, for calinet 200")] = 0
     lr: Annotated[float, Meta(gt=0, description="Adam's rate in units of what the layer reads and writes")] = 0.05
-    weight_decay: Annotated[float, Meta(ge=0, description="decoupled weight decay")] = 0.0
     warmup: Annotated[float, Meta(ge=0, lt=1, description="share of the steps in which the rate rises")] = 0.0
     clip: Annotated[float, Meta(ge=0, description="largest norm of the gradient; 0: any, each edit by itself")] = 0.0
 
 
+KIND = settled.Kind(Neurons, neurons.empty, neurons.learn, neurons.forget, neurons.attach)
+
+
 def run(given: Config, inputs: Inputs, run: Run) -> Model:
-    config = replace(given, steps=_steps(given))
-    model, edits = inputs.model("model"), [] if config.forget else list(inputs.records("edits"))
-    before = settled.earlier(model, inputs.all("memory"), Neurons)
-    if before:
-        neurons.taken(before, ())  # refuses, before any work, neurons that edits share
-    prefixes = config.prefixes if config.variant == "calinet" else 0
-    here = setting.opened(model, inputs.records("text"), run, prefixes=prefixes, tokens=config.tokens)
-    stack = structure.blocks(here.module)
-    block = before.block if before else (-1 if config.layer is None else config.layer) % len(stack)
-    kept = before or neurons.empty(model.digest, block, structure.feed_forward(here.module, stack[block]).width)
-    failures: list[EditError] = []
-    if config.forget:
-        kept = neurons.forget(kept, *inputs.records("edits"))
-    elif config.variant == "t-patcher":
-        kept = neurons.learn(kept, found(config, here, kept, edits, failures, run))
-    else:
-        kept = calibrated(config, here, kept, edits, failures, run)
-    guard = outcome.Held(collapse=config.collapse, on_failure=config.on_failure)
-    kept = settled.settled(
-        here, kept, edits, failures, guard, run, attach=neurons.attach, forget=neurons.forget, fix=FIX
+    config, model = replace(given, steps=_steps(given)), inputs.model("model")
+    for each in inputs.all("memory"):
+        neurons.taken(each.ask(Neurons), ())  # refuses, before any work, neurons that edits share
+    here, kept, edits = remembering.begun(
+        inputs,
+        run,
+        KIND,
+        lambda *_: -1 if config.layer is None else config.layer,
+        prefixes=config.prefixes if config.variant == "calinet" else 0,
+        tokens=config.tokens,
+        forget=config.forget,
     )
+    failures: list[EditError] = []
+    if edits and config.variant == "t-patcher":
+        kept = neurons.learn(kept, found(config, here, kept, edits, failures, run))
+    elif edits:
+        kept = calibrated(config, here, kept, edits, failures, run)
+    kept = settled.settled(here, kept, edits, failures, config, run, KIND, fix=FIX)
     run.note(neurons=len(kept.keys))
     weights = model.ask(Weights)
-    made = program("edit.t_patcher", given, kept.parts(model), open)
+    made = program(ID, given, kept.parts(model), open)
 
     def widened(out: Path) -> Model:
         return wider.wider(weights, model.ask(Gradients), kept).save(out, "checkpoint")
@@ -135,7 +109,7 @@ def found(
     config: Config, here: Setting, kept: Neurons, edits: Sequence[Edit], failures: list[EditError], run: Run
 ) -> Neurons:
     """Each edit's neurons, found by itself; those that do not make it be said become failures."""
-    text = neuron_search.read_in(here, kept.block, here.text)
+    text = torch.cat(recall.read(here.module, here.codec, ("ffn_in", kept.block), here.text))
     act = structure.activation(here.module, structure.blocks(here.module)[kept.block])
     losses = neuron_search.Losses(config.activation, config.quiet, neuron_search.quiet(act))
     for start in run.track(range(0, len(edits), recall.GROUP), "neurons"):
@@ -183,35 +157,13 @@ def calibrated(
 
 def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     """The interfaces of the program: those of the model with the neurons, and the neurons themselves."""
-    model, kept = parts.model("model"), neurons.opened(parts)
-
-    def built() -> nn.Module:
-        module = model.ask(Gradients).module().to(device())
-        neurons.attach(module, kept)
-        return module
-
-    gives = dict(local.interfaces(model.facts.task, built, lambda: model.ask(Codec)))
-    return gives | {Codec: lambda: model.ask(Codec), Neurons: lambda: kept}
+    return remembering.interfaces(parts, neurons.opened(parts), neurons.attach)
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    given = inputs.all("memory")
-    rows.agree(inputs.records("edits"))
-    if config.forget and not given:
-        raise SlotError("edit.t_patcher has nothing to forget from", fix="add memory=REF")
-    if given and config.layer is not None:
-        raise SlotError("edit.t_patcher takes either memory or layer", why="the memory's edits are of one block")
-    if given and config.variant == "calinet":
+    remembering.agree(ID, inputs, config.layer, forget=config.forget)
+    if inputs.all("memory") and config.variant == "calinet":
         raise SlotError("calinet's slots are shared by all edits", fix="give all edits at once, without memory")
-    facts = inputs.model("model").facts
-    if facts.task != "causal-lm":
-        raise MismatchError(
-            f"edit.t_patcher edits causal language models; {inputs.model('model').ref} is none",
-            why=f"its task is {facts.task or 'not known'}",
-            fix="give a causal language model, or change the facts by tune.lora",
-        )
-    if config.layer is not None and facts.layers and not -facts.layers <= config.layer < facts.layers:
-        raise MismatchError(f"there is no block {config.layer}", why=f"the model has {facts.layers}, counted from 0")
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
@@ -232,14 +184,8 @@ def cost(config: Config, sizes: Sizes) -> Cost:
 METHOD = Method(
     paper="arXiv:2301.09785",
     config=Config,
-    models={
-        "model": Slot((Gradients, Codec, Weights), help="the causal language model to edit"),
-        "memory": Slot((Neurons,), min=0, help="what edit.t_patcher made of it before, to add to or to forget from"),
-    },
-    data={
-        "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change, or to forget"),
-        "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text where no neuron is to fire"),
-    },
+    models=remembering.models(ID, Neurons, Weights),
+    data=remembering.DATA,
     run=run,
     cost=cost,
     agree=agree,

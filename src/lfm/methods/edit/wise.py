@@ -24,16 +24,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes, Slot
-from lfm.core.errors import EditError, MismatchError, SlotError
+from lfm.core import Cost, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes
+from lfm.core.errors import EditError
 from lfm.core.heavy import nn, torch
-from lfm.editing import keys, recall, rows, sequence, setting, settled, side
+from lfm.editing import keys, outcome, recall, remembering, rows, sequence, setting, settled, side
 from lfm.editing.side import Sides
 from lfm.editing.text import answered, perplexity
-from lfm.models import device, forward, local, structure
-from lfm.models.codec import pad, pad_id
+from lfm.models import forward, structure
 from lfm.models.program import program
-from lfm.train import Fit, fit
+from lfm.train import fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,11 +41,10 @@ if TYPE_CHECKING:
     from lfm.data.records import Edit
     from lfm.editing.setting import Setting
 
-TEXT = 32
-"""Tokens of a text beside each edit."""
+ID = "edit.wise"
 
 
-class Config(Fit, frozen=True):
+class Config(outcome.Trained, frozen=True):
     layer: Annotated[int | None, Meta(description="block to edit, from 0; none: five sixths of the way up")] = None
     shards: Annotated[int, Meta(ge=1, description="parts of the edits, each learned under a mask of its own")] = 2
     mask: Annotated[float, Meta(gt=0, le=1, description="share of the entries that a shard may change")] = 0.5
@@ -54,14 +52,9 @@ class Config(Fit, frozen=True):
     margin: Annotated[float, Meta(gt=0, description="β over the mean ‖W k‖ of text; α is a quarter of β, γ half")] = 0.5
     ratio: Annotated[float, Meta(gt=0, le=1, description="ε over the least Δ of an edit's tokens")] = 0.88
     tokens: Annotated[int, Meta(ge=1, description="tokens of text that must not be routed")] = 4096
-    collapse: Annotated[float, Meta(gt=1, description="most that perplexity on other text may be multiplied by")] = 1.5
-    on_failure: Annotated[
-        Literal["refuse", "skip"], Meta(description="an edit that fails ends the run, or the others are learned anew")
-    ] = "refuse"
     steps: Annotated[int, Meta(ge=1, description="steps of Adam for each shard")] = 100
     batch_size: Annotated[int, Meta(ge=1, description="edits a batch")] = 32
     lr: Annotated[float, Meta(gt=0, description="Adam's rate in units of W's root mean square")] = 0.1
-    weight_decay: Annotated[float, Meta(ge=0, description="decoupled weight decay")] = 0.0
     warmup: Annotated[float, Meta(ge=0, lt=1, description="share of the steps in which the rate rises")] = 0.0
     schedule: Annotated[
         Literal["cosine", "linear", "constant"], Meta(description="how the rate falls after the warm-up")
@@ -79,14 +72,14 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     _, layer = keys.projection(here.module, block)
     around = run.step("before", lambda: sequence.kept_around(here, edits))
     first = perplexity(here.module, here.codec, here.probe)
-    unit = run.step("mean length", lambda: _length(here, block))
+    unit = run.step("mean length", lambda: side.length(here, block))
     made, failed = list(edits), []
     while True:
         change, threshold = beside(config, here, layer, made, unit, run)
         least = torch.tensor([threshold], dtype=torch.float64)
         new = Sides(model.digest, block, tuple(made), (0,) * len(made), change[None].cpu(), least)
         kept = side.learn(before, new) if before else new
-        off = side.attach(here.module, block, kept.changes, kept.thresholds)
+        off = side.attach(here.module, kept)
         said = answered(here.module, here.codec, [(edit.prompt, edit.new_object) for edit in made])
         if all(said):
             break
@@ -94,26 +87,17 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         silent = [edit for edit, ok in zip(made, said, strict=True) if not ok]
         made = [edit for edit, ok in zip(made, said, strict=True) if ok]
         if config.on_failure == "refuse" or not made:
-            raise EditError(
-                f"{silent[0].prompt!r} cannot be made to say {silent[0].new_object!r} in block {block}, nor "
-                f"{len(silent) - 1} others",
-                why=f"after the merge of up to {config.shards} shards the side copy does not tell them",
-                fix="more steps, a larger lr or mask, fewer shards, another layer, or on_failure=skip",
-            )
+            raise _unsaid(silent, block, config.shards)
         failed += silent
     after = perplexity(here.module, here.codec, here.probe)
-    if not after <= config.collapse * first:
-        raise EditError(
-            "the side copy would break the model",
-            why=f"perplexity on other text from {first:.3g} to {after:.3g} (collapse {config.collapse:g})",
-            fix="a larger margin, more steps, or another layer",
-        )
+    fix = "a larger margin, more steps, or another layer"
+    if refused := outcome.collapsed("the side copy", first, after, config.collapse, fix):
+        raise refused
     run.note(
         layer=block,
         edits=len(kept.edits),
         sides=len(kept.changes),
-        skipped=len(failed),
-        **({"skipped_because": "; ".join(f"{edit.prompt!r} was not said" for edit in failed)} if failed else {}),
+        **outcome.skipped([*map(outcome.unsaid, failed)]),
         threshold=threshold,
         unit=unit,
         perplexity_before=first,
@@ -121,7 +105,16 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         **run.step("measured", lambda: sequence.measured(here, made, edits, around)),
     )
     off()
-    return program("edit.wise", config, kept.parts(model), open)
+    return program(ID, config, kept.parts(model), open)
+
+
+def _unsaid(silent: Sequence[Edit], block: int, shards: int) -> EditError:
+    return EditError(
+        f"{silent[0].prompt!r} cannot be made to say {silent[0].new_object!r} in block {block}, nor "
+        f"{len(silent) - 1} others",
+        why=f"after the merge of up to {shards} shards the side copy does not tell them",
+        fix="more steps, a larger lr or mask, fewer shards, another layer, or on_failure=skip",
+    )
 
 
 def beside(
@@ -133,7 +126,7 @@ def beside(
         learned(config, here, layer, part, unit, run, f"shard {i} of {len(edits)}") for i, part in enumerate(shards)
     ]
     change = side.ties(changes, config.density) if len(changes) > 1 else changes[0]
-    return change, config.ratio * float(inside(here, layer, edits, change).min())
+    return change, config.ratio * float(side.inside(here, layer, edits, change).min())
 
 
 def learned(
@@ -156,81 +149,23 @@ def learned(
         return unsaid + side.margins(each, far[0][real & ~scope], beta / 4, beta, beta / 2) / unit
 
     size = float(weight.double().square().mean().sqrt()) or 1.0
-    fit(copy, range(len(edits)), _collate(here, edits), loss, config, run, name=name, scale=lambda _: size)
+    fit(copy, range(len(edits)), side.lessons(here, edits), loss, config, run, name=name, scale=lambda _: size)
     return (copy[0] * free).detach()
-
-
-def _collate(here: Setting, edits: Sequence[Edit]) -> Callable[[Sequence[int]], Batch]:
-    """Edits and as many texts: scope is 1 at the tokens that lead to the object, 0 elsewhere."""
-    tokenizer = here.codec.tokenizer
-
-    def collate(numbers: Sequence[int]) -> Batch:
-        asked = recall.asked(tokenizer, [edits[i] for i in numbers])
-        lengths = asked.batch["attention_mask"].sum(1).tolist()
-        ids = [row[:long] for row, long in zip(asked.batch["input_ids"].tolist(), lengths, strict=True)]
-        labels = [row[:long] for row, long in zip(asked.labels.tolist(), lengths, strict=True)]
-        scope = [
-            [int(last <= t < long - 1) for t in range(long)] for last, long in zip(asked.last, lengths, strict=True)
-        ]
-        for i in numbers:
-            text = here.text[i % len(here.text)][:TEXT]
-            ids.append(text)
-            labels.append([rows.IGNORED] * len(text))
-            scope.append([0] * len(text))
-        batch = pad(ids, pad_id(tokenizer))
-        return {**batch, "labels": pad(labels, rows.IGNORED)["input_ids"], "scope": pad(scope, 0)["input_ids"]}
-
-    return collate
-
-
-def inside(here: Setting, layer: Any, edits: Sequence[Edit], change: Tensor) -> Tensor:
-    """Δ of every token that leads to an edit's object, where those before it in scope are answered by the copy."""
-    batch = _collate(here, edits)(range(len(edits)))
-    scope = batch["scope"].bool().to(change.device)
-    with torch.no_grad(), side.answering(layer, change, scope) as far:
-        forward(here.module, batch)
-    return far[0][scope]
-
-
-def _length(here: Setting, block: int) -> float:
-    """Mean ‖W k‖ over the probe's tokens."""
-    batch = pad(here.probe, pad_id(here.codec.tokenizer))
-    with torch.no_grad(), structure.watch(here.module, [("ffn_out", block)]) as seen:
-        forward(here.module, batch)
-    return seen[0].norm(dim=-1)[batch["attention_mask"].bool().to(seen[0].device)].mean().item()
 
 
 def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     """The interfaces of the program: those of the model, its tokens routed, and the copies."""
-    model, kept = parts.model("model"), side.opened(parts)
-
-    def built() -> nn.Module:
-        module = model.ask(Gradients).module().to(device())
-        side.attach(module, kept.block, kept.changes, kept.thresholds)
-        return module
-
-    gives = dict(local.interfaces(model.facts.task, built, lambda: model.ask(Codec)))
-    return gives | {Codec: lambda: model.ask(Codec), Sides: lambda: kept}
+    return remembering.interfaces(parts, side.opened(parts), side.attach)
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    rows.agree(inputs.records("edits"))
-    if inputs.all("memory") and config.layer is not None:
-        raise SlotError("edit.wise takes either memory or layer", why="the memory's edits are of one block")
-    facts = inputs.model("model").facts
-    if facts.task != "causal-lm":
-        raise MismatchError(
-            f"edit.wise edits causal language models; {inputs.model('model').ref} is none",
-            why=f"its task is {facts.task or 'not known'}",
-        )
-    if config.layer is not None and facts.layers and not -facts.layers <= config.layer < facts.layers:
-        raise MismatchError(f"there is no block {config.layer}", why=f"the model has {facts.layers}, counted from 0")
+    remembering.agree(ID, inputs, config.layer)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     facts, edits = sizes.model("model"), sizes.data["edits"]
     steps = config.steps * min(config.shards, max(1, edits.records))
-    tokens = min(config.batch_size, edits.records) * (TEXT + edits.tokens / max(1, edits.records))
+    tokens = min(config.batch_size, edits.records) * (side.TEXT + edits.tokens / max(1, edits.records))
     return Cost(
         flops=facts.parameters * (6.0 * tokens * steps + 2.5 * config.tokens),
         steps=2 * steps,
@@ -242,14 +177,8 @@ def cost(config: Config, sizes: Sizes) -> Cost:
 METHOD = Method(
     paper="arXiv:2405.14768",
     config=Config,
-    models={
-        "model": Slot((Gradients, Codec), help="the causal language model to edit"),
-        "memory": Slot((Sides,), min=0, help="what edit.wise made of it before, to add to"),
-    },
-    data={
-        "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change"),
-        "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text that is to stay as it is"),
-    },
+    models=remembering.models(ID, Sides, forgets=False),
+    data=remembering.DATA,
     run=run,
     cost=cost,
     agree=agree,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -177,14 +178,15 @@ def resumes_to_the_same_digest(id: str, case: Case, here: Path) -> None:
         assert runs.execute(order(id, case, here, out)).output.digest == whole.output.digest
 
 
+def example_of(doc: str) -> list[str]:
+    """The arguments of a docstring's first `lfm …` line, and of the lines that it goes on in after a backslash."""
+    lines = [line.strip() for line in re.sub(r"\\\n", " ", doc).splitlines()]
+    found = next((line for line in lines if line.startswith(("lfm run ", "lfm merge "))), "")
+    return shlex.split(found)[1:]
+
+
 def example_runs(id: str, case: Case, here: Path, run_command: Callable[[list[str]], int]) -> None:
     """The docstring's `lfm run …` line, as written, where the case's files lie."""
-    lines = [line.strip() for line in registry.get(id).doc.splitlines()]
-    joined = " ".join(lines).replace("\\ ", " ")
-    start = next((line for line in lines if line.startswith(("lfm run ", "lfm merge "))), None)
-    assert start, f"the docstring of {id} has no example"
-    command = start
-    if start.endswith("\\"):
-        place = joined.index(start.rstrip("\\").strip())
-        command = joined[place:].split("  ")[0]
-    assert run_command([*shlex.split(command)[1:]]) == 0
+    command = example_of(registry.get(id).doc)
+    assert command, f"the docstring of {id} has no example"
+    assert run_command(command) == 0

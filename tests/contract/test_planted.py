@@ -49,3 +49,15 @@ def test_one_that_draws_its_own_randomness_is_caught(here: Path) -> None:
 def test_one_that_changes_its_input_is_caught(here: Path) -> None:
     with pytest.raises((AssertionError, LfmError)):  # seen at the end, or by the reader whose file has changed
         contract.leaves_inputs_alone("edit.vandal", CASE, here)
+
+
+def test_an_example_goes_on_after_a_backslash() -> None:
+    doc = """What it does.
+
+    lfm run edit.nudge model=base \\
+      --set size=1   --out moved
+
+    lfm run edit.other model=base
+    """
+    whole = ["run", "edit.nudge", "model=base", "--set", "size=1", "--out", "moved"]
+    assert contract.example_of(doc) == whole and contract.example_of("None.") == []

@@ -20,7 +20,7 @@ Model: a causal or a masked language model. The result is a program over it, wit
 it makes further edits (of the model or of the result) in a backward pass each. `--format adapter` writes the change
 alone, as a LoRA adapter. Errors: EditError for what greedy text does not show, or where other text suffers; DataError.
 
-    lfm run edit.mend model=base edits=edits.jsonl practice=facts.jsonl --set c_edit=1 --set rate=1 --set steps=30 \
+    lfm run edit.mend model=base edits=edits.jsonl practice=facts.jsonl --set c_edit=1 --set rate=1 --set steps=30 \\
       --set collapse=4 --set on_failure=skip --out edited
 """
 

@@ -17,15 +17,14 @@ import tiny
 from lfm.cli import run
 from lfm.core import Adaptation, Weights
 from lfm.core.errors import ConfigError, CorruptError, EditError, MismatchError, ModelError, OutputError
-from lfm.core.model import LowRank
 from lfm.data.files import write
 from lfm.data.records import Edit
 from lfm.models import load
 from lfm.record import RunRecord
 from lfm.runs import committing, interference, patches
 from methods.reuse.lora import adapter_over
+from runs.ledgers import MODULES, change, grown
 
-MODULES = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
 QUICK = {"layer": 0, "prefixes": 3, "tokens": 200, "reach": 10.0, "steps": 60, "collapse": 100.0, "accept": 0.25}
 FACTS = (
     Edit(subject="Ada Ashby", relation="named after", object="in", new_object="cat", prompt="Here lives Ada Ashby"),
@@ -38,28 +37,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base") / "base"
     tiny.causal(path)
     return path
-
-
-def change(base: Path, seed: int) -> dict[str, LowRank]:
-    random = torch.Generator().manual_seed(seed)
-    tensors = load(base).ask(Weights).tensors()
-    found = {}
-    for name in MODULES[seed % 2 :]:
-        out, into = tensors[f"{name}.weight"].shape
-        found[name] = LowRank(torch.randn(out, 1, generator=random) / 9, torch.randn(1, into, generator=random) / 9)
-    return found
-
-
-def patch(number: int) -> patches.Patch:
-    return patches.Patch(number=number, method="by.hand", seed=0, config={}, edits=(), measured={}, made="now")
-
-
-def grown(directory: Path, base: Path, count: int) -> None:
-    ledger = patches.Ledger(base=str(base), base_digest=load(base).digest)
-    directory.mkdir()
-    for number in range(1, count + 1):
-        ledger = msgspec.structs.replace(ledger, patches=(*ledger.patches, patch(number)))
-        ledger = committing.put(directory, ledger, change(base, number))
 
 
 def weights(model: object) -> dict[str, torch.Tensor]:
@@ -140,7 +117,7 @@ def test_a_command_killed_before_its_commit_never_was_and_after_it_is_done(
 
 def test_overlap_is_the_cosine_of_the_changes(base: Path, tmp_path: Path) -> None:
     grown(tmp_path / "led", base, 3)
-    for found in interference.moved(tmp_path / "led", 2):
+    for found in interference.beside(tmp_path / "led", 2).moved:
         mine = change(base, 2)[found.module]
         whole = (mine.b.double() @ mine.a.double()).flatten()
         assert found.norm == pytest.approx(float(whole.norm()), rel=1e-6) and found.rank == 1
@@ -248,7 +225,7 @@ def test_patches_of_a_base_that_has_changed_since_are_not_taken_for_its_own(tmp_
     for act in (
         lambda: patches.revert(tmp_path / "ledger", 1),
         lambda: patches.squash(tmp_path / "ledger"),
-        lambda: interference.without(tmp_path / "ledger", 1),
+        lambda: interference.beside(tmp_path / "ledger", 1).without,
         lambda: patches.model(tmp_path / "ledger"),
     ):
         with pytest.raises(MismatchError, match="holds edits of another model"):

@@ -178,7 +178,7 @@ def test_in_whatever_order_patches_come_and_go_what_is_left_is_as_if_the_others_
     assert said(found) == said(expected)
     gone = next((n for n in range(1, last + 1) if n not in left), None)
     if gone is not None and len(left) < 3:  # what was reverted can still be looked at, and is not there
-        assert interference.together(directory / "led", gone).digest != found.digest
+        assert interference.beside(directory / "led", gone).together.digest != found.digest
     then = said(found)
     patches.squash(directory / "led")
     assert patches.model(directory / "led").digest == found.digest and said(patches.model(directory / "led")) == then
@@ -191,7 +191,7 @@ def test_a_patch_alone_and_the_head_are_programs_that_answer_otherwise(id: str, 
         ledger = put(tmp_path / "led", ledger, number)
     told = [said(load(base)), *(said(load(tmp_path / "led" / place)) for place in ("0001", "0002", "head"))]
     assert all(one != other for i, one in enumerate(told) for other in told[:i])
-    (moved,) = interference.moved(tmp_path / "led", 1)
+    (moved,) = interference.beside(tmp_path / "led", 1).moved
     if id in ("edit.ike", "edit.wise"):  # which have no keys
         assert (moved.rank, moved.reads) == (2, {})
         return

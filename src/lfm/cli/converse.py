@@ -13,7 +13,7 @@ import typer
 
 from lfm.cli import orders, screen, work
 from lfm.cli.progress import shown
-from lfm.core.errors import AccessError, ConfigError, DataError, LfmError, MismatchError, OutputError
+from lfm.core.errors import AccessError, ConfigError, DataError, LfmError, MismatchError
 
 if TYPE_CHECKING:
     from lfm.core.model import Model, Text
@@ -188,10 +188,6 @@ def _made(given: Session, edit: Edit, ask: Ask) -> Patch:
     before = _numbers(given)
     try:
         return _added(given, edit, ask)
-    except OutputError:
-        if not _cleared(given):  # of another edit, which a killed command had begun
-            raise
-        return _added(given, edit, ask)
     except (KeyboardInterrupt, EOFError):
         _cleared(given)
         from lfm.runs import patches
@@ -241,15 +237,14 @@ def _numbers(given: Session) -> list[int]:
     return [patch.number for patch in patches.read(given.directory).patches] if known else []
 
 
-def _cleared(given: Session) -> bool:
-    """Whether there was something half made that nobody is at work on; it is gone."""
+def _cleared(given: Session) -> None:
+    """What is half made is gone: nobody goes on with an edit that was dropped."""
     from lfm.runs import patches
     from lfm.runs.directory import abandoned
 
-    found = abandoned(given.directory / patches.NEXT)
+    abandoned(given.directory / patches.NEXT)
     with suppress(OSError):  # it is a ledger, or somebody else's
         given.directory.rmdir()
-    return found
 
 
 def tell(edited: Edited) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.markup import escape
@@ -11,10 +12,13 @@ from rich.markup import escape
 from lfm.cli import orders, screen, work
 from lfm.cli.converse import chat
 from lfm.cli.progress import shown
+from lfm.core.errors import SlotError
 
 if TYPE_CHECKING:
     from lfm.core.model import Model
     from lfm.runs.patches import Ledger, Patch
+
+T = TypeVar("T")
 
 Directory = Annotated[Path, typer.Argument(help="The ledger's directory.", metavar="DIR")]
 Number = Annotated[int, typer.Argument(help="The patch's number, as `lfm edit log` shows it.", metavar="N")]
@@ -55,7 +59,7 @@ def add(
             base=model,
             by=by,
             settings=orders.settings(sets or ()),
-            data=dict(orders.pairs(words or (), "ROLE=FILE")) | ({"text": text} if text else {}),
+            data=_data(words or (), text),
             seed=seed or 0,
             recall=recall,
             show=show,
@@ -100,14 +104,10 @@ def log(directory: Directory, json: work.Json = False) -> None:
 def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
     """What a patch does: to the weights, to its own facts, and to what lies around them."""
     from lfm.core.model import Logprobs, Text
-    from lfm.runs import interference, patches
+    from lfm.runs import interference
 
-    ledger = patches.read(directory)
-    moved = interference.moved(directory, number)
-    patch = next(p for p in ledger.patches if p.number == number)
-    without = interference.without(directory, number)
-    made = interference.together(directory, number)
-    again = interference.again(directory, number)
+    found = interference.beside(directory, number)
+    patch, moved, again = found.patch, found.moved, interference.again(found)
     asked = [edit.prompt for edit in patch.edits]
     around = [prompt for edit in patch.edits for prompt, _ in edit.neighbours]
 
@@ -117,7 +117,7 @@ def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
         gaps = [edit.suffix for edit in patch.edits] + [edit.suffix for edit in patch.edits for _ in edit.neighbours]
         return [_line(best[0][0]) for best in model.ask(Logprobs).top([*asked, *around], 1, gaps)]
 
-    before, after = said(without), said(made)
+    before, after = said(found.without), said(found.together)
     rows = list(zip([*asked, *around], before, after))
     others = [row for row in rows[len(asked) :] if row[1] != row[2]]
     if json:
@@ -147,7 +147,7 @@ def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
     for m in moved:
         what = f"{m.rank} edits" if m.norm is None else f"rank {m.rank}, ‖ΔW‖ {m.norm:.3g}"
         out.print(f"{m.module}  {what}", soft_wrap=True)
-        for other, read in m.reads.items():
+        for other, read in _most(m.reads.items(), lambda each: -abs(each[1])):
             alike = f"; of the changes {m.overlap[other]:+.2f}" if other in m.overlap else ""
             out.print(f"  [dim]patch {other}: cosine of the nearest keys {read:+.2f}{alike}[/]", soft_wrap=True)
     for prompt, old, new in rows[: len(asked)]:
@@ -160,9 +160,18 @@ def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
         out.print(f"  {prompt} [red]{old}[/] → [green]{new}[/]", soft_wrap=True)
     if again:
         out.print("\nfacts of the other patches that are said, without it and with it:")
-    for a in again:
+    for a in _most(again, lambda a: (a.together - a.without, a.patch)):
         told = f"{a.without} → {a.together} of {a.facts}"
         out.print(f"  patch {a.patch}: " + (f"[red]{told}[/]" if a.together < a.without else told))
+
+
+def _most(found: Iterable[T], order: Callable[[T], Any]) -> Iterator[T]:
+    """The first by an order, as they come, and how many others there are."""
+    every = list(found)
+    first = sorted(range(len(every)), key=lambda place: order(every[place]))[:MOVED]
+    yield from (every[place] for place in sorted(first))
+    if len(every) > MOVED:
+        screen.out().print(f"  [dim]and {len(every) - MOVED} other patches[/]")
 
 
 def revert(directory: Directory, number: Number) -> None:
@@ -180,6 +189,15 @@ def squash(directory: Directory) -> None:
 
     ledger = patches.squash(directory)
     screen.out().print(f"[green]✓[/] one patch: {_facts(ledger.patches[-1])}", soft_wrap=True)
+
+
+def _data(words: Sequence[str], text: str) -> dict[str, str]:
+    """What an editor is given beside the edits, by role. SlotError for a role that is given twice."""
+    given = [*orders.pairs(words, "ROLE=FILE"), *([("text", text)] if text else [])]
+    roles = ["edits", *(role for role, _ in given)]
+    if twice := next((role for role in roles if roles.count(role) > 1), ""):
+        raise SlotError(f"{twice!r} is given twice", why="one file fills a data role", fix="put the records together")
+    return dict(given)
 
 
 def _facts(patch: Patch) -> str:

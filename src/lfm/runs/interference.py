@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lfm.core.model import Model
-from lfm.runs.committing import base_of, held_by, named, read
+from lfm.runs.committing import Patch, base_of, held_by, named, read
 from lfm.runs.patches import said
 from lfm.runs.stacks import Moved
 
@@ -20,45 +20,43 @@ class Again(NamedTuple):
     together: int
 
 
-def moved(directory: Path, number: int) -> list[Moved]:
-    """What a patch changes, place by place, and how far others change the same."""
-    ledger = read(directory)
-    base = base_of(directory, ledger)
-    held = {p.number: held_by(directory, ledger, p, base) for p in (named(ledger, number), *ledger.on)}
-    mine = held.pop(number)
-    return ledger.stack.moved(mine, held)
+class Beside(NamedTuple):
+    """A patch and the others that are on. moved: what it changes, place by place, and how far they change the same.
+
+    without: the base with them alone; together: with it too, and of facts that contradict its own, its own.
+    """
+
+    patch: Patch
+    others: tuple[Patch, ...]
+    moved: list[Moved]
+    without: Model
+    together: Model
 
 
-def again(directory: Path, number: int) -> list[Again]:
-    """What the facts of each other patch that is on come to without a patch, and with it."""
-    others = [p for p in read(directory).on if p.number != number]
-    edits = [edit for p in others for edit in p.edits]
-    then, now = (iter(said(model, edits)) for model in (without(directory, number), together(directory, number)))
-    return [
-        Again(p.number, len(p.edits), sum(next(then) for _ in p.edits), sum(next(now) for _ in p.edits)) for p in others
-    ]
-
-
-def without(directory: Path, number: int) -> Model:
-    """The base with all patches that are on but this one."""
-    return _with(directory, number, itself=False)
-
-
-def together(directory: Path, number: int) -> Model:
-    """The base with all patches that are on, and this one; of facts that contradict its own, its own hold."""
-    return _with(directory, number, itself=True)
-
-
-def _with(directory: Path, number: int, *, itself: bool) -> Model:
+def beside(directory: Path, number: int) -> Beside:
+    """A patch by its number, on or off, beside the others. ConfigError where there is none of it."""
     ledger = read(directory)
     patch, base, stack = named(ledger, number), base_of(directory, ledger), ledger.stack
-    mine = held_by(directory, ledger, patch, base) if itself else None
-    parts = []
-    for other in ledger.patches:
-        if other is patch:
-            parts += [mine] if itself else []
-        elif other.on:
-            held = held_by(directory, ledger, other, base)
-            left = stack.cleared(held, mine) if itself else held
-            parts += [left] if left is not None else []
-    return stack.over(base, stack.whole(parts), (patch, *ledger.on)[-1].config) if parts else base
+    mine = held_by(directory, ledger, patch, base)
+    held = {p.number: held_by(directory, ledger, p, base) for p in ledger.on if p is not patch}
+    others = tuple(p for p in ledger.on if p is not patch)
+    config = (patch, *ledger.on)[-1].config
+    left = {number: each for number, other in held.items() if (each := stack.cleared(other, mine)) is not None}
+    in_order = [(left | {number: mine})[n] for n in sorted([*left, number])]
+    return Beside(
+        patch,
+        others,
+        stack.moved(mine, held),
+        stack.over(base, stack.whole([*held.values()]), config) if held else base,
+        stack.over(base, stack.whole(in_order), config),
+    )
+
+
+def again(found: Beside) -> list[Again]:
+    """What the facts of each other patch come to without a patch, and with it."""
+    edits = [edit for other in found.others for edit in other.edits]
+    then, now = (iter(said(model, edits)) for model in (found.without, found.together))
+    return [
+        Again(p.number, len(p.edits), sum(next(then) for _ in p.edits), sum(next(now) for _ in p.edits))
+        for p in found.others
+    ]

@@ -117,7 +117,9 @@ def test_a_command_killed_before_its_commit_never_was_and_after_it_is_done(
 
 def test_overlap_is_the_cosine_of_the_changes(base: Path, tmp_path: Path) -> None:
     grown(tmp_path / "led", base, 3)
-    for found in interference.beside(tmp_path / "led", 2).moved:
+    places = interference.beside(tmp_path / "led", 2).moved
+    assert {found.module: set(found.overlap) for found in places} == {MODULES[0]: set(), MODULES[1]: {1, 3}}
+    for found in places:
         mine = change(base, 2)[found.module]
         whole = (mine.b.double() @ mine.a.double()).flatten()
         assert found.norm == pytest.approx(float(whole.norm()), rel=1e-6) and found.rank == 1

@@ -19,7 +19,7 @@ from lfm.editing.choose import candidates
 from lfm.editing.keys import projection
 from lfm.editing.memory import Memory
 from lfm.editing.resume import activations
-from lfm.editing.rows import IGNORED
+from lfm.editing.rows import IGNORED, place
 from lfm.models import forward, structure
 from lfm.models.codec import pad, pad_id
 from lfm.models.language import batches, spans
@@ -114,13 +114,15 @@ def rivals(edit: Edit, codec: Codec, text: Sequence[Sequence[int]], random: torc
     """The prompt with other things in the subject's place: pieces of the text, as many tokens long as the subject."""
     long = len(codec.tokenizer(edit.subject, add_special_tokens=False)["input_ids"])
     rows = [row for row in text if len(row) > long]
+    at = place(edit.prompt, edit.subject)
+    named = edit.prompt[at : at + len(edit.subject)]  # as it is capitalised there
     made: list[str] = []
     for _ in range(RIVALS if rows else 0):
         row = rows[int(torch.randint(len(rows), (), generator=random))]
         start = int(torch.randint(len(row) - long + 1, (), generator=random))
         piece = codec.tokenizer.decode(row[start : start + long], skip_special_tokens=True).strip()
         if piece and piece not in edit.subject:
-            made.append(edit.prompt.replace(edit.subject, piece))
+            made.append(edit.prompt.replace(named, piece))
     return [prompt for prompt in made if prompt != edit.prompt]
 
 

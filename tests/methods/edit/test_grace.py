@@ -16,7 +16,7 @@ from case import Case
 from lfm import runs
 from lfm.core import Codec, Gradients, Inputs, Logits, Model
 from lfm.core import Text as Speaks
-from lfm.core.errors import DataError, EditError, MismatchError, SlotError
+from lfm.core.errors import AccessError, DataError, EditError, MismatchError, SlotError
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit, Text
@@ -290,7 +290,7 @@ def test_what_cannot_be_is_said_before_anything_is_read(base: Path, tmp_path: Pa
 
 def test_a_model_without_a_memory_is_refused_by_name(base: Path) -> None:
     inputs = Inputs({"model": (load(base),), "memory": (load(base),)}, {"edits": EDITS})
-    with pytest.raises(Exception, match="asks memory of 'memory'"):
+    with pytest.raises(AccessError, match="asks memory of 'memory'"):
         check("edit.grace", grace.METHOD, inputs)
 
 

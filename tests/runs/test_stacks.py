@@ -234,9 +234,9 @@ def test_facts_go_into_a_memory_are_shown_and_come_off(
     for number, fact in enumerate(FACTS):
         write([fact], Path(f"{number}.jsonl"))
     assert run(["edit", "add", "led", "0.jsonl", "--model", str(base), "--by", "edit.grace", *words(QUICK)]) == 0
-    later = words(QUICK | {"layer": None})[2:]
+    later = words({key: value for key, value in QUICK.items() if key != "layer"})
     assert run(["edit", "add", "led", "1.jsonl", *later]) == 0  # by the memory's own method
-    assert run(["edit", "add", "led", "2.jsonl", *later]) == 0
+    assert run(["edit", "add", "led", "2.jsonl", *words(QUICK | {"layer": -2})]) == 0  # the block that it is of
     three = load(Path("led/head"))
     assert three.ask(Memory).edits == FACTS
     capsys.readouterr()
@@ -292,7 +292,9 @@ def test_an_editor_s_own_edit_that_comes_off_leaves_what_had_been_made_without_i
     assert said(left) == said(fresh)
 
 
-def test_an_editor_that_practises_does_so_once_for_a_ledger(base: Path, tmp_path: Path) -> None:
+def test_an_editor_that_practises_does_so_once_for_a_ledger(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What told edits apart and the second model are the first patch's, whatever comes off."""
     given = {"steps": 40, "batch_size": 8, "lr": 0.01, "width": 16, "tokens": 300, "collapse": 1e6}
     practice = tuple(
@@ -313,8 +315,72 @@ def test_an_editor_that_practises_does_so_once_for_a_ledger(base: Path, tmp_path
     assert [edit.prompt for edit in left.edits] == ["Bob is the"]
     assert torch.equal(left.map, both.map) and torch.equal(left.keys, both.keys[1:])
     again = ["edit", "add", str(tmp_path / "led"), str(tmp_path / "0.jsonl"), "--recall", "0", *sets]
-    assert run([*again, f"practice={tmp_path / 'practice.jsonl'}"]) != 0  # it is not trained again
-    assert run([*again, "nowhere=x.jsonl"]) != 0 and run([*again, "practice"]) != 0
+    capsys.readouterr()
+    for words_, told in (
+        (f"practice={tmp_path / 'practice.jsonl'}", "edit.serac takes either memory or practice"),
+        (f"nowhere={tmp_path / 'practice.jsonl'}", "edit.serac has no data slot 'nowhere'"),
+        ("practice", "'practice' is not ROLE=FILE"),
+    ):
+        assert run([*again, words_]) == 2
+        assert told in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("id", "first", "other"),
+    [
+        ("edit.grace", {"layer": 0}, {"layer": 1}),
+        ("edit.melo", {"layer": 0, "rank": 3, "depth": 2}, {"rank": 4}),
+        ("edit.serac", {"width": 8, "layer": 0}, {"width": 16}),
+        ("edit.ike", {"k": 2, "scope": "all"}, {"k": 3}),
+    ],
+)
+def test_what_the_first_patch_settled_may_be_said_again_and_not_otherwise(
+    id: str, first: dict[str, Any], other: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    config = {"edit.ike": {"k": 2, "scope": "all"}}.get(id, first)
+    ledger = begun(tmp_path / "led", base, id)
+    patch = patches.Patch(number=1, method=id, seed=0, config=config, edits=facts(1), measured={}, made="now")
+    committing.put(tmp_path / "led", msgspec.structs.replace(ledger, patches=(patch,)), MEMORIES[id](load(base), 1))
+    held = patches.model(tmp_path / "led").ask(registry.get(id).method.kept.kind)  # type: ignore[union-attr]
+    as_words = {key: str(value) for key, value in first.items()}  # of a command line
+    shared = {key: value for key, value in first.items() if key != "layer"}
+    kept = stacks.settled(id, as_words | {"on_failure": "skip"}, patch.config, held, 2)
+    assert kept == shared | {key: str(value) for key, value in shared.items()} | {"on_failure": "skip"}
+    assert stacks.settled(id, {}, patch.config, held, 2) == shared  # whoever says nothing goes by it
+    then, shown = (tmp_path / "led" / "ledger.json").read_bytes(), list[str]()
+    name, value = next(iter(other.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value} is not what the ledger's memory has") as caught:
+        patches.add(tmp_path / "led", FACTS[:1], settings=other, show=lambda label, *_: shown.append(label))
+    assert f"{name}={first[name]}" in caught.value.why and f"leave {name} out" in caught.value.fix
+    assert shown == [] and (tmp_path / "led" / "ledger.json").read_bytes() == then
+
+
+def test_the_sum_is_read_as_its_memory_is_and_not_as_its_last_patch_was_made(base: Path, tmp_path: Path) -> None:
+    """One patch more or less does not change what the others' sum is."""
+    for name, settings_ in (("led", {"steps": 9, "lr": 0.5}), ("other", {"radius": 0.25})):
+        ledger = begun(tmp_path / name, base, "edit.grace")
+        for number, config in ((1, {"layer": 0}), (2, settings_)):
+            patch = patches.Patch(
+                number=number, method="edit.grace", seed=0, config=config, edits=facts(number), measured={}, made="now"
+            )
+            ledger = msgspec.structs.replace(ledger, patches=(*ledger.patches, patch))
+            ledger = committing.put(tmp_path / name, ledger, grace(load(base), number))
+    assert patches.model(tmp_path / "led").digest == patches.model(tmp_path / "other").digest
+
+
+def test_a_patch_that_is_off_is_shown_in_place_of_what_contradicts_it(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patches.add(tmp_path / "led", FACTS[:1], base=str(base), by="edit.grace", settings=QUICK)
+    patches.add(tmp_path / "led", FACTS[1:2], settings=QUICK)
+    patches.revert(tmp_path / "led", 1)
+    other = msgspec.structs.replace(FACTS[0], new_object="dog")
+    patches.add(tmp_path / "led", (other,), settings=QUICK)
+    assert run(["edit", "diff", str(tmp_path / "led"), "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (fact,) = told["facts"]
+    assert fact["before"].startswith("dog") and fact["after"].startswith("cat")
+    assert [(a["patch"], a["without"], a["together"]) for a in told["others"]] == [(2, 1, 1), (3, 1, 0)]
 
 
 def test_what_the_memory_has_is_not_told_it_twice_nor_against_it(base: Path, tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ def moved(facts: list[Fact], count: int, seed: int) -> list[Edit]:
     if count > len(ranked):
         raise SystemExit(f"{count} edits were asked for, and there are {len(ranked)} facts to edit")
     chosen = [fact for _, fact in sorted(ranked, key=lambda each: each[0])[:count]]
-    edited = {fact.prompt for fact in chosen}
     prompts = {(fact.subject, fact.relation): fact.prompt for fact in facts}
+    edited = {fact.prompt for fact in chosen}
+    edited |= {prompts.get((fact.subject, after), "") for fact in chosen for after in follows.get(fact.relation, {})}
     made = []
     for fact in chosen:
         objects = sorted({f.object for f in facts if f.relation == fact.relation} - {fact.object})

@@ -6,10 +6,10 @@ import importlib.util
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -104,26 +104,49 @@ def uses_what_it_declares(id: str, case: Case, here: Path) -> None:
             assert not unused, f"{id} demands {[k.__name__ for k in unused]} of {role!r} and never asks for it"
 
 
-def leaves_inputs_alone(id: str, case: Case, here: Path) -> None:
-    before = {role: [m.digest for m in given] for role, given in inputs_of(id, case, here).models.items()}
-    runs.execute(order(id, case, here, "out"))
-    after = {role: [m.digest for m in given] for role, given in inputs_of(id, case, here).models.items()}
-    assert before == after
+class Made(NamedTuple):
+    """What a method made of its case, in `here`/out. before: its inputs' digests then. ticks: of its progress."""
+
+    id: str
+    case: Case
+    here: Path
+    before: dict[str, list[str]]
+    done: runs.RunRecord
+    ticks: int
 
 
-def same_seed_same_digest(id: str, case: Case, here: Path) -> None:
-    first = runs.execute(order(id, case, here, "one"))
-    second = runs.execute(order(id, case, here, "two"))
-    assert first.output.digest == second.output.digest
+def digests(id: str, case: Case, here: Path) -> dict[str, list[str]]:
+    return {role: [m.digest for m in given] for role, given in inputs_of(id, case, here).models.items()}
 
 
-def saves_what_it_made(id: str, case: Case, here: Path) -> None:
-    done = runs.execute(order(id, case, here, "out"))
+def made(id: str, case: Case, here: Path) -> Made:
+    ticks = 0
+
+    def count(*_: Any) -> None:
+        nonlocal ticks
+        ticks += 1
+
+    before = digests(id, case, here)
+    done = runs.execute(order(id, case, here, "out"), show=count)
+    return Made(id, case, here, before, done, ticks)
+
+
+def leaves_inputs_alone(one: Made) -> None:
+    assert digests(one.id, one.case, one.here) == one.before
+
+
+def same_seed_same_digest(one: Made) -> None:
+    other = runs.execute(order(one.id, one.case, one.here, "other"))
+    assert other.output.digest == one.done.output.digest
+
+
+def saves_what_it_made(one: Made) -> None:
+    done, out = one.done, one.here / "out"
     assert done.verified.max_abs == 0
-    assert runs.verify(here / "out").max_abs == 0
-    assert (done.output.kind == "finding") == (registry.get(id).method.gives == "finding")
+    assert runs.verify(out).max_abs == 0
+    assert (done.output.kind == "finding") == (registry.get(one.id).method.gives == "finding")
     if done.output.kind != "finding":
-        assert runs.model(here / "out").digest == done.output.digest
+        assert runs.model(out).digest == done.output.digest
 
 
 def refuses_before_loading(id: str, case: Case, here: Path) -> None:
@@ -152,16 +175,20 @@ class Interrupted(BaseException):
     """A kill, as Python sees it."""
 
 
-def resumes_to_the_same_digest(id: str, case: Case, here: Path) -> None:
-    """Interrupted at several points and run again, it makes what it makes when left alone."""
-    ticks = 0
+def resumes_to_the_same_digest(one: Made) -> None:
+    """Interrupted at one point after another, and run on each time, it makes what it makes when left alone."""
+    points = sorted({max(1, one.ticks * share // 8) for share in (1, 3, 5, 7)})
+    reached = interrupted(one, "cut", points)
+    assert reached, "nothing of its progress was shown"
+    if reached < len(points):
+        assert interrupted(one, "late", points[-1:]) == 1
 
-    def count(*_: Any) -> None:
-        nonlocal ticks
-        ticks += 1
 
-    whole = runs.execute(order(id, case, here, "whole"), show=count)
-    for point in sorted({max(1, ticks * share // 8) for share in (1, 3, 5, 7)}):
+def interrupted(one: Made, out: str, points: Sequence[int]) -> int:
+    """How many of these points it was interrupted at; where it has less to do the second time, it may end before."""
+    shutil.rmtree(home() / "editing", ignore_errors=True)  # else less is left to interrupt than the first time
+    reached = 0
+    for point in [*points, 0]:
         left = point
 
         def stop(*_: Any) -> None:
@@ -170,12 +197,15 @@ def resumes_to_the_same_digest(id: str, case: Case, here: Path) -> None:
             if left == 0:
                 raise Interrupted
 
-        out = f"cut{point}"
-        shutil.rmtree(home() / "editing", ignore_errors=True)  # else less is left to interrupt than the first time
-        with pytest.raises(Interrupted):
-            runs.execute(order(id, case, here, out), show=stop)
-        assert not (here / out).exists()
-        assert runs.execute(order(id, case, here, out)).output.digest == whole.output.digest
+        try:
+            done = runs.execute(order(one.id, one.case, one.here, out), show=stop)
+        except Interrupted:
+            reached += 1
+            assert not (one.here / out).exists()
+            continue
+        assert done.output.digest == one.done.output.digest
+        break
+    return reached
 
 
 def example_of(doc: str) -> list[str]:

@@ -25,9 +25,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_honest_method_passes(here: Path) -> None:
     contract.uses_what_it_declares("edit.nudge", CASE, here)
-    contract.leaves_inputs_alone("edit.nudge", CASE, here)
-    contract.same_seed_same_digest("edit.nudge", CASE, here)
-    contract.resumes_to_the_same_digest("edit.nudge", CASE, here)
+    made = contract.made("edit.nudge", CASE, here)
+    contract.leaves_inputs_alone(made)
+    contract.same_seed_same_digest(made)
+    contract.saves_what_it_made(made)
+    contract.resumes_to_the_same_digest(made)
     contract.refuses_before_loading("edit.nudge", CASE, here)
 
 
@@ -43,12 +45,12 @@ def test_one_that_demands_more_than_it_reads_is_caught(here: Path) -> None:
 
 def test_one_that_draws_its_own_randomness_is_caught(here: Path) -> None:
     with pytest.raises(AssertionError):
-        contract.same_seed_same_digest("edit.moody", CASE, here)
+        contract.same_seed_same_digest(contract.made("edit.moody", CASE, here))
 
 
 def test_one_that_changes_its_input_is_caught(here: Path) -> None:
     with pytest.raises((AssertionError, LfmError)):  # seen at the end, or by the reader whose file has changed
-        contract.leaves_inputs_alone("edit.vandal", CASE, here)
+        contract.leaves_inputs_alone(contract.made("edit.vandal", CASE, here))
 
 
 def test_an_example_goes_on_after_a_backslash() -> None:

@@ -1,4 +1,5 @@
-"""What every test runs under: one thread a process (tiny models gain nothing from more), no example by the clock."""
+"""What every test runs under: one thread a process (tiny models gain nothing from more), no example by the clock, and
+machine code of loops, which takes seconds to make, made once for all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +7,21 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads torch
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
+
+from lfm.fusing import compiled
 
 settings.register_profile("lfm", deadline=None)
 settings.load_profile("lfm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kept where all the workers find it, whatever home a test has."""
+    with pytest.MonkeyPatch.context() as patch:
+        shared = tmp_path_factory.getbasetemp().parent
+        patch.setattr(compiled, "home", lambda: shared)
+        yield

@@ -13,26 +13,23 @@ from lfm.core import registry
 OURS = sorted(id for id, module in registry.ids().items() if module.startswith("lfm.methods."))
 
 
-def settled(here: Path, compiled: Path, patch: pytest.MonkeyPatch) -> Path:
-    """A directory with a home of its own; machine code, which takes seconds to make, is shared by all of them."""
-    compiled.mkdir(exist_ok=True)
-    (here / "home").mkdir()
-    (here / "home" / "compiled").symlink_to(compiled)
+def settled(here: Path, patch: pytest.MonkeyPatch) -> Path:
+    """A directory to work in, with a home of its own."""
     patch.setenv("LFM_HOME", str(here / "home"))
     patch.chdir(here)
     return here
 
 
 @pytest.fixture
-def here(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return settled(tmp_path, tmp_path_factory.getbasetemp().parent / "compiled", monkeypatch)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return settled(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module", params=OURS)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[contract.Made]:
     """A method's run, which several promises are about."""
     with pytest.MonkeyPatch.context() as patch:
-        here = settled(tmp_path_factory.mktemp("made"), tmp_path_factory.getbasetemp().parent / "compiled", patch)
+        here = settled(tmp_path_factory.mktemp("made"), patch)
         yield contract.made(request.param, contract.case_of(request.param)(here), here)
 
 

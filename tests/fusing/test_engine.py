@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import tiny
 from lfm.core.errors import CorruptError
+from lfm.core.home import home
 from lfm.core.model import LazyTensor
 from lfm.fusing import Each, Rule, compiled, engine, fuse, gram, kernel, kth_largest, sums, threshold
 from lfm.fusing.joins import change, dropped, magnitude, weighted
@@ -181,6 +182,7 @@ def test_ranks_of_equals_are_in_their_order() -> None:
 def test_compiled_code_is_kept_and_a_spoiled_file_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compiled, "home", home)
     monkeypatch.setenv("LFM_HOME", str(tmp_path))
     source = kernel._source(kernel.Formula(magnitude), 1, "", "        pass")
     compiled._load.cache_clear()

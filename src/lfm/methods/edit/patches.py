@@ -19,7 +19,8 @@ without them. `examples` are labelled texts that the patches should mend. Accura
 held out. Errors: DataError, with file and line, for what is no patch; EditError where the gate cannot tell, the
 examples come out wrong, or other texts suffer.
 
-    lfm run edit.patches model=base patches=patches.txt train=train.jsonl --set keep=0 --set accept=0 --out patched
+    lfm run edit.patches model=base patches=patches.txt train=train.jsonl --set keep=0 --set accept=0 \\
+      --set steps=50 --set read_steps=20 --out patched
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ times that). `diversity` (2002.08546; not in the paper) keeps a batch's answers 
 three times the rate, .782. It suits classes that are about as frequent. Errors: MismatchError before any weight is
 read; DivergedError.
 
-    lfm run reuse.adamerging base=base models=a models=b data=texts.jsonl --set steps=500 --out merged
+    lfm run reuse.adamerging base=base models=a models=b data=texts.jsonl --set steps=100 --out merged
 """
 
 from __future__ import annotations

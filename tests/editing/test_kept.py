@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,27 @@ def edited(method: Any, base: Path, work: Path) -> tuple[Model, LocalRun]:
     run = LocalRun(0, work)
     inputs = check("edit", method.METHOD, Inputs({"model": (load(base),)}, {"edits": EDITS}))
     return method.run(method.Config(**QUICK, **({} if method is grace else {"reach": 10.0})), inputs, run), run
+
+
+def test_what_other_code_measured_is_not_taken_for_this_code_s(tmp_path: Path) -> None:
+    """Whatever a mechanism of editing imports of lfm decides what it measures."""
+    sources = Path(kept.__file__).parent.parent
+    imported = {
+        name.split(".")[1]
+        for file in (sources / "editing").glob("*.py")
+        for name in re.findall(r"^ *from (lfm\.\w+)", file.read_text(), re.MULTILINE)
+    }
+    assert imported <= {*kept.BENEATH}
+    copy = tmp_path / "lfm"
+    shutil.copytree(sources, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    same = kept._code(copy)
+    assert same == kept._code()
+    for place, changes in (("models/local.py", True), ("tensors/lowrank.py", True), ("report/words.py", False)):
+        (copy / place).write_text((copy / place).read_text() + "\n")
+        kept._code.cache_clear()
+        now = kept._code(copy)
+        assert (now != same) == changes, place
+        same = now
 
 
 def never(*_: Any, **__: Any) -> Any:

@@ -16,11 +16,11 @@ import tiny
 from lfm import models
 from lfm.core.errors import AccessError, ConfigError, DataError
 from lfm.core.model import Codec, Facts, Gradients, Logits, Logprobs, Model, Score, Text
+from lfm.data.answers import begins_with
 from lfm.data.files import digest
 from lfm.data.records import Completion, Edit, Fact, Image, Label, Pair, kind_of
 from lfm.data.records import Text as Running
 from lfm.evals import Evaluation, compare, evaluate
-from lfm.evals.answers import begins_with
 
 TEXTS = [Running(text=text) for text in tiny.CORPUS]
 FACTS = [

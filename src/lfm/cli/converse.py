@@ -143,8 +143,8 @@ def _opened(given: Session) -> Model:
 def _asked(given: Session, model: Model, prompt: str, ask: Ask) -> Edit | None:
     """The edit of this prompt, from what the user answers; None where it is left as it is."""
     from lfm.core.model import Text
+    from lfm.data.answers import begins_with
     from lfm.data.records import Edit
-    from lfm.evals.answers import begins_with
 
     say = screen.out()
     try:

@@ -23,8 +23,8 @@ T = TypeVar("T")
 Directory = Annotated[Path, typer.Argument(help="The ledger's directory.", metavar="DIR")]
 Number = Annotated[int, typer.Argument(help="The patch's number, as `lfm edit log` shows it.", metavar="N")]
 
-FACTS, MOVED = 3, 8
-"""Facts of a patch that a line names, and answers beside its own that are shown."""
+FACTS, MOVED, TOKENS = 3, 8, 8
+"""Facts of a patch that a line names, answers beside its own that are shown, and tokens of one at least."""
 
 
 def add(
@@ -85,7 +85,7 @@ def log(directory: Directory, json: work.Json = False) -> None:
         screen.emit(_plain(ledger))
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("N", "", "method", "facts", "said after", "made"):
+    for column in ("N", "", "method", "facts", "text opens with it", "made"):
         table.add_column(column)
     for patch in ledger.patches:
         said = patch.measured.get("efficacy")
@@ -104,16 +104,18 @@ def log(directory: Directory, json: work.Json = False) -> None:
 def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
     """What a patch does: to the weights, to its own facts, and to what lies around them."""
     from lfm.core.model import Logprobs, Text
+    from lfm.data.answers import room
     from lfm.runs import interference
 
     found = interference.beside(directory, number)
     patch, moved, again = found.patch, found.moved, interference.again(found)
     asked = [edit.prompt for edit in patch.edits]
+    most = max(TOKENS, room([edit.new_object for edit in patch.edits]))
     around = [prompt for edit in patch.edits for prompt, _ in edit.neighbours]
 
     def said(model: Model) -> list[str]:
         if model.can(Text):
-            return [_line(text) for text in model.ask(Text).generate([*asked, *around], max_tokens=8)]
+            return [_line(text) for text in model.ask(Text).generate([*asked, *around], max_tokens=most)]
         gaps = [edit.suffix for edit in patch.edits] + [edit.suffix for edit in patch.edits for _ in edit.neighbours]
         return [_line(best[0][0]) for best in model.ask(Logprobs).top([*asked, *around], 1, gaps)]
 

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 TOLD, TENSORS = "told.json", "tensors"
 SHARE = 0.1
+BENEATH = ("core", "tensors", "models", "data", "train", "editing")
+PACKAGES = ("learn-from-model", "torch", "transformers", "tokenizers")
+"""Parts of lfm, and other packages, that decide what is measured."""
+
 ABANDONED = 86400.0
 """Seconds after which what a kill left half-made is swept away."""
 
@@ -133,11 +137,12 @@ def _place(kind: str, key: Mapping[str, Any]) -> Path:
 
 
 @cache
-def _code() -> str:
-    """lfm's version and the sources of its mechanisms of editing: what changes them makes anew."""
-    found = hashlib.sha256(metadata.version("learn-from-model").encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        found.update(file.read_bytes())
+def _code(sources: Path = Path(__file__).parent.parent) -> str:
+    """What all measuring runs on: lfm's sources up to its mechanisms of editing, and the packages of models and tokens.
+    What changes them makes anew."""
+    found = hashlib.sha256(json.dumps([metadata.version(name) for name in PACKAGES]).encode())
+    for file in sorted(file for name in BENEATH for file in (sources / name).rglob("*.py")):
+        found.update(file.relative_to(sources).as_posix().encode() + file.read_bytes())
     return found.hexdigest()
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lfm.core.config import Config, Meta
 from lfm.core.errors import EditError
+from lfm.data.answers import opens_with, room
 from lfm.train import Fit
 
 if TYPE_CHECKING:
@@ -53,12 +54,12 @@ def wanted(edits: Sequence[Edit]) -> list[Asked]:
 
 
 def saying(text: Any) -> Says:
-    """Whether greedy text from each prompt begins with the answer."""
+    """Whether greedy text from each prompt opens with the answer, however long that is."""
 
     def says(asked: Sequence[Asked]) -> list[bool]:
-        room = 4 + 4 * max((len(answer.split()) for _, answer, _ in asked), default=0)
-        told = text.generate([prompt for prompt, _, _ in asked], max_tokens=room) if asked else []
-        return [said.lstrip().startswith(one[1].strip()) for said, one in zip(told, asked, strict=True)]
+        most = room([answer.strip() for _, answer, _ in asked])
+        told = text.generate([prompt for prompt, _, _ in asked], max_tokens=most) if asked else []
+        return [opens_with(said, answer) for said, (_, answer, _) in zip(told, asked, strict=True)]
 
     return says
 

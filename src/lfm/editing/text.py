@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lfm.core.heavy import torch
 from lfm.core.model import Codec
+from lfm.data.answers import opens_with
 from lfm.editing.form import CAUSAL, IGNORED, Form, reading
 from lfm.models import forward
 from lfm.models.language import BATCH_TOKENS, batches
@@ -75,13 +76,13 @@ def perplexity(module: nn.Module, codec: Codec, ids: Sequence[Sequence[int]], fo
 
 
 def answered(module: nn.Module, codec: Codec, asked: Sequence[tuple[str, str]]) -> list[bool]:
-    """Whether greedy text from each (prompt, answer)'s bare prompt begins with the answer: nothing is given away.
+    """Whether greedy text from each (prompt, answer)'s bare prompt opens with the answer.
 
-    What follows it is not judged: a model may run on, and edits are not to blame for that.
+    Nothing is given away. What follows it is not judged: a model may run on, and edits are not to blame for that.
     """
     if not asked:
         return []
     prompts, answers = zip(*asked, strict=True)
     ids = codec.tokenizer([" " + answer.strip() for answer in answers], add_special_tokens=False)["input_ids"]
     said = LocalText(lambda: module, codec).generate(prompts, max_tokens=max(map(len, ids)) + 2)
-    return [text.lstrip().startswith(answer.strip()) for text, answer in zip(said, answers, strict=True)]
+    return [opens_with(text, answer) for text, answer in zip(said, answers, strict=True)]

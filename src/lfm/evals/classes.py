@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lfm.core.heavy import F, np
 from lfm.core.model import Logits, Text
+from lfm.data.answers import begins_with
 from lfm.data.facts import Question, log_probabilities
 from lfm.data.records import Image, Label, Pair, Record
 from lfm.data.task import LANGUAGE
 from lfm.data.wording import wording
-from lfm.evals.answers import begins_with
 from lfm.evals.estimate import Measure, calibration_error, macro_f1, mean
 from lfm.evals.scoring import losses
 from lfm.evals.setting import Found, Sample, Setting

@@ -15,11 +15,11 @@ from lfm.core.finding import Map
 from lfm.core.heavy import torch
 from lfm.core.model import Codec, Gradients, Logits, Logprobs, Model, Text
 from lfm.data import facts as questions
+from lfm.data.answers import begins_with, room
 from lfm.data.records import Edit, Fact
 from lfm.editing import tracing
 from lfm.editing.cloze import batch_of, cloze, first_choice, is_masked
 from lfm.editing.rows import place
-from lfm.evals.answers import begins_with, room
 from lfm.models import device, forward
 from lfm.models.language import batches
 from lfm.record import Answer, Edited, Told

@@ -3,9 +3,9 @@
 efficacy, paraphrase, specificity: the wanted object is likelier than its rival and is the model's first choice. Wanted
 is the new object on the edit's own prompt and its paraphrases, and the neighbour's own object on its neighbours.
 …_preferred: likelier than its rival alone (the success scores of ROME, arXiv 2202.05262); edit_score is the harmonic
-mean of these. …_generated: greedy text from the bare prompt begins with it; nothing of the answer is given away, as it
-is when each token is scored after the right ones before it. portability_generated: the same of what follows from the
-new fact; it has no rival, and so is measured in text alone.
+mean of these. …_generated: greedy text from the bare prompt begins with it, as whole words; nothing of the answer is
+given away, as it is when each token is scored after the right ones before it. portability_generated: the same of what
+follows from the new fact; it has no rival, and so is measured in text alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, cast
 
 from lfm.core.heavy import np
 from lfm.core.model import Logits, Text
+from lfm.data.answers import begins_with, room
 from lfm.data.facts import Question, log_probabilities
 from lfm.data.records import Edit, Fact
-from lfm.evals.answers import begins_with, room
 from lfm.evals.estimate import Measure, harmonic_mean, mean
 from lfm.evals.setting import Found, Sample, Setting
 
@@ -55,7 +55,7 @@ def measure(setting: Setting) -> Found:
         if setting.model.can(Text) and setting.wants(f"{name}_generated"):
             said = setting.said([a.prompt for a in asked], min(room([a.wanted for a in asked]), 64))
             hits = np.array([begins_with(s, a.wanted) for s, a in zip(said, asked, strict=True)])
-            basis = "greedy text that begins with the wanted object"
+            basis = "greedy text that begins with the wanted object, as whole words"
             found.measures.append(_averaged(f"{name}_generated", asked, hits, len(edits), basis))
             found.samples.extend(
                 Sample(prompt=a.prompt, answer=s, expected=a.wanted)

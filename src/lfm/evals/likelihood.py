@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 from lfm.core.errors import AccessError
 from lfm.core.heavy import np
 from lfm.core.model import Codec, Logits, Text
+from lfm.data.answers import room, same
 from lfm.data.language import halves
 from lfm.data.records import Completion, Record
 from lfm.data.records import Text as Running
 from lfm.data.task import fit
-from lfm.evals.answers import room, same
 from lfm.evals.estimate import Measure, mean, ratio
 from lfm.evals.scoring import losses
 from lfm.evals.setting import Found, Sample, Setting

@@ -6,9 +6,9 @@ from typing import cast
 
 from lfm.core.heavy import np
 from lfm.core.model import Text
+from lfm.data.answers import begins_with, room
 from lfm.data.facts import best, log_probabilities, questions, rank
 from lfm.data.records import Fact
-from lfm.evals.answers import begins_with, room
 from lfm.evals.estimate import grouped_mean, mean
 from lfm.evals.setting import Found, Sample, Setting
 
@@ -36,7 +36,11 @@ def measure(setting: Setting) -> Found:
         answers = setting.said([f.prompt for f in facts], min(room([f.object for f in facts]), 64))
         hits = [begins_with(s, f.object) for s, f in zip(answers, facts, strict=True)]
         found.measures.append(
-            mean("exact_match", np.array(hits, dtype=np.float64), "greedy text that begins with the object")
+            mean(
+                "exact_match",
+                np.array(hits, dtype=np.float64),
+                "greedy text that begins with the object, as whole words",
+            )
         )
     for fact, said in zip(facts[: setting.samples], answers, strict=False):
         found.samples.append(Sample(prompt=fact.prompt, answer=said, expected=fact.object))

@@ -83,7 +83,7 @@ def shown(run: RunRecord) -> Shown | None:
 
 def line(answer: Answer) -> Line:
     """One answer. What is right now and was not is new; what was right and is not, or is simply otherwise, is lost."""
-    from lfm.evals.answers import begins_with  # most pages tell of no edits
+    from lfm.data.answers import begins_with  # most pages tell of no edits
 
     then, now = (begins_with(said, answer.object) for said in (answer.before, answer.after))
     kind = "same" if answer.before == answer.after else "new" if now else "lost" if then else "other"

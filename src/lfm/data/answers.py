@@ -16,6 +16,12 @@ def begins_with(said: str, answer: str) -> bool:
     return not rest or wide or not (rest[0].isalnum() and answer[-1].isalnum())
 
 
+def opens_with(said: str, answer: str) -> bool:
+    """Whether the text begins with the answer's letters, were they those of a longer word: all that an editor of facts
+    answers for, since a model may run on."""
+    return said.lstrip().startswith(answer.strip())
+
+
 def same(said: str, answer: str) -> bool:
     """Whether the text is the answer, white space at its ends aside."""
     return said.strip() == answer.strip()

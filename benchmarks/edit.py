@@ -259,7 +259,7 @@ def ours(
             read = rows.rows(here.codec.tokenizer, edit, here.prefixes)
             key, _ = keys.at_subject(here.module, block, read)
             found = rome.value.search(here.module, block, read, config)
-            b, a = covariance.rank_one(found.delta, keys.mean(key), moments[block])
+            b, a = covariance.rank_one(found.delta, keys.mean(key), lowers[block])
             projections.show({block: (b[:, None], a[None])})
         else:
             config = memit.Config(layers=blocks)
@@ -316,7 +316,7 @@ def agreement(args: argparse.Namespace) -> dict[str, float]:
         read = rows.rows(here.codec.tokenizer, edit, here.prefixes)
         key, _ = keys.at_subject(here.module, args.block, read)
         delta = right.double() * (key[0] @ u.double())  # v* − W k of the bare prompt, as its last lines divide it
-        b, a = covariance.rank_one(delta, key.mean(0), moments[args.block], key[0])
+        b, a = covariance.rank_one(delta, key.mean(0), covariance.factored(moments[args.block]), key[0])
         found["ROME"] = apart(torch.outer(b, a), torch.outer(right.double(), u.double()))
 
         here = opened(args.at, Path(work) / "memit", PREFIXES["memit"])

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import tiny
 from lfm.core import Codec, Gradients, Text
+from lfm.core.errors import EditError
 from lfm.editing import choose, keys, rows, text
-from lfm.editing.covariance import loaded, rank_one, second_moment
+from lfm.editing.covariance import factored, loaded, rank_one, second_moment
 from lfm.models import forward, load, structure
 from lfm.runs.run import LocalRun
 
@@ -30,7 +31,7 @@ def memory(seed: int, inner: int = 7, outer: int = 5) -> tuple[torch.Tensor, ...
 def test_the_update_gives_the_key_its_value_with_the_least_disturbance(seed: int) -> None:
     """W'k = v exactly; and the Lagrangian's solution: no other Δ with Δk = v − Wk has a smaller tr(Δ C Δᵀ)."""
     w, k, v, c = memory(seed)
-    b, a = rank_one(v - w @ k, k, c)
+    b, a = rank_one(v - w @ k, k, torch.linalg.cholesky(c))
     change = torch.outer(b, a)
     torch.testing.assert_close((w + change) @ k, v)
     assert torch.linalg.matrix_rank(change) == 1
@@ -56,7 +57,7 @@ def test_with_no_covariance_it_is_the_projection_on_the_key() -> None:
 def test_a_key_that_c_holds_unrelated_keeps_its_output() -> None:
     """Other keys move by (v − Wk)·(uᵀk')/(uᵀk): not at all where k'ᵀC⁻¹k = 0."""
     w, k, v, c = memory(4)
-    b, a = rank_one(v - w @ k, k, c)
+    b, a = rank_one(v - w @ k, k, torch.linalg.cholesky(c))
     other = torch.randn(len(k), generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     torch.testing.assert_close(
         torch.outer(b, a) @ other, (v - w @ k) * (other @ c.inverse() @ k) / (k @ c.inverse() @ k)
@@ -161,3 +162,11 @@ def test_a_projection_is_set_as_it_will_be_stored(base: Path) -> None:
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=0, atol=0)
     keys.put(layer, weight, [], torch.float32)
     torch.testing.assert_close(keys.weight(layer), weight, rtol=0, atol=0)
+
+
+def test_what_cannot_be_factored_is_told() -> None:
+    k = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double()
+    with pytest.raises(EditError, match=r"5 wide, is singular\. a larger ridge"):
+        factored(loaded(k @ k.T, 0.0) - 1e-9 * torch.eye(5))
+    lower = factored(loaded(k @ k.T, 0.1))
+    torch.testing.assert_close(lower @ lower.T, loaded(k @ k.T, 0.1))

@@ -42,7 +42,7 @@ def test_the_balanced_update_is_where_its_objective_is_flat() -> None:
 def test_of_one_key_and_no_weight_it_is_the_rank_one_update(seed: int) -> None:
     """The identity: MEMIT in one layer, one fact, λ → 0 is ROME's closed form for the same key and value."""
     keys, wanted, moment, _ = drawn(seed, count=1)
-    b, a = rank_one(wanted[:, 0], keys[:, 0], moment)
+    b, a = rank_one(wanted[:, 0], keys[:, 0], torch.linalg.cholesky(moment))
     rome = torch.outer(b, a)
     known = torch.linalg.cholesky(moment)
     torch.testing.assert_close(wanted @ solve.balanced(known, keys, 1e-13), rome, **CLOSE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lfm.core.errors import EditError
 from lfm.core.heavy import torch
 from lfm.core.method import Run
 from lfm.core.model import Codec
@@ -159,10 +160,22 @@ def loaded(moment: Tensor, ridge: float) -> Tensor:
     return moment + ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
 
 
-def rank_one(change: Tensor, key: Tensor, moment: Tensor, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def factored(moment: Tensor) -> Tensor:
+    """L of C = LLᵀ. EditError where C is singular: with little text and no ridge."""
+    lower, failed = torch.linalg.cholesky_ex(moment)
+    if failed:
+        raise EditError(
+            "keys of other text do not span all directions",
+            why=f"their covariance, {len(moment)} wide, is singular",
+            fix="a larger ridge, or more text or tokens",
+        )
+    return lower
+
+
+def rank_one(change: Tensor, key: Tensor, lower: Tensor, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(b, a) with b aᵀ k = change, the update of least ‖b aᵀ C^½‖: a = u/(uᵀk), u = C⁻¹k. All fp64, vectors.
 
-    divisor: another key in the place of the k that divides.
+    lower: L of C = LLᵀ, factored once for all edits of a block. divisor: a key in the place of the k that divides.
     """
-    u = torch.linalg.solve(moment, key)
+    u = torch.cholesky_solve(key[:, None], lower)[:, 0]
     return change, u / (u @ (key if divisor is None else divisor))

@@ -98,7 +98,7 @@ def test_of_one_fact_in_one_block_emmet_is_r_rome(name: str, directories: dict[s
     lower = torch.linalg.cholesky(moment)
     key, now = keys.of_all(here.module, 1, ("hidden", 1), [read])
     found = value.search(here.module, 1, read, value.Search(steps=3))._replace(before=now[0])
-    b, a = rank_one(found.delta, key[0], moment)
+    b, a = rank_one(found.delta, key[0], lower)
     for config in (memit.Config(variant="emmet"), memit.Config(weight=1e-13)):
         how = memit.editor(config, here, lambda _: lower)
         projections = keys.Projections(here.module, [1], {})

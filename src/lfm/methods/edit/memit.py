@@ -8,7 +8,7 @@ searches its own: δ minimises −log p(new object) + essence·KL on what follow
 keys there, and A is the least squares between what they ask and what other keys keep. `variant`:
 
 - memit: the above. λ = `weight` · in. The paper's 15000 and 20000 for keys of 16384 and 6400 dimensions are 0.9 and 3.1
-  in this unit, with C of an encyclopedia; with C of a small model's own text 1 undershot (see below).
+  in this unit, with C of an encyclopedia; with C of a small model's own text 1 undershot.
 - emmet: A = (KᵀC⁻¹K)⁻¹ KᵀC⁻¹, every key exactly its value; in one block, unless told otherwise. For one fact r-ROME's.
 - pmet: δ of the attention's and of the feed-forward layer's output are found together, the latter alone is written;
   R_l is divided by √(L − l + 1). These outputs are short beside h: `reach` is better 4, as in edit.rome.
@@ -18,9 +18,9 @@ the best δ met is kept; the blocks are found by trying; C is of ten tokens a di
 model's own text if none is given; EMMET's regulariser is left out. And what failed does not go in: facts whose δ was
 not found, or that greedy text does not show afterwards, are refused, or skipped, told of, and the others solved anew.
 
-On the zoo's language model, twenty facts of twenty people at once in block 1: all are said in greedy text, .83 of their
-paraphrases too, .94 of other people's facts stay. edit.rome takes four times as long, one of its edits fails and one is
-lost again, .74 and .98. With weight 1 six of the twenty fail.
+On the zoo's language model, twenty facts of twenty people at once in block 1: all are said in greedy text, in all of
+their paraphrases too, and .83 of other people's facts stay. edit.rome takes three times as long, and fifteen of its
+edits hold (docs/areas/edit.md).
 
 Model: a causal or a masked language model, or an encoder-decoder (blocks numbered through, the encoder's first; a
 change is spread over blocks of one of them), its layers found by structure; `token` as in edit.rome. Where a norm
@@ -41,8 +41,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from lfm.core import Inputs, Meta, Method, Model, Run
-from lfm.core.heavy import torch
-from lfm.editing import batch, solve, value
+from lfm.editing import batch, covariance, solve, value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +58,7 @@ class Config(batch.Batched, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     return batch.edit(
-        config, inputs, run, torch.linalg.cholesky, partial(editor, config), alone=config.variant == "emmet"
+        config, inputs, run, covariance.factored, partial(editor, config), alone=config.variant == "emmet"
     )
 
 

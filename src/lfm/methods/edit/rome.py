@@ -37,7 +37,7 @@ from lfm.core.config import values
 from lfm.core.heavy import torch
 from lfm.core.model import LowRank
 from lfm.editing import choose, covariance, form, keys, rows, sequence, setting, value
-from lfm.editing.covariance import ENOUGH, loaded, rank_one
+from lfm.editing.covariance import ENOUGH, factored, loaded, rank_one
 from lfm.models import structure
 
 if TYPE_CHECKING:
@@ -97,12 +97,12 @@ def solver(
 ) -> Callable[[int, Edit], tuple[Rows, Found, tuple[Tensor, Tensor]]]:
     """(block, edit) → its rows, its value and its (b, a), for the module as it is when called. first: a block that is
     asked for for certain."""
-    moments: dict[int, Tensor] = {}
+    lowers: dict[int, Tensor] = {}
 
     def ready(block: int) -> None:
-        moments.clear()  # one at a time: they are large. Edits of its own block do not change it
+        lowers.clear()  # one at a time: they are large. Edits of its own block do not change it
         found = covariance.moments(here, [block], run, config.ridge)[block]
-        moments[block] = loaded(found.matrix, config.ridge)
+        lowers[block] = factored(loaded(found.matrix, config.ridge))
         if block == first:
             run.note(**covariance.notes([found[1:]]))
 
@@ -110,14 +110,14 @@ def solver(
         ready(first)
 
     def solve(block: int, edit: Edit) -> tuple[Rows, Found, tuple[Tensor, Tensor]]:
-        if block not in moments:
+        if block not in lowers:
             ready(block)
         read = here.read(edit, block)
         k, _ = keys.at_subject(here.module, block, read)
         found = value.search(here.module, block, read, config)
         if config.variant == "rome":
-            return read, found, rank_one(found.delta, k.mean(0), moments[block], k[0])
-        return read, found, rank_one(found.delta, keys.mean(k), moments[block])
+            return read, found, rank_one(found.delta, k.mean(0), lowers[block], k[0])
+        return read, found, rank_one(found.delta, keys.mean(k), lowers[block])
 
     return solve
 

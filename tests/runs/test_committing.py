@@ -112,6 +112,37 @@ def test_patches_and_their_sum_can_be_verified_and_say_how_they_come_off(
         assert fix in caught.value.fix and not (tmp_path / "out").exists()
 
 
+def test_a_run_beside_somebody_else_s_ledger_json_is_a_run(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text("[1, 2]")
+    order = runs.Order(
+        id="edit.rome",
+        models={"model": (base,)},
+        data={"edits": (FACT,)},
+        settings=QUICK,
+        out=tmp_path / "run",
+        form="adapter",
+    )
+    made = runs.execute(order)
+    assert runs.verify(tmp_path / "run").quantity == made.verified.quantity
+    assert runs.undo(tmp_path / "run", tmp_path / "before") == load(base).digest
+
+
+def test_a_disk_that_refuses_the_first_patch_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name == ".0001.partial":
+            raise OSError(errno.ENOSPC, "no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OutputError, match="led cannot be written, and is as it was") as caught:
+        patches.add(tmp_path / "led", (FACT,), base=str(base), settings=QUICK)
+    assert "free some space" in caught.value.fix and not (tmp_path / "led").exists()
+
+
 def test_commits_read_no_other_patch(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A patch that goes on is added to the sum: the time it takes does not grow with all that were opened before."""
     led = tmp_path / "led"

@@ -23,7 +23,7 @@ from lfm.models import load
 from lfm.record import RunRecord
 from lfm.runs import committing, interference, patches
 from methods.reuse.lora import adapter_over
-from runs.ledgers import MODULES, change, grown
+from runs.ledgers import MODULES, change, grown, patch
 
 QUICK = {"layer": 0, "prefixes": 3, "tokens": 200, "reach": 10.0, "steps": 60, "collapse": 100.0, "accept": 0.25}
 FACTS = (
@@ -63,6 +63,12 @@ def test_whatever_comes_off_the_rest_is_what_it_would_be_without_it(
     for number in data.draw(st.permutations(left))[: data.draw(st.integers(0, count))]:
         patches.revert(directory, number)
         left.remove(number)
+    if data.draw(st.booleans(), label="one more"):
+        count += 1
+        ledger = patches.read(directory)
+        ledger = msgspec.structs.replace(ledger, patches=(*ledger.patches, patch(count)))
+        committing.put(directory, ledger, change(base, count))
+        left.append(count)
     for name, tensor in expected(base, left).items():
         torch.testing.assert_close(weights(patches.model(directory))[name], tensor, rtol=0, atol=1e-6)
     if not left:

@@ -85,7 +85,7 @@ def log(directory: Directory, json: work.Json = False) -> None:
         screen.emit(_plain(ledger))
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("N", "", "method", "facts", "text opens with it", "made"):
+    for column in ("N", "", "method", "facts", "opens with", "made"):
         table.add_column(column)
     for patch in ledger.patches:
         said = patch.measured.get("efficacy")

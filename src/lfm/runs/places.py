@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lfm.core.errors import OutputError, VerifyError
@@ -15,16 +16,16 @@ def of(directory: Path) -> tuple[Path, Ledger, tuple[Patch, ...]] | None:
     place = directory.absolute()
     if (place / LEDGER).is_file():
         ledger = read(place)
-        return directory, ledger, ledger.patches
-    for above, names in ((place.parent, ()), (place.parent.parent, (HEADS,))):
-        if not (above / LEDGER).is_file():
-            continue
-        ledger = read(above)
-        if place.name == HEAD or place.parent.name in names:
-            return above, ledger, ()
-        if found := tuple(patch for patch in ledger.patches if patch.place == place.name):
-            return above, ledger, found
-    return None
+        return place, ledger, ledger.patches
+    one, sum = re.fullmatch(r"\d{4,}", place.name), place.name == HEAD or place.parent.name == HEADS
+    above = place.parent.parent if place.parent.name == HEADS else place.parent
+    if not (one or sum) or not (above / LEDGER).is_file():
+        return None
+    ledger = read(above)
+    if sum:
+        return above, ledger, ()
+    found = tuple(patch for patch in ledger.patches if patch.place == place.name)
+    return (above, ledger, found) if found else None
 
 
 def verified(directory: Path) -> Verified | None:
@@ -39,7 +40,7 @@ def verified(directory: Path) -> Verified | None:
     base = base_of(place, ledger)
     for patch in patches:
         held_by(place, ledger, patch, base)
-    whole = not patches or directory.absolute() == place.absolute()
+    whole = not patches or directory.absolute() == place
     if whole and ledger.head and head_of(place, ledger, base) is None:
         raise VerifyError(
             f"{place / HEAD} is not the sum that was committed",
@@ -57,7 +58,7 @@ def not_undone(directory: Path) -> None:
     if found is None:
         return
     place, ledger, patches = found
-    one = patches[0] if len(patches) == 1 and directory.absolute() != place.absolute() else None
+    one = patches[0] if len(patches) == 1 and directory.absolute() != place else None
     raise OutputError(
         f"{directory} is {f'patch {one.number}' if one else 'made of the patches'} of a ledger of edits",
         why=f"the model beneath it, {ledger.base}, was never written",

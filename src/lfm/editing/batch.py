@@ -36,7 +36,7 @@ class Batched(sequence.Guard, frozen=True):
     """What editors of batches share. Values are of a block's output, which is long beside what its last layer adds to
     it: rate and reach are smaller than a single layer's."""
 
-    lr: Annotated[float, Meta(gt=0, description="Adam's rate over ‖h‖/√d: a step's length over ‖h‖")] = 0.1
+    lr: Annotated[float, Meta(gt=0, description="length of the first step over ‖h‖")] = 0.3
     reach: Annotated[float, Meta(gt=0, description="largest ‖δ‖/‖h‖")] = 1.5
     layers: Annotated[
         tuple[int, ...], Meta(description="blocks to edit, from 0; none: try them on the first edits")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import torch
 from lfm.core.model import Batch
+from lfm.editing.resume import asked_at
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,39 +41,88 @@ class Behind(NamedTuple):
 
 
 def cut(module: nn.Module, joined: Joined) -> Behind | None:
-    """The rows cut; None for a module that keeps nothing of what it has read, or keeps it otherwise."""
+    """The rows cut, and nothing after what is asked of them; None for a module that keeps nothing of what it has read,
+    or keeps it otherwise. What the edits' rows of one context begin with alike is read once for all of them."""
+    ids, start = joined.batch["input_ids"], joined.subject
+    context = torch.arange(len(start), device=ids.device) - joined.bare[joined.owner]
+    alike = torch.stack(
+        [_alike(ids[context == each], start[context == each]) for each in range(int(context.max()) + 1)]
+    )
+    first = torch.stack([(context == each).int().argmax() for each in range(len(alike))])
+    kept: _Kept | None = _Kept((), (), torch.zeros(len(alike), 0, dtype=torch.long, device=ids.device))
+    kept = _read(module, kept, ids[first], torch.zeros_like(alike), alike)
+    kept = kept and _read(module, kept.of(context), ids, alike[context], start)
+    if kept is None or not kept.keys:
+        return None
+    last = joined.last
+    after = start[:, None] + torch.arange(int((last - start).max()) + 1, device=ids.device)
+    batch = {
+        "input_ids": ids.gather(1, after.clamp(max=ids.shape[1] - 1)),
+        "attention_mask": torch.cat([kept.seen, (after <= last[:, None]).long()], 1),
+    }
+    return Behind(kept.keys, kept.values, batch, after, start)
+
+
+def _alike(ids: Tensor, ends: Tensor) -> Tensor:
+    """() how many tokens these rows begin with alike, before the first of their ends."""
+    return (ids == ids[0]).all(0)[: int(ends.min())].long().cumprod(0).sum()
+
+
+class _Kept(NamedTuple):
+    """What a module has read of each row: as in Behind."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    seen: Tensor
+
+    def of(self, rows: Tensor) -> _Kept:
+        return _Kept(
+            tuple(key[rows] for key in self.keys), tuple(value[rows] for value in self.values), self.seen[rows]
+        )
+
+
+def _read(module: nn.Module, kept: _Kept, ids: Tensor, begin: Tensor, end: Tensor) -> _Kept | None:
+    """Each row read on, from one place (R,) to another (R,)."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    ids, mask, start = joined.batch["input_ids"], joined.batch["attention_mask"], joined.subject
-    wide, ends = int(start.max()), mask.sum(1)
-    rest = int((ends - start).max())
+    wide = int((end - begin).max())
     if not wide:
-        return None
-    place = torch.arange(wide, device=ids.device) - (wide - start)[:, None]  # in the row; below 0: padding
-    seen = (place >= 0).long()
-    after = start[:, None] + torch.arange(rest, device=ids.device)
-    there = (after < ends[:, None]).long()
-    with torch.no_grad():
+        return kept
+    place = (
+        torch.arange(wide, device=ids.device) - (wide - end)[:, None]
+    )  # in the row; what lies before begin is padding
+    there = place >= begin[:, None]
+    seen = torch.cat([kept.seen, there.long()], 1)
+    told = {"past_key_values": _cache(kept.keys, kept.values)} if kept.keys else {}
+    nothing = torch.zeros(1, dtype=torch.long, device=ids.device)
+    with torch.no_grad(), asked_at(module, nothing, nothing):
         try:
             out: Any = module(
                 input_ids=ids.gather(1, place.clamp(min=0)),
                 attention_mask=seen,
                 position_ids=place.clamp(min=0),
                 use_cache=True,
+                **told,
             )
         except TypeError:  # it takes none of these
             return None
-    kept = getattr(out, "past_key_values", None)
-    if not isinstance(kept, DynamicCache) or any(type(layer) is not DynamicLayer for layer in kept.layers):
+    cache = getattr(out, "past_key_values", None)
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
-    batch = {
-        "input_ids": ids.gather(1, after.clamp(max=ids.shape[1] - 1)),
-        "attention_mask": torch.cat([seen, there], 1),
-    }
-    layers: list[Any] = list(kept.layers)
+    layers: list[Any] = list(cache.layers)
     keys, values = zip(*((layer.keys.detach(), layer.values.detach()) for layer in layers), strict=True)
-    return Behind(keys, values, batch, after, start)
+    return _Kept(keys, values, seen)
+
+
+def _cache(keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Any:
+    """A fresh one: a module adds to it."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for number, (key, value) in enumerate(zip(keys, values, strict=True)):
+        cache.update(key, value, number)
+    return cache
 
 
 @contextmanager
@@ -81,12 +131,9 @@ def continued(module: nn.Module, behind: Behind | None) -> Iterator[None]:
     if behind is None:
         yield
         return
-    from transformers import DynamicCache
 
     def with_cache(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        cache = DynamicCache()  # a fresh one each time: the module adds to it
-        for number, (key, value) in enumerate(zip(behind.keys, behind.values, strict=True)):
-            cache.update(key, value, number)
+        cache = _cache(behind.keys, behind.values)
         return args, kwargs | {"past_key_values": cache, "position_ids": behind.positions, "use_cache": True}
 
     handle = module.register_forward_pre_hook(with_cache, with_kwargs=True)

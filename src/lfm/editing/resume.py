@@ -71,8 +71,9 @@ def _passed(module: nn.Module, upto: int) -> list[str]:
     return []
 
 
-def logits_at(module: nn.Module, batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
-    """(n, V) fp32 logits at n (row, token) places: only these go through the output embeddings, if there are any."""
+@contextmanager
+def asked_at(module: nn.Module, rows: Tensor, places: Tensor) -> Iterator[None]:
+    """Within: only n (row, token) places go through the output embeddings, if there are any, as (1, n, width)."""
     find = getattr(module, "get_output_embeddings", None)
     head = find() if find else None
 
@@ -84,10 +85,16 @@ def logits_at(module: nn.Module, batch: Batch, rows: Tensor, places: Tensor) -> 
 
     handle = head.register_forward_pre_hook(only) if head is not None else None
     try:
-        logits = forward(module, batch)
+        yield
     finally:
         if handle:
             handle.remove()
+
+
+def logits_at(module: nn.Module, batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
+    """(n, V) fp32 logits at n (row, token) places."""
+    with asked_at(module, rows, places):
+        logits = forward(module, batch)
     if logits.shape[:2] == (1, len(rows)):
         return logits[0]
     return logits[rows.to(logits.device), places.to(logits.device)]

@@ -203,9 +203,9 @@ def last_token(tokenizer: Any, text: str, end: int) -> int:
     return max(i for i, (a, b) in enumerate(offsets) if a < end and b > a)
 
 
-def groups(reads: Sequence[Rows]) -> list[list[int]]:
-    """Places of edits that share a pass: alike in length, TOGETHER tokens in all."""
-    shapes = [tuple(read.batch["input_ids"].shape) for read in reads]
+def groups(reads: Sequence[Rows], *, parted: bool = False) -> list[list[int]]:
+    """Places of edits that share a pass: alike in length, TOGETHER tokens in all; parted: from their subjects on."""
+    shapes = [(len(read.subject), _width(read) if parted else read.batch["input_ids"].shape[1]) for read in reads]
     made: list[list[int]] = []
     count = 0
     for i in sorted(range(len(reads)), key=lambda i: (-shapes[i][1], i)):
@@ -216,6 +216,10 @@ def groups(reads: Sequence[Rows]) -> list[list[int]]:
             made.append([i])
             count = shapes[i][0]
     return made
+
+
+def _width(read: Rows) -> int:
+    return int((read.last - read.subject).max()) + 1
 
 
 class Joined(NamedTuple):
@@ -237,8 +241,10 @@ class Joined(NamedTuple):
 
     @property
     def last(self) -> Tensor:
-        """(R,) the place of each row's last token."""
-        return self.batch["attention_mask"].sum(1) - 1
+        """(R,) the last place of each row that anything is asked of."""
+        places = self.subject.scatter_reduce(0, self.asked[0], self.asked[1], "amax")
+        places[self.essence] = self.after
+        return places
 
 
 def together(reads: Sequence[Rows], device: Any) -> Joined:

@@ -10,7 +10,7 @@ from lfm.core.heavy import F, torch
 from lfm.core.model import Batch
 from lfm.editing.behind import Behind, continued, cut
 from lfm.editing.form import at, in_decoder
-from lfm.editing.resume import Begun, agrees, logits_at, recording, resumed
+from lfm.editing.resume import Begun, activations, agrees, logits_at, recording, resumed
 from lfm.editing.rows import IGNORED, Joined, Rows, groups, together
 from lfm.models import structure
 
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-BETAS, TINY = (0.9, 0.999), 1e-8
-"""Adam's own."""
+BETAS, TINY = (0.5, 0.999), 1e-8
+"""Of Adam with one second moment a value: steps go along the gradient, not along its signs, and remember less of where
+they began; the same NLL is met by a third shorter δ."""
 
 
 class Search(Config, frozen=True):
     """How a value is searched for. An editor's Config inherits these settings.
 
-    Rate and decay are relative to ‖v₀‖, which differs a hundredfold between models; ROME's (rate .5, decay
+    Rate and decay are relative to ‖v₀‖, which differs a hundredfold between models; ROME's (Adam at .5, decay
     .5·‖δ‖/‖v₀‖², 20 steps) suit one model's. essence, stop and reach are ROME's own.
     """
 
-    steps: Annotated[int, Meta(ge=1, description="most steps of Adam on the value")] = 40
-    lr: Annotated[float, Meta(gt=0, description="Adam's rate over ‖v₀‖/√d: a step's length over ‖v₀‖")] = 0.5
+    steps: Annotated[int, Meta(ge=1, description="most steps of gradient descent on the value")] = 40
+    lr: Annotated[float, Meta(gt=0, description="length of the first step over ‖v₀‖")] = 1.0
     essence: Annotated[float, Meta(ge=0, description="weight of KL on what follows “{subject} is a”")] = 0.0625
-    decay: Annotated[float, Meta(ge=0, description="weight of ‖δ‖/‖v₀‖")] = 0.1
+    decay: Annotated[float, Meta(ge=0, description="weight of ‖δ‖/‖v₀‖")] = 0.05
     stop: Annotated[float, Meta(ge=0, description="mean NLL of the new object at which the search ends")] = 0.05
     reach: Annotated[float, Meta(gt=0, description="largest ‖δ‖/‖v₀‖")] = 4.0
 
@@ -84,9 +85,14 @@ def search_all(
     of them, and a δ that suits all but the prompt itself then passes). Of all steps the δ of the lowest loss is kept.
     Edits share forward passes and nothing else: each leaves when its own search ends.
     """
+    if not reads:
+        return []
+    tried = _brief(max(reads, key=lambda read: read.batch["input_ids"].shape[1]))
+    spared = next(w for w in WAYS if w == WAYS[-1] or _Together(module, block, [tried], settings, sites, w).agrees())
     found: dict[int, Found] = {}
-    for group in groups(reads):
-        found |= zip(group, _Together(module, block, [reads[i] for i in group], settings, sites).run(), strict=True)
+    for group in groups(reads, parted=spared.behind):
+        searched = _Together(module, block, [reads[i] for i in group], settings, sites, spared)
+        found |= zip(group, searched.run(), strict=True)
     return [found[i] for i in range(len(reads))]
 
 
@@ -101,6 +107,27 @@ def answer_logprobs(logits: Tensor, rows: Rows) -> Tensor:
     asked = labels != IGNORED
     told = logits[:-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     return (told * asked).sum(1)
+
+
+class Spared(NamedTuple):
+    """What a search computes once. behind: what stands before the subjects; begun: the blocks before the site."""
+
+    behind: bool
+    begun: bool
+
+
+WAYS = (Spared(True, True), Spared(False, True), Spared(True, False), Spared(False, False))
+"""The most first; the first that changes nothing is taken, as is tried on one edit."""
+
+
+def _brief(read: Rows) -> Rows:
+    """The bare prompt, one context and the last row."""
+    some = torch.tensor(sorted({0, read.contexts - 1, read.contexts}))
+    return read._replace(
+        batch={name: each[some] for name, each in read.batch.items()},
+        labels=read.labels[some],
+        subject=read.subject[some],
+    )
 
 
 class _View(NamedTuple):
@@ -139,9 +166,16 @@ class _Together:
     """One search for several edits. States of edits (E,), of their δ (sites, E, width)."""
 
     def __init__(
-        self, module: nn.Module, block: int, reads: Sequence[Rows], settings: Search, sites: Sequence[str]
+        self,
+        module: nn.Module,
+        block: int,
+        reads: Sequence[Rows],
+        settings: Search,
+        sites: Sequence[str],
+        spared: Spared,
     ) -> None:
         self._module, self._block, self._reads, self._settings, self._sites = module, block, reads, settings, sites
+        self._spared = spared
         names = [structure.site(module, at(module, site, block))[0] for site in sites]
         self._layers = [module.get_submodule(name) for name in names]
         self._home = next(module.parameters()).device
@@ -151,8 +185,8 @@ class _Together:
         joined = together(self._reads, self._home)
         start, before = self._begin(joined)
         norm = before.norm(dim=-1)
-        delta, first, second = (torch.zeros_like(before) for _ in range(3))
-        rate = (settings.lr * norm / before.shape[-1] ** 0.5)[..., None]
+        delta, first, second = torch.zeros_like(before), torch.zeros_like(before), torch.zeros_like(before[..., :1])
+        rate = (settings.lr * norm)[..., None]
         live = list(range(len(self._reads)))
         best: list[Found | None] = [None] * len(live)
         essence: Tensor | None = None
@@ -176,7 +210,7 @@ class _Together:
                 break
             (slope,) = torch.autograd.grad(loss.sum(), here)
             first[:, at] = BETAS[0] * first[:, at] + (1 - BETAS[0]) * slope
-            second[:, at] = BETAS[1] * second[:, at] + (1 - BETAS[1]) * slope * slope
+            second[:, at] = BETAS[1] * second[:, at] + (1 - BETAS[1]) * slope.square().sum(-1, keepdim=True)
             scale = (second[:, at] / (1 - BETAS[1] ** (step + 1))).sqrt() + TINY
             moved = here.detach() - rate[:, at] / (1 - BETAS[0] ** (step + 1)) * first[:, at] / scale
             most = settings.reach * norm[:, at] / moved.norm(dim=-1).clamp(min=1e-30)
@@ -188,57 +222,53 @@ class _Together:
                 start = start.of(stay, joined)
         return [found for found in best if found]
 
+    def agrees(self) -> bool:
+        """Whether what is spared changes no logits; what the module cannot spare is no part of that."""
+        joined = together(self._reads, self._home)
+        rows, places = self._asked(joined)
+        with torch.no_grad():
+            whole = logits_at(self._module, joined.batch, rows, places)
+            start, before = self._begin(joined)
+            return agrees(whole, self._logits(joined, start, torch.zeros_like(before)))
+
     def _begin(self, joined: Joined) -> tuple[_Start, Tensor]:
         """What no δ changes, and v₀ (sites, E, width) behind the bare prompts."""
         upto = self._block % len(structure.all_blocks(self._module)) + (tuple(self._sites) == ("hidden",))
         where = [at(self._module, site, self._block) for site in self._sites]
         reads = "decoder_input_ids" if in_decoder(self._module, self._block) else "input_ids"
-        start = _Start(self._cut(joined), None, reads)
+        start = _Start(cut(self._module, joined) if self._spared.behind and joined.causal else None, None, reads)
         view = start.view(joined)
-        asked, places = joined.asked[0], joined.asked[1] - view.shift[joined.asked[0]]
-        with torch.no_grad(), continued(self._module, start.behind):
-            with recording(self._module, upto) as begun, structure.watch(self._module, where) as seen:
-                logits = logits_at(self._module, view.batch, asked, places)
-            before = torch.stack([x[joined.bare, view.subject[joined.bare]].float() for x in seen])
-            if not begun:
-                return start, before
-            with resumed(self._module, begun[0]):
-                again = logits_at(self._module, view.batch, asked, places)
-        return (start._replace(begun=begun[0]) if agrees(logits, again) else start), before
-
-    def _cut(self, joined: Joined) -> Behind | None:
-        """The rows cut, where that changes nothing: tried on the bare prompts and the last rows."""
-        behind = cut(self._module, joined) if joined.causal else None
-        if behind is None:
-            return None
-        rows = torch.cat([joined.bare, joined.essence])
-        some, each, last = behind.of(rows), torch.arange(len(rows), device=self._home), joined.last[rows]
-        with torch.no_grad():
-            whole = logits_at(self._module, {name: x[rows] for name, x in joined.batch.items()}, each, last)
-            with continued(self._module, some):
-                parted = logits_at(self._module, some.batch, each, last - some.start)
-        return behind if agrees(whole, parted) else None
+        with continued(self._module, start.behind), recording(self._module, upto) as begun:
+            seen = activations(self._module, view.batch, where)
+        before = torch.stack([x[joined.bare, view.subject[joined.bare]].float() for x in seen])
+        return start._replace(begun=begun[0] if begun and self._spared.begun else None), before
 
     def _told(self, joined: Joined, start: _Start, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(E,) NLL and (E,) p(new object), as `both` weighs contexts; (E, V) log-probabilities of what comes last."""
-        rows = torch.arange(len(joined.owner), device=self._home)
-        view = start.view(joined)
-        asked, places, ids = joined.asked
-        with ExitStack() as held:
-            held.enter_context(continued(self._module, start.behind))
-            held.enter_context(resumed(self._module, start.begun))
-            for layer, change in zip(self._layers, delta, strict=True):
-                held.enter_context(added(layer, (rows, view.subject), change[joined.owner]))
-            which = torch.cat([asked, joined.essence])
-            where = torch.cat([places, joined.after])
-            logits = logits_at(self._module, view.batch, which, where - view.shift[which])
-        logs = logits.log_softmax(-1)
+        asked, _, ids = joined.asked
+        logs = self._logits(joined, start, delta).log_softmax(-1)
         tokens = logs[: len(asked)].gather(1, ids[:, None])[:, 0]
-        zero = torch.zeros(len(rows), device=logs.device)
+        zero = torch.zeros(len(joined.owner), device=logs.device)
         told = zero.index_add(0, asked, tokens)
         lengths = zero.index_add(0, asked, torch.ones_like(tokens)).clamp(min=1)
         unsaid, surest = self._both(joined, -told / lengths), self._both(joined, told.exp())
         return unsaid.mean(0), surest.min(0).values, logs[len(asked) :]
+
+    def _logits(self, joined: Joined, start: _Start, delta: Tensor) -> Tensor:
+        """(n + E, V) fp32 of the new objects' tokens and what comes last, with δ (sites, E, width) at the subjects."""
+        view = start.view(joined)
+        everywhere = torch.arange(len(joined.owner), device=self._home)
+        rows, places = self._asked(joined)
+        with ExitStack() as held:
+            held.enter_context(continued(self._module, start.behind))
+            held.enter_context(resumed(self._module, start.begun))
+            for layer, change in zip(self._layers, delta, strict=True):
+                held.enter_context(added(layer, (everywhere, view.subject), change[joined.owner]))
+            return logits_at(self._module, view.batch, rows, places - view.shift[rows])
+
+    def _asked(self, joined: Joined) -> tuple[Tensor, Tensor]:
+        """(n + E,) rows and places."""
+        return torch.cat([joined.asked[0], joined.essence]), torch.cat([joined.asked[1], joined.after])
 
     def _both(self, joined: Joined, each: Tensor) -> Tensor:
         """(2, E) of (R,): the bare prompts', and the mean over the other contexts (where there are none, the same)."""

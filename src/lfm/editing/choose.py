@@ -61,13 +61,18 @@ def block(setting: Setting, edits: Sequence[Edit], run: Run, solve: Solve, how: 
         "said of the subjects",
         lambda: kept.known("said", key, lambda: [said(setting, edit, run) for edit in first]),
     )
-    gains: dict[int, float] = {}
 
     def gain(index: int) -> float:
         trial = {**key, "how": dict(how), "block": index}
         return kept.known("gain", trial, lambda: _gain(setting, first, own, index, solve))
 
-    for index in run.track(tried(setting), "trying blocks"):
+    return most(tried(setting), gain, run)
+
+
+def most(blocks: Sequence[int], gain: Callable[[int], float], run: Run) -> int:
+    """The block that gains most, of equals the first."""
+    gains: dict[int, float] = {}
+    for index in run.track(blocks, "trying blocks"):
         gains[index] = run.step(f"block {index}", lambda index=index: gain(index))
         run.curve("gain by block tried", gains[index])
     return max(gains, key=lambda index: (gains[index], -index))

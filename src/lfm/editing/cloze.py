@@ -104,6 +104,14 @@ class Judge(NamedTuple):
         return Form(MASKED_LM) if self.masked else CAUSAL
 
 
+def output_embedding(judge: Judge, asked: Asked) -> Tensor:
+    """(width,) fp64: what makes the answer's first token likely."""
+    read = cloze(judge.codec.tokenizer, asked, masked=judge.masked)
+    module: Any = judge.module
+    table = (module.get_output_embeddings() or module.get_input_embeddings()).weight
+    return table[read.object[0]].detach().cpu().double()
+
+
 def said(module: nn.Module, codec: Codec, asked: Sequence[Asked], form: Form) -> list[bool]:
     """Whether greedy text from each bare prompt begins with the answer; whether a masked model fills it in."""
     if form.task != MASKED_LM:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lfm.core.errors import DataError
 from lfm.core.heavy import F, torch
 from lfm.core.method import Run
-from lfm.core.model import Batch
-from lfm.data.records import Completion, Fact
+from lfm.core.model import Batch, Codec, Facts, Model
+from lfm.data import task as tasks
+from lfm.data.records import Completion, Fact, Image
 from lfm.data.task import Task
 from lfm.data.wording import wording
+from lfm.editing.text import answered
 from lfm.models import forward, structure
+from lfm.train.examine import examiner
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,6 +52,42 @@ def joined(forget: Batch, retain: Batch) -> Batch:
     """Two batches in one."""
     both = {FORGET + name: tensor for name, tensor in forget.items()}
     return both | {RETAIN + name: tensor for name, tensor in retain.items()}
+
+
+def collator(codec: Codec, facts: Facts, forget: Sequence[Record], retain: Sequence[Record]) -> Callable[..., Batch]:
+    """Numbers → a batch of both kinds; the shorter set begins again."""
+    lost, kept = (tasks.task_for(records, codec, facts) for records in (forget, retain))
+
+    def collate(numbers: Sequence[int]) -> Batch:
+        both = [records[i % len(records)] for records in (forget, retain) for i in numbers]
+        return joined(lost.collate(both[: len(numbers)]), kept.collate(both[len(numbers) :]))
+
+    return collate
+
+
+def agree(forget: Sequence[Record], retain: Sequence[Record]) -> None:
+    """DataError for records that are in both sets. Images in memory cannot be compared, and are not."""
+    if any(isinstance(record, Image) for records in (forget, retain) for record in records[:1]):
+        return
+    if both := set(forget) & set(retain):
+        raise DataError(f"{len(both)} records are both to be forgotten and to stay, {next(iter(both))!r} for one")
+
+
+def measurer(module: nn.Module, model: Model, sets: Mapping[str, Sequence[Record]]) -> Callable[[], dict[str, float]]:
+    """What the module says of each set now: perplexity, accuracy, and shares said in greedy text where it goes on."""
+    exams = {role: examiner(records, model) for role, records in sets.items()}
+
+    def measure() -> dict[str, float]:
+        found = {}
+        for role, records in sets.items():
+            score = exams[role](lambda batch: forward(module, batch))
+            found |= {f"{role}_perplexity": math.exp(min(score.loss, 700.0)), f"{role}_accuracy": score.accuracy}
+            for how, pairs in asked(records).items() if model.facts.task == "causal-lm" else ():
+                told = answered(module.eval(), model.ask(Codec), pairs)
+                found[f"{role}_{how}"] = sum(told) / len(told)
+        return found
+
+    return measure
 
 
 def part(batch: Batch, which: str) -> Batch:

@@ -99,6 +99,18 @@ Changes = dict[int, "tuple[Tensor, Tensor]"]
 """Block → (b (out, n), a (n, in)): b a is added to its projection."""
 
 
+def of_rows(module: nn.Module, rows: Sequence[Sequence[int]], b: Tensor) -> Changes:
+    """What adds b (n, out) to what n neurons, each (block, place), write."""
+    made: Changes = {}
+    names = structure.blocks(module)
+    for block in sorted({block for block, _ in rows}):
+        mine = [i for i, (other, _) in enumerate(rows) if other == block]
+        a = torch.zeros(len(mine), structure.feed_forward(module, names[block]).inner)
+        a[range(len(mine)), [rows[i][1] for i in mine]] = 1
+        made[block] = b[mine].T.contiguous(), a
+    return made
+
+
 @final
 class Projections:
     """The projections of some blocks, and what was added to them. The module holds the sum, rounded as it will be

@@ -7,26 +7,24 @@ batch is answered with its own edit's factors beside the layer's weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from lfm.core.config import Config
 from lfm.core.errors import EditError, MismatchError
 from lfm.core.heavy import torch
-from lfm.core.method import Inputs, Parts, Run
-from lfm.core.model import Codec, Gradients, LowRank, Model, Weights
+from lfm.core.method import Inputs, Run
+from lfm.core.model import LowRank, Model, Weights
 from lfm.data import language
 from lfm.data.records import Edit
 from lfm.editing import forgetting, keys, lessons, outcome, setting
 from lfm.editing.cloze import Judge, is_masked
-from lfm.models import forward, local, structure
-from lfm.models.program import Open, digest, program
+from lfm.editing.editor import Editor, programmed
+from lfm.models import forward, structure
+from lfm.models.program import Open
 from lfm.train import Fit, fit
 from lfm.train.losses import kl
 
@@ -36,30 +34,18 @@ if TYPE_CHECKING:
     from lfm.core.model import Batch
     from lfm.data.task import Task
     from lfm.editing.lessons import Lesson
+    from lfm.editing.practice import Practised
 
 EDIT, AGAIN, STAY = "edit/", "again/", "stay/"
 """How a batch of lessons names its tensors: what is edited, what must follow, what must stay."""
 SEEN = 512
 """Lessons by which the factors are measured before an editor trains."""
 GROUP = 16
+MOST = 32
+"""Edits at most that are practised as one change where no number is set."""
 
 Factors = list[tuple["Tensor", "Tensor"]]
 """Of each layer (a (B, n, in), b (B, n, out)): row B's change of the layer's weight (out, in) is bᵀ a."""
-
-
-@final
-@dataclass(frozen=True)
-class Editor:
-    """A trained editor, as a program gives it. layers: names of those that it changes. tensors: the network's.
-
-    bases: digests of the models that it may edit, what it was made over and what it made. edits: those made so far.
-    """
-
-    method: str
-    bases: tuple[str, ...]
-    layers: tuple[str, ...]
-    tensors: Mapping[str, Tensor]
-    edits: tuple[Edit, ...] = ()
 
 
 class Bench(NamedTuple):
@@ -332,58 +318,44 @@ def _summed(changes: Sequence[Any], chosen: Sequence[int], place: int) -> tuple[
     )
 
 
-def programmed(
-    method: str, config: Config, model: Model, editor: Editor, changes: Mapping[str, LowRank], open: Open
+def edit(
+    id: str,
+    config: Practised,
+    inputs: Inputs,
+    run: Run,
+    untrained: Callable[[Any, Bench, Run], nn.Module],
+    train: Callable[[Any, Bench, Any, Inputs, Run], None],
+    open: Open,
 ) -> Model:
-    """The program: the model, the editor's network, and the change, which can also be saved by itself."""
-    tensors = {f"editor.{name}": tensor.cpu().contiguous() for name, tensor in editor.tensors.items()}
-    for name, change in changes.items():
-        tensors |= {f"change.{name}.b": change.b, f"change.{name}.a": change.a}
-    state = {
-        "layers": list(editor.layers),
-        "transposed": {name: change.transposed for name, change in changes.items()},
-        "edits": [msgspec.to_builtins(edit) for edit in editor.edits],
-    }
-    parts = Parts({"model": (model,)}, tensors, state)
-    forms = {form: partial(_write, parts, form) for form in ("adapter", "checkpoint")}
-    made = program(method, config, parts, open)
-    return replace(made, formats={**made.formats, **forms})
+    """A learned editor's whole run. untrained: its network; train: what practises it, where none was given."""
+    model = inputs.model("model")
+    bench, given, edits, judge = begun(id, inputs, run, blocks=config.blocks, tokens=config.tokens)
+    net: Any = untrained(config, bench, run)
+    if given:
+        net.load_state_dict(given.tensors)
+    else:
+        train(config, bench, net, inputs, run)
+    net.requires_grad_(False).eval()
+    changes, kept = made(bench, judge, model, net, edits, config, run)
+    editor = Editor(id, (model.digest,), bench.layers, net.state_dict(), tuple(kept))
+    return programmed(id, config, model, editor, changes, open)
 
 
-def _write(parts: Parts, form: str, out: Path) -> Model:
-    changed = edited(parts)
-    return changed.save(out, form)
-
-
-def edited(parts: Parts) -> Model:
-    """The model with the change in its weights."""
-    tensors = parts.tensors
-    changes = {
-        name: LowRank(tensors[f"change.{name}.b"], tensors[f"change.{name}.a"], transposed)
-        for name, transposed in parts.state["transposed"].items()
-    }
-    return parts.model("model").ask(Weights).update(changes)
-
-
-def opened(method: str, config: Config, parts: Parts) -> dict[type, Callable[[], Any]]:
-    """The interfaces of a learned editor's program: those of the edited model, and the editor."""
-    model = parts.model("model")
-
-    @cache
-    def changed() -> Model:
-        return edited(parts)
-
-    def editor() -> Editor:
-        found = {n.removeprefix("editor."): t for n, t in parts.tensors.items() if n.startswith("editor.")}
-        bases = (model.digest, digest(method, config, parts))
-        edits = tuple(msgspec.convert(edit, Edit) for edit in parts.state["edits"])
-        return Editor(method, bases, tuple(parts.state["layers"]), found, edits)
-
-    codec = partial(model.ask, Codec)
-    gives = dict(local.interfaces(model.facts.task, lambda: changed().ask(Gradients).module(), codec))
-    own = {kind: partial(_of, changed, kind) for kind in (Gradients, Weights)}
-    return gives | own | {Codec: codec, Editor: editor}
-
-
-def _of(model: Callable[[], Model], kind: type) -> Any:
-    return model().ask(kind)
+def practised(
+    config: Practised,
+    bench: Bench,
+    net: Any,
+    inputs: Inputs,
+    run: Run,
+    weigh: Callable[[Any, Tensor, Tensor], Tensor],
+    scale: Callable[[str], float],
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """Train a network in place on the facts that were given, or on text. weigh: (net, edit loss, locality loss) → the
+    loss. An editor is as good at many edits together as it has practised: they are one change here too."""
+    edits = inputs.records("edits")
+    drawn = lessons.drawn(bench.here, inputs.records("practice"), edits, run)
+    net.measure(measured(bench, drawn))
+    together = config.together or min(len(edits), MOST)
+    run.note(together=together)
+    trained(bench, net, drawn, weigh, config, run, together=together, scale=scale, after=after)

@@ -10,7 +10,7 @@ from lfm.core.method import Cost, Data, DataSlot, Inputs, Sizes, Slot
 from lfm.core.model import Codec, Gradients, Weights
 from lfm.editing import form, lessons, outcome, rows
 from lfm.editing.cloze import is_masked
-from lfm.editing.learned import Editor
+from lfm.editing.editor import Editor
 from lfm.editing.setting import PROBE
 from lfm.train.fit import steps_of
 
@@ -34,9 +34,6 @@ class Practised(outcome.Trained, frozen=True):
     ] = "linear"
 
 
-MOST = 32
-"""Edits at most that are practised as one change where no number is set."""
-
 MODELS = {
     "model": Slot((Gradients, Weights, Codec), help="the language model to edit"),
     "editor": Slot((Editor,), min=0, help="what the method made of it before: the trained editor is used again"),
@@ -46,11 +43,6 @@ DATA = {
     "practice": DataSlot(Data.FEW_SHOT, ("fact", "edit"), optional=True, help="facts to practise editing on"),
     "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text that must stay as it is"),
 }
-
-
-def at_once(config: Practised, edits: int) -> int:
-    """Edits that are one change in practice: an editor is as good at many together as it has practised."""
-    return config.together or min(edits, MOST)
 
 
 def agree(id: str, config: Practised, inputs: Inputs) -> None:

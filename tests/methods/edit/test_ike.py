@@ -23,6 +23,7 @@ from lfm.core.method import Amount, Sizes, check
 from lfm.core.model import Score
 from lfm.data.files import write
 from lfm.data.records import Edit
+from lfm.editing import told as words
 from lfm.methods.edit import ike
 from lfm.models import load
 from lfm.models.api import open_api
@@ -184,9 +185,9 @@ def test_a_memory_grows_and_what_is_taken_out_leaves_what_had_been_told_without_
     both, run = told(model, tmp_path / "both", [second], memory=one)
     assert both.ask(Speaks).generate(["Ada lives in", "Bob lives in"]) == [" Oslo", " Oslo"]
     assert (run.notes["edits"], run.notes["examples"]) == (2, 5)  # four of Bob's other facts, and the second itself
-    kept, alone = both.ask(ike.Told), told(model, tmp_path / "alone", [second])[0]
-    assert ike.taken(kept, [1]) == alone.ask(ike.Told) and ike.taken(kept, [0]) == one.ask(ike.Told)
-    assert ike.learn(ike.taken(kept, []), alone.ask(ike.Told)) == alone.ask(ike.Told)
+    kept, alone = both.ask(words.Told), told(model, tmp_path / "alone", [second])[0]
+    assert words.taken(kept, [1]) == alone.ask(words.Told) and words.taken(kept, [0]) == one.ask(words.Told)
+    assert words.learn(words.taken(kept, []), alone.ask(words.Told)) == alone.ask(words.Told)
     with pytest.raises(DataError, match=r"'Ada lives in' cannot become 'Rome': the memory has 'Oslo'"):
         told(model, tmp_path / "rival", [structs.replace(MOVED, new_object="Rome")], memory=both)
     other = replace(model, identify=lambda: "another", _opened={})
@@ -197,15 +198,15 @@ def test_a_memory_grows_and_what_is_taken_out_leaves_what_had_been_told_without_
 def test_one_run_s_examples_go_with_the_last_of_its_edits(tmp_path: Path) -> None:
     model, _ = reader()
     second = structs.replace(MOVED, subject="Bob", prompt="Bob lives in", object="Rome", paraphrases=(), neighbours=())
-    kept = told(model, tmp_path / "both", [MOVED, second], OTHERS)[0].ask(ike.Told)
-    assert ike.taken(kept, [0]).examples == kept.examples and ike.taken(kept, []).examples == ()
+    kept = told(model, tmp_path / "both", [MOVED, second], OTHERS)[0].ask(words.Told)
+    assert words.taken(kept, [0]).examples == kept.examples and words.taken(kept, []).examples == ()
 
 
 def test_a_model_that_gives_text_alone_is_enough_and_held_against_what_was_saved(tmp_path: Path) -> None:
     model, made = reader()
     silent = replace(model, gives={Speaks: lambda: made}, _opened={})
     program, _ = told(silent, tmp_path / "work", [MOVED], OTHERS)
-    assert set(program.gives) == {Speaks, ike.Told}
+    assert set(program.gives) == {Speaks, words.Told}
     assert verification.compare(program, program).max_abs == 0
     found = verification.compare(program, silent)
     assert (found.quantity, found.max_abs) == ("text", 0.0)  # the probes name nobody
@@ -262,7 +263,7 @@ def test_with_a_retriever_it_is_saved_and_opened_again(tmp_path: Path, monkeypat
     data = {"edits": tmp_path / "edits.jsonl", "demonstrations": tmp_path / "others.jsonl"}
     lfm.run("edit.ike", models, data, out=tmp_path / "out", set={"k": 2})
     again = runs.model(tmp_path / "out")
-    assert set(again.gives) == {Speaks, Logprobs, ike.Told}
+    assert set(again.gives) == {Speaks, Logprobs, words.Told}
     assert [s.lstrip()[:4] for s in again.ask(Speaks).generate([e.prompt for e in EDITS], max_tokens=4)] == ["word"] * 2
     other = ["Berlin is the capital of"]
     assert again.ask(Speaks).generate(other) == load(tmp_path / "model").ask(Speaks).generate(other)

@@ -16,7 +16,7 @@ from lfm.core.errors import ConfigError, DataError, EditError, MismatchError
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit, Text
-from lfm.editing import keys, rows, setting
+from lfm.editing import keys, rows, setting, slopes
 from lfm.methods.edit import ultra
 from lfm.models import forward, load
 from lfm.runs import configured
@@ -65,8 +65,8 @@ def test_keys_and_gradients_are_those_of_the_loss(base: Path, tmp_path: Path) ->
         logits = forward(module, {name: x[:1] for name, x in read.batch.items()})[:, :-1]
         loss = loss + torch.nn.functional.cross_entropy(logits[labels != rows.IGNORED], labels[labels != rows.IGNORED])
     weights = [keys.projection(module, block)[1].weight for block in (1, 2)]
-    slopes = torch.autograd.grad(loss, weights)
-    for each, slope in zip(ultra.seen(here, (1, 2), reads).values(), slopes, strict=True):
+    expected = torch.autograd.grad(loss, weights)
+    for each, slope in zip(slopes.seen(here, (1, 2), reads).values(), expected, strict=True):
         torch.testing.assert_close((each.g.T @ each.h).float(), slope, rtol=1e-3, atol=1e-5)
         assert len(each.h) == sum(int(read.last[0]) for read in reads)  # all but each one's last token
 
@@ -74,7 +74,7 @@ def test_keys_and_gradients_are_those_of_the_loss(base: Path, tmp_path: Path) ->
 def test_the_normalisation_is_of_all_that_was_seen() -> None:
     """Chunk by chunk the mean and the deviation of the whole."""
     x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)).double() * 3 + 1
-    running = ultra.Running(0, torch.zeros(4).double(), torch.zeros(4).double())
+    running = slopes.Running(0, torch.zeros(4).double(), torch.zeros(4).double())
     for part in x.split([1, 9, 20]):
         running = running.also(part)
     torch.testing.assert_close(running.normal(x), (x - x.mean(0)) / x.std(0), rtol=1e-5, atol=1e-6)
@@ -85,15 +85,15 @@ def test_the_change_is_the_papers_closed_form(tokens: int) -> None:
     """(HᵀH + ρI)⁻¹ HᵀV, dense, V = −η‖ĥ‖² ĝ with η = s·rms(v)/in; also where there are more tokens than dimensions."""
     random = torch.Generator().manual_seed(tokens)
     h, g, v = (torch.randn(tokens, size, generator=random).double() for size in (12, 7, 7))
-    running = ultra.Running(0, torch.zeros(19).double(), torch.zeros(19).double()).also(torch.cat([h, g], 1))
+    running = slopes.Running(0, torch.zeros(19).double(), torch.zeros(19).double()).also(torch.cat([h, g], 1))
     owner = torch.arange(tokens) % 3
-    b, a = ultra.change(ultra.Seen(h, g, v, owner), running, [0, 1, 2], 0.5, 0.01)
+    b, a = ultra.change(slopes.Seen(h, g, v, owner), running, [0, 1, 2], 0.5, 0.01)
     hat, slope = running.normal(torch.cat([h, g], 1)).split([12, 7], 1)
     wanted = -(0.5 * v.square().mean().sqrt() / 12) * hat.square().sum(1, keepdim=True) * slope
     load = 0.01 * h.square().sum(1).mean() * torch.eye(12).double()
     dense = torch.linalg.solve(h.T @ h + load, h.T @ wanted).T
     torch.testing.assert_close(b.double() @ a.double(), dense, rtol=1e-4, atol=1e-5)
-    alone, _ = ultra.change(ultra.Seen(h, g, v, owner), running, [1], 0.5, 0.01)
+    alone, _ = ultra.change(slopes.Seen(h, g, v, owner), running, [1], 0.5, 0.01)
     assert alone.shape[1] == int((owner == 1).sum())
 
 

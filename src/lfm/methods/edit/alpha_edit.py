@@ -14,9 +14,9 @@ in which edit.memit differs from its paper: relative rates, blocks found by tryi
 in that greedy text does not show, or whose batch makes perplexity jump.
 
 On the zoo's language model it is no better than edit.memit, whose C⁻¹ also weighs directions within U: of fifty facts
-edited one by one in block 1, then all asked again, .94 are said (edit.memit: all); of twenty, .95 of the paraphrases and
-.73 of other people's facts (1.00 and .83; docs/areas/edit.md). The paper's gains are on sequences of thousands, with
-keys of 14336 dimensions.
+edited one by one in block 1, then all asked again, .94 are said (edit.memit: all); of twenty, .95 of the paraphrases
+and .73 of other people's facts (1.00 and .83; docs/areas/edit.md). The paper's gains are on sequences of thousands,
+with keys of 14336 dimensions.
 
 Model: a causal or a masked language model, or an encoder-decoder, as in edit.memit. The result saves as a checkpoint or
 as a LoRA adapter, one rank a fact and block. Errors: EditError; DataError where a prompt does not name its subject, or

@@ -166,27 +166,23 @@ def _block(config: Config, here: Setting, task: Task, judge: Judge, edits: Seque
     tried = edits[: choose.EDITS]
     own = [] if judge.masked else run.step("said", lambda: [row for e in tried for row in choose.said(here, e, run)])
     beside = judge._replace(probe=own)
-    gains: dict[int, float] = {}
-    for index in run.track(choose.candidates(len(structure.blocks(here.module))), "trying blocks"):
+
+    def texts() -> float:
+        return math.log(judge.perplexity()) + (math.log(beside.perplexity()) if own else 0.0)
+
+    def gain(index: int) -> float:
         _, layer = keys.projection(here.module, index)
-        start = layer.weight.detach().clone()
-
-        def texts() -> float:
-            return math.log(judge.perplexity()) + (math.log(beside.perplexity()) if own else 0.0)
-
-        def gain(index: int = index, layer: Any = layer) -> float:
-            before = texts()
-            learned(config, here.module, layer, task, tried, torch.float32, run, f"try {index}")
-            batch = task.collate(tried)
-            with torch.no_grad():
-                logits, wanted = task.scored(forward(here.module, batch), batch)
-            return -float(F.cross_entropy(logits, wanted.to(logits.device))) - (texts() - before)
-
-        gains[index] = run.step(f"block {index}", gain)
+        start, before = layer.weight.detach().clone(), texts()
+        learned(config, here.module, layer, task, tried, torch.float32, run, f"try {index}")
+        batch = task.collate(tried)
+        with torch.no_grad():
+            logits, wanted = task.scored(forward(here.module, batch), batch)
+        gained = -float(F.cross_entropy(logits, wanted.to(logits.device))) - (texts() - before)
         with torch.no_grad():
             layer.weight.copy_(start)
-        run.curve("gain by block tried", gains[index])
-    return max(gains, key=lambda index: (gains[index], -index))
+        return gained
+
+    return choose.most(choose.candidates(len(structure.blocks(here.module))), gain, run)
 
 
 def _unsaid(edits: Sequence[Edit], block: int, loss: float) -> EditError:

@@ -22,11 +22,8 @@ earlier one. Errors: EditError; DataError for contradicting edits, or prompts th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, final
-
-import msgspec
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import lfm.core
 from lfm.core import (
@@ -48,14 +45,10 @@ from lfm.core import (
     Text,
 )
 from lfm.core.errors import EditError, SlotError
-from lfm.core.heavy import torch
-from lfm.data.records import Edit
-from lfm.editing import memory, outcome, rows, settled
+from lfm.editing import memory, outcome, rows, settled, told
+from lfm.editing.told import Told
 from lfm.models.program import program
-from lfm.retrieval.demonstrations import Contexts, Example, ToldLogprobs, ToldText, embeddings, examples_of, fact_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lfm.retrieval.demonstrations import Contexts, ToldLogprobs, ToldText, embeddings, examples_of, fact_of
 
 ID = "edit.ike"
 
@@ -66,83 +59,7 @@ class Config(lfm.core.Config, frozen=True):
         Literal["subject", "all"],
         Meta(description="prompts that name an edit's subject, or all prompts, are told of it"),
     ] = "subject"
-    on_failure: Annotated[
-        outcome.OnFailure, Meta(description="an edit that fails ends the run, or is left out and told of")
-    ] = "refuse"
-
-
-@final
-@dataclass(frozen=True)
-class Told:
-    """Edits in words, and examples: number says of each edit, and whose of each example, in which run it was given.
-
-    A program that has them gives them as an interface. base: digest of the model beneath. vectors: where there is a
-    retriever, "facts" and "examples" as it sees them, row by row.
-    """
-
-    base: str
-    edits: tuple[Edit, ...]
-    number: tuple[int, ...]
-    examples: tuple[Example, ...]
-    whose: tuple[int, ...]
-    vectors: Mapping[str, Tensor]
-    retriever: tuple[Model, ...] = ()
-
-    def parts(self, model: Model) -> Parts:
-        """As a program's parts."""
-        state = {
-            "base": self.base,
-            "edits": [msgspec.to_builtins(edit) for edit in self.edits],
-            "number": list(self.number),
-            "examples": [list(example) for example in self.examples],
-            "whose": list(self.whose),
-        }
-        return Parts(self.beside(model), self.vectors, state)
-
-    def beside(self, model: Model) -> dict[str, tuple[Model, ...]]:
-        """The model and, where there is one, the retriever, by role."""
-        return {"model": (model,)} | ({"retriever": self.retriever} if self.retriever else {})
-
-
-def kept_in(parts: Parts) -> Told:
-    """What was told, of a program's parts."""
-    state = parts.state
-    edits = tuple(msgspec.convert(edit, Edit) for edit in state["edits"])
-    examples = tuple(Example(*example) for example in state["examples"])
-    told = Told(state["base"], edits, tuple(state["number"]), examples, tuple(state["whose"]), parts.tensors)
-    return replace(told, retriever=parts.models.get("retriever", ()))
-
-
-def learn(told: Told, more: Told) -> Told:
-    """With the other's edits and examples too. DataError where one contradicts another."""
-    if not told.edits:
-        return more
-    added = taken(more, memory.unknown(told.edits, more.edits))
-    first = 1 + max(told.number)
-    return Told(
-        told.base,
-        told.edits + added.edits,
-        (*told.number, *(first + number for number in added.number)),
-        told.examples + added.examples,
-        (*told.whose, *(first + number for number in added.whose)),
-        {name: torch.cat([held, added.vectors[name]]) for name, held in told.vectors.items()},
-        told.retriever,
-    )
-
-
-def taken(told: Told, places: Sequence[int]) -> Told:
-    """The edits at these places, and the examples of runs of which one is left."""
-    left = sorted({told.number[i] for i in places})
-    examples = [i for i, number in enumerate(told.whose) if number in left]
-    rows = {"facts": list(places), "examples": examples}
-    return replace(
-        told,
-        edits=tuple(told.edits[i] for i in places),
-        number=tuple(left.index(told.number[i]) for i in places),
-        examples=tuple(told.examples[i] for i in examples),
-        whose=tuple(left.index(told.whose[i]) for i in examples),
-        vectors={name: held[rows[name]] for name, held in told.vectors.items()},
-    )
+    on_failure: outcome.OnFailure = "refuse"
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
@@ -154,7 +71,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     vectors = run.step("embeddings", lambda: embeddings(retriever, facts, examples))
     numbers = (0,) * len(edits), (0,) * len(examples)
     new = Told(model.digest, tuple(edits), numbers[0], tuple(examples), numbers[1], vectors, tuple(retriever))
-    every = learn(before, new) if before else new
+    every = told.learn(before, new) if before else new
 
     around = run.step("before", lambda: outcome.around(outcome.saying(model.ask(Text)), edits))
     asked = outcome.saying(ToldText(contexts(config, every, model)))
@@ -163,47 +80,42 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     failures = [edit for edit, right in zip(edits, said, strict=True) if not right]
     if failures and (config.on_failure == "refuse" or not made):
         raise EditError(
-            f"{len(failures)} of {len(edits)} edits were not said: {unsaid(failures[0])}",
+            f"{len(failures)} of {len(edits)} edits were not said: {outcome.unsaid(failures[0])}",
             why="the model does not follow the examples that go before the prompt",
             fix="more or other demonstrations, a larger model, or on_failure=skip",
         )
-    kept = taken(every, memory.without(every.edits, failures))
+    kept = told.taken(every, memory.without(every.edits, failures))
     says = outcome.saying(ToldText(contexts(config, kept, model)))
     run.note(
         edits=len(kept.edits),
-        skipped=len(failures),
-        **({"skipped_because": "; ".join(map(unsaid, failures))} if failures else {}),
+        **outcome.skipped([*map(outcome.unsaid, failures)]),
         examples=len(kept.examples),
         **run.step("measured", lambda: outcome.measured(says, made, edits, around)),
     )
     return program(ID, config, kept.parts(model), opened)
 
 
-def unsaid(edit: Edit) -> str:
-    return f"{edit.prompt!r} did not go on with {edit.new_object!r}"
-
-
-def contexts(config: Config, told: Told, model: Model) -> Contexts:
+def contexts(config: Config, kept: Told, model: Model) -> Contexts:
     """What goes before the model's prompts; an example that several runs gave is one."""
-    first: dict[Example, int] = {}
-    for place, example in enumerate(told.examples):
+    first: dict[tuple[str, ...], int] = {}
+    for place, example in enumerate(kept.examples):
         first.setdefault(example, place)
     rows = {"facts": slice(None), "examples": list(first.values())}
-    facts = [[edit.subject, fact_of(edit)] for edit in told.edits]
-    vectors = {name: held[rows[name]] for name, held in told.vectors.items()}
-    parts = Parts(told.beside(model), vectors, {"facts": facts, "examples": [list(example) for example in first]})
+    facts = [[edit.subject, fact_of(edit)] for edit in kept.edits]
+    vectors = {name: held[rows[name]] for name, held in kept.vectors.items()}
+    parts = Parts(kept.beside(model), vectors, {"facts": facts, "examples": [list(example) for example in first]})
     return Contexts(parts, config.k, everywhere=config.scope == "all")
 
 
 def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     """The interfaces of the program: text, and what of probabilities the model tells; and what it is told."""
-    model, told = parts.model("model"), kept_in(parts)
+    model, kept = parts.model("model"), told.opened(parts)
     gives: dict[type, Callable[[], Any]] = {
-        Text: lambda: ToldText(contexts(config, told, model)),
-        Told: lambda: told,
+        Text: lambda: ToldText(contexts(config, kept, model)),
+        Told: lambda: kept,
     }
     if model.can(Logprobs):  # as reopened; the run itself asks for text alone
-        gives[Logprobs] = lambda: ToldLogprobs(contexts(config, told, model))
+        gives[Logprobs] = lambda: ToldLogprobs(contexts(config, kept, model))
     return gives
 
 
@@ -247,5 +159,5 @@ METHOD = Method(
     agree=agree,
     open=opened,
     forms=("program",),
-    kept=Kept(Told, learn, taken),
+    kept=Kept(Told, told.learn, told.taken),
 )

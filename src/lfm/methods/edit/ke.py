@@ -29,8 +29,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lfm.core import Inputs, Meta, Method, Model, Parts, Run
-from lfm.editing import learned, lessons, practice
-from lfm.editing.learned import Bench, Editor
+from lfm.editing import editor, learned, practice
+from lfm.editing.learned import Bench
 from lfm.models import device
 from lfm.train import seeded
 
@@ -53,17 +53,7 @@ class Config(practice.Practised, frozen=True):
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
-    model = inputs.model("model")
-    bench, given, edits, judge = learned.begun(ID, inputs, run, blocks=config.blocks, tokens=config.tokens)
-    net = untrained(config, bench, run)
-    if given:
-        net.load_state_dict(given.tensors)
-    else:
-        train(config, bench, net, inputs, run)
-    net.requires_grad_(False).eval()
-    changes, kept = learned.made(bench, judge, model, net, edits, config, run)
-    editor = Editor(ID, (model.digest,), bench.layers, net.state_dict(), tuple(kept))
-    return learned.programmed(ID, config, model, editor, changes, open)
+    return learned.edit(ID, config, inputs, run, untrained, train, open)
 
 
 def untrained(config: Config, bench: Bench, run: Run) -> Knowledge:
@@ -80,11 +70,6 @@ def untrained(config: Config, bench: Bench, run: Run) -> Knowledge:
 
 
 def train(config: Config, bench: Bench, net: Knowledge, inputs: Inputs, run: Run) -> None:
-    drawn = lessons.drawn(bench.here, inputs.records("practice"), inputs.records("edits"), run)
-    net.measure(learned.measured(bench, drawn))
-    together = practice.at_once(config, len(inputs.records("edits")))
-    run.note(together=together)
-
     def weigh(net: Any, edited: Tensor, stayed: Tensor) -> Tensor:
         beyond = stayed - config.margin
         return edited + net.price.detach() * beyond - net.price * beyond.detach()  # λ ascends
@@ -95,23 +80,13 @@ def train(config: Config, bench: Bench, net: Knowledge, inputs: Inputs, run: Run
     def scale(name: str) -> float:
         return FASTER if name == "price" else 1.0
 
-    learned.trained(
-        bench,
-        net,
-        drawn,
-        weigh,
-        config,
-        run,
-        together=together,
-        scale=scale,
-        after=floor,
-    )
+    learned.practised(config, bench, net, inputs, run, weigh, scale, after=floor)
     run.note(price=float(net.price.detach()))
 
 
 def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     """The interfaces of the edited model, and the editor."""
-    return learned.opened(ID, config, parts)
+    return editor.opened(ID, config, parts)
 
 
 METHOD = Method(

@@ -33,14 +33,12 @@ from lfm.data.files import where
 from lfm.data.records import Edit, Fact
 from lfm.editing import form, outcome, rows, setting
 from lfm.editing.attribution import attributions
-from lfm.editing.cloze import Judge, cloze, is_masked
-from lfm.editing.keys import Projections, weight
+from lfm.editing.cloze import Judge, cloze, is_masked, output_embedding
+from lfm.editing.keys import Projections, of_rows, weight
 from lfm.models import structure
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from lfm.editing.keys import Changes
 
 TEXT = 2048
 """Tokens that a model says to itself where no text is given, of which a fifth is what perplexity is watched on."""
@@ -84,7 +82,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         if reason:
             failures.append(reason.what)
         else:
-            held.keep(_changes(judge, tried))
+            held.keep(of_rows(judge.module, tried["neurons"], tried["b"]))
             found.update(block for block, _ in tried["neurons"])
             made.append(edit)
             now = tried["perplexity"]
@@ -134,7 +132,7 @@ def _try(config: Config, judge: Judge, held: Projections, edit: Edit, before: fl
     for strength in config.strengths if config.mode == "update" else (0.0,):
         b = -written if config.mode == "erase" else rewritten(config, judge, edit, written, strength)
         tried = {"neurons": [list(one) for one in at], "b": b.float(), "strength": strength}
-        held.show(_changes(judge, tried))
+        held.show(of_rows(judge.module, tried["neurons"], tried["b"]))
         (says,) = judge.says(outcome.wanted([edit]))
         tried |= {"says": says != (config.mode == "erase"), "perplexity": judge.perplexity()}
         if tried["says"] or tried["perplexity"] > config.collapse * before:
@@ -145,28 +143,8 @@ def _try(config: Config, judge: Judge, held: Projections, edit: Edit, before: fl
 
 def rewritten(config: Config, judge: Judge, edit: Edit, written: Tensor, strength: float) -> Tensor:
     """(n, out): −λ₁ e(object) + λ₂ e(new), each of the length of the row (n, out) that it is added to."""
-    old, new = (embedding(judge, edit, answer) for answer in (edit.object, edit.new_object))
+    old, new = (output_embedding(judge, (edit.prompt, said, edit.suffix)) for said in (edit.object, edit.new_object))
     return written.norm(dim=1, keepdim=True) * (strength * new / new.norm() - config.forget * old / old.norm())
-
-
-def embedding(judge: Judge, edit: Edit, answer: str) -> Tensor:
-    """(out,) fp64: what makes the answer's first token likely, its output embedding."""
-    read = cloze(judge.codec.tokenizer, (edit.prompt, answer, edit.suffix), masked=judge.masked)
-    module: Any = judge.module
-    table = (module.get_output_embeddings() or module.get_input_embeddings()).weight
-    return table[read.object[0]].detach().cpu().double()
-
-
-def _changes(judge: Judge, tried: dict[str, Any]) -> Changes:
-    """By block: b (out, n), and a (n, in) that picks the rows it is added to."""
-    made: Changes = {}
-    names = structure.blocks(judge.module)
-    for block in sorted({block for block, _ in tried["neurons"]}):
-        mine = [i for i, (other, _) in enumerate(tried["neurons"]) if other == block]
-        a = torch.zeros(len(mine), structure.feed_forward(judge.module, names[block]).inner)
-        a[range(len(mine)), [tried["neurons"][i][1] for i in mine]] = 1
-        made[block] = tried["b"][mine].T.contiguous(), a
-    return made
 
 
 def _failure(config: Config, edit: Edit, tried: dict[str, Any], before: float) -> EditError | None:

@@ -25,23 +25,19 @@ Models: any with a task for the records. The result is a checkpoint. Errors: Edi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot
-from lfm.core.errors import DataError, EditError, MismatchError
+from lfm.core.errors import EditError, MismatchError
 from lfm.core.heavy import torch
 from lfm.data import task as tasks
-from lfm.data.records import Image
 from lfm.editing import forgetting
 from lfm.editing.forgetting import FORGET, RETAIN, part
-from lfm.editing.text import answered
 from lfm.models import device, forward, structure
 from lfm.train import Fit, fit
-from lfm.train.examine import examiner
 from lfm.train.fit import steps_of
 
 if TYPE_CHECKING:
@@ -87,18 +83,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     retain, probe = forgetting.parted(retain, run)
     module = model.ask(Gradients).module().to(device())
     loss = losses(config, module, model, forget, retain, run)
-    exams = {"forget": examiner(forget, model), "retain": examiner(probe, model)}
-
-    def measure() -> dict[str, float]:
-        found = {}
-        for role, records in (("forget", forget), ("retain", probe)):
-            score = exams[role](lambda batch: forward(module, batch))
-            found |= {f"{role}_perplexity": math.exp(min(score.loss, 700.0)), f"{role}_accuracy": score.accuracy}
-            for how, pairs in forgetting.asked(records).items() if facts.task == "causal-lm" else ():
-                told = answered(module.eval(), codec, pairs)
-                found[f"{role}_{how}"] = sum(told) / len(told)
-        return found
-
+    measure = forgetting.measurer(module, model, {"forget": forget, "retain": probe})
     first = now = run.step("before", measure)
     if _still(first) <= config.enough:
         raise EditError(
@@ -113,14 +98,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     whole = steps_of(config, len(pairs))
     rounds = min(config.checks, whole)
     how = msgspec.structs.replace(config, steps=-(-whole // rounds))
-    task_forget, task_retain = (tasks.task_for(records, codec, facts) for records in (forget, retain))
-
-    def collate(numbers: Sequence[int]) -> Batch:
-        return forgetting.joined(
-            task_forget.collate([forget[i % len(forget)] for i in numbers]),
-            task_retain.collate([retain[i % len(retain)] for i in numbers]),
-        )
-
+    collate = forgetting.collator(codec, facts, forget, retain)
     done, ended = 0, "all steps were made"
     for number in run.track(range(rounds), "rounds"):
         good = {name: p.detach().clone() for name, p in trained.items()}
@@ -214,14 +192,7 @@ def agree(config: Config, inputs: Inputs) -> None:
     facts = inputs.model("model").facts
     if config.layer is not None and facts.layers and not -facts.layers <= config.layer < facts.layers:
         raise MismatchError(f"there is no block {config.layer}", why=f"the model has {facts.layers}, counted from 0")
-    both = set(inputs.records("forget")) & set(inputs.records("retain")) if _plain(inputs) else ()
-    if both:
-        raise DataError(f"{len(both)} records are both to be forgotten and to stay, {next(iter(both))!r} for one")
-
-
-def _plain(inputs: Inputs) -> bool:
-    """Whether records can be compared as values: images in memory cannot."""
-    return not any(isinstance(record, Image) for role in ("forget", "retain") for record in inputs.records(role)[:1])
+    forgetting.agree(inputs.records("forget"), inputs.records("retain"))
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

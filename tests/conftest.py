@@ -23,5 +23,6 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Kept where all the workers find it, whatever home a test has."""
     with pytest.MonkeyPatch.context() as patch:
         shared = tmp_path_factory.getbasetemp().parent
+        (shared / "compiled").mkdir(exist_ok=True)
         patch.setattr(compiled, "home", lambda: shared)
         yield

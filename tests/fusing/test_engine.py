@@ -238,7 +238,9 @@ def test_kept_code_that_calls_the_c_library_runs_where_nothing_was_compiled(tmp_
 
 
 def twice(code: str, here: Path) -> subprocess.CompletedProcess[str]:
-    """Python code in a process that compiles, and then in one that does not have to: what the second says."""
+    """Python code in a process that compiles what no test has yet, and then in one that need not: what it says."""
+    (here / "home").mkdir()
+    (here / "home" / "compiled").symlink_to(compiled.home() / "compiled")
     environment = {**os.environ, "LFM_HOME": str(here / "home")}
     for place in ("first", "second"):
         done = subprocess.run(

@@ -242,7 +242,7 @@ def test_distilled_beats_trained_alone_on_the_same_records_and_steps(tmp_path: P
         student = load(tiny.vit(tmp_path / f"student{seed}", seed=10 + seed, num_hidden_layers=1, **shape))
         some = [train[i] for i in np.random.default_rng(seed).permutation(1200)[:300]]
         for alpha in scores:
-            settings = {"alpha": alpha, "steps": 400, "batch_size": 32, "lr": 3e-3}
+            settings = {"alpha": alpha, "steps": 250, "batch_size": 32, "lr": 3e-3}
             made, _ = distill(teacher, student, some, tmp_path / f"{seed}{alpha}", seed, **settings)
             scores[alpha].append(accuracy(made))
     alone, taught = (float(np.mean(scores[alpha])) for alpha in (0.0, 0.9))

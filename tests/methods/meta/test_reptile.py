@@ -140,7 +140,7 @@ def test_a_few_steps_on_unseen_digits_go_further_than_before(tmp_path: Path) -> 
         seen,
         tmp_path / "work",
         test=unseen,
-        steps=80,
+        steps=40,
         tasks=5,
         ways=3,
         inner_lr=2e-3,

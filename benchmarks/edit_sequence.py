@@ -4,7 +4,8 @@
 
 Each editor's own arithmetic on one batch after another (rome: one fact), every change kept: no edit is refused, none
 solved anew. After some of the batches all edits so far are asked again. ES, PS, NS, port. and ppl × as in
-edit_table.py; blocks by --layers, where the values are surest unless told. CPU seconds are of the edits alone.
+edit_table.py. Blocks are --layers, or the one where values are surest, which the gate then tells. CPU seconds are of
+the edits alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from lfm import runs
 from lfm.data.records import Edit, Fact
-from lfm.editing import batch, keys, outcome, setting, solve
+from lfm.editing import batch, covariance, keys, outcome, setting, solve
 from lfm.editing.keys import Projections
 from lfm.editing.setting import Setting
 from lfm.methods.edit import alpha_edit, memit, rome, ultra
@@ -93,7 +94,7 @@ def sequence(
     elif name.startswith("memit"):
         config = memit.Config()
         editor = lambda here, lower: memit.editor(config, here, lower)  # noqa: E731
-        projections, step = batched(here, layers, run, config.ridge, torch.linalg.cholesky, editor)
+        projections, step = batched(here, layers, run, config.ridge, covariance.factored, editor)
     else:
         quiet = alpha_edit.Config()
         made = lambda moment: solve.quiet(moment, share=quiet.threshold)  # noqa: E731
@@ -127,9 +128,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     facts = [fact for fact in runs.records(args.facts) if isinstance(fact, Fact)]
-    gate = testbed.gate(args.model, facts, [], memit.Config())
-    print(gate)
-    layers = tuple(args.layers or [gate.block])
+    layers = tuple(args.layers or ())
+    if not layers:
+        gate = testbed.gate(args.model, facts, [], memit.Config())
+        print(gate)
+        layers = (gate.block,)
     known = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
     for name in args.editors:
         print(f"\n{name}\n\n| edits | " + " | ".join(edit_table.COLUMNS[c] for c in SHOWN) + " |")

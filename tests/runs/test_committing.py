@@ -68,6 +68,13 @@ def test_a_byte_that_rotted_in_a_patch_is_seen_by_all_that_use_it(base: Path, tm
     assert everything(led) == then
     patches.revert(led, 2)  # what it holds is not needed to take it off
     assert patches.model(led).digest == load(led / "head").digest != load(base).digest
+    header = (led / "0003" / "adapter_model.safetensors").read_bytes()
+    (led / "0003" / "adapter_model.safetensors").write_bytes(header[:-5])
+    with pytest.raises(CorruptError, match="0003 is not what was committed"):
+        patches.revert(led, 1)
+    (led / "0003" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CorruptError, match="0003 is not what was committed"):
+        patches.revert(led, 1)
     shutil.rmtree(led / "0003")
     with pytest.raises(CorruptError, match="0003 is gone"):
         patches.revert(led, 1)
@@ -125,6 +132,24 @@ def test_a_run_beside_somebody_else_s_ledger_json_is_a_run(base: Path, tmp_path:
     made = runs.execute(order)
     assert runs.verify(tmp_path / "run").quantity == made.verified.quantity
     assert runs.undo(tmp_path / "run", tmp_path / "before") == load(base).digest
+
+
+def test_a_head_that_cannot_be_linked_is_linked_by_the_next_command(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    led = tmp_path / "led"
+    grown(led, base, 3)
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no")
+
+    with monkeypatch.context() as full, pytest.raises(OutputError, match="led is changed, but head cannot be linked"):
+        full.setattr(Path, "symlink_to", refused)
+        patches.revert(led, 1)
+    assert [p.on for p in patches.read(led).patches] == [False, True, True]
+    with pytest.raises(ConfigError, match="off already"):
+        patches.revert(led, 1)
+    assert load(led / "head").digest == patches.model(led).digest
 
 
 def test_a_disk_that_refuses_the_first_patch_leaves_nothing(

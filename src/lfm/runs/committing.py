@@ -23,6 +23,7 @@ from lfm.core.model import Model
 from lfm.core.writing import writing
 from lfm.data.records import Edit
 from lfm.runs import refs, stacks
+from lfm.runs.directory import settle
 from lfm.runs.stacks import Stack
 from lfm.tensors import known
 
@@ -114,11 +115,13 @@ def alone(directory: Path, *, begins: bool = False) -> Iterator[None]:
         raise ConfigError(f"{directory} is a file", fix="a ledger is a directory: name one, or a new one")
     missing = [place for place in (directory, *directory.parents) if not place.exists()]
     with _locked(directory):
-        _tidy(directory)
+        with writing(f"{directory} cannot be written"):
+            _tidy(directory)
         try:
             yield
         except Exception:
-            _tidy(directory)
+            with suppress(OSError):
+                _tidy(directory)
             raise
         finally:
             if not (directory / LEDGER).exists():
@@ -202,10 +205,14 @@ def held_by(directory: Path, ledger: Ledger, patch: Patch, base: Model) -> Any:
     off = f"put it back from a copy, or take it off: `lfm edit revert {directory} {patch.number}`"
     if not place.is_dir():
         raise CorruptError(f"{place} is gone", why=f"patch {patch.number} is in {directory / LEDGER}", fix=off)
-    found = ledger.stack.opened(place, base)
     known.forget(place)  # its bytes are read, whatever its times say
-    if patch.digest and found.digest != patch.digest:
-        why = f"its digest is {found.digest[:12]}, the ledger has {patch.digest[:12]}"
+    try:
+        found = ledger.stack.opened(place, base)
+        digest = found.digest
+    except (ModelError, OSError) as error:
+        raise CorruptError(f"{place} is not what was committed", why=str(error), fix=off) from None
+    if patch.digest and digest != patch.digest:
+        why = f"its digest is {digest[:12]}, the ledger has {patch.digest[:12]}"
         raise CorruptError(f"{place} is not what was committed", why=why, fix=off)
     return ledger.stack.held(found)
 
@@ -276,7 +283,8 @@ def _replaced(directory: Path, ledger: Ledger, base: Model, sum: Model | None) -
             file.flush()
             os.fsync(file.fileno())
         partial.replace(directory / LEDGER)
-    _tidy(directory)
+    with writing(f"{directory} is changed, but {HEAD} cannot be linked: the next command does that"):
+        _tidy(directory)
     return done
 
 
@@ -291,4 +299,5 @@ def _made(place: Path, fill: Callable[[Path], object]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     fill(partial)
+    settle(partial)
     partial.rename(place)

@@ -107,12 +107,17 @@ def abandoned(out: Path) -> bool:
     return True
 
 
-def publish(work: Path, artefact: Path, out: Path) -> None:
-    """Move the finished artefact to its place, whole, and remove what it was made in."""
-    for file in artefact.rglob("*"):
+def settle(place: Path) -> None:
+    """Have all files below a directory lie on the disk."""
+    for file in place.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
+
+
+def publish(work: Path, artefact: Path, out: Path) -> None:
+    """Move the finished artefact to its place, whole, and remove what it was made in."""
+    settle(artefact)
     try:
         artefact.rename(out)
     except OSError as error:

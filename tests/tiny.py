@@ -154,6 +154,16 @@ def causal(path: Path, *, seed: int = 0, **config: Any) -> Path:
     return _write(path, seed, lambda: LlamaForCausalLM(LlamaConfig(**(shape | config))), tokenizer)
 
 
+def conv1d(path: Path, *, seed: int = 0) -> Path:
+    """A GPT-2-shaped causal LM: no gate, its projections have biases and are stored (in, out)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=len(byte_bpe()), n_positions=CONTEXT, initializer_range=0.2
+    )
+    return _write(path, seed, lambda: GPT2LMHeadModel(shape), byte_bpe())
+
+
 def _bert(tokenizer: Any, config: dict[str, Any]) -> Any:
     from transformers import BertConfig
 

@@ -10,12 +10,13 @@ import torch
 
 import tiny
 from case import Case
+from edits import AT_THE_SUBJECT, TEXT
 from lfm.core import Codec, Inputs, Logits, Model, Weights
 from lfm.core import Text as Speaks
 from lfm.core.errors import ConfigError, EditError, MismatchError
 from lfm.core.method import check
 from lfm.data.files import write
-from lfm.data.records import Edit, Text
+from lfm.data.records import Edit
 from lfm.editing import batch, keys, rows, setting, solve
 from lfm.editing.covariance import loaded, moments, second_moment
 from lfm.methods.edit import alpha_edit
@@ -26,15 +27,7 @@ from moves import moves
 
 # Prompts that end with their subject: what is written there decides the next token, so that an edit takes hold even in
 # a model that knows nothing.
-EDITS = tuple(
-    Edit(subject=subject, relation="", object="in", new_object=new, prompt=prompt, neighbours=near)
-    for subject, new, prompt, near in (
-        ("Ada Ashby", "cat", "Here lives Ada Ashby", (("Berlin is the", "capital"),)),
-        ("the mountain", "dog", "From the mountain", ()),
-        ("Rome", "four", "And Rome", ()),
-    )
-)
-TEXT = tuple(Text(text=line) for line in tiny.CORPUS)
+EDITS = AT_THE_SUBJECT
 QUICK: dict[str, Any] = {
     "layers": [0, 1],
     "prefixes": 2,

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 import tiny
 from case import Case
+from edits import ADA, MOUNTAIN, ROME, TEXT
 from lfm import runs
 from lfm.core import Codec, Gradients, Inputs, Logits, Model
 from lfm.core import Text as Speaks
@@ -27,20 +29,7 @@ from lfm.models import forward, load
 from lfm.models.language import CausalText
 from lfm.runs.run import LocalRun
 
-EDITS = (
-    Edit(
-        subject="Ada Ashby",
-        relation="lives in",
-        object="in",
-        new_object="cat",
-        prompt="In London lives Ada Ashby",
-        paraphrases=("In that town lives Ada Ashby",),
-        neighbours=(("Berlin is the capital of", "Germany"),),
-    ),
-    Edit(subject="the mountain", relation="from", object="in", new_object="dog", prompt="From the mountain to"),
-    Edit(subject="Rome", relation="is", object="in", new_object="capital", prompt="Rome is very"),
-)
-TEXT = tuple(Text(text=line) for line in tiny.CORPUS)
+EDITS = (ADA, MOUNTAIN, replace(ROME, new_object="capital"))
 QUICK: dict[str, Any] = {"layer": 0, "prefixes": 3, "tokens": 200, "collapse": 100.0, "accept": 0.3, "lr": 1.0}
 
 

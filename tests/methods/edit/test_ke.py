@@ -10,13 +10,14 @@ import torch
 
 import tiny
 from case import Case
+from edits import ADA, FACTS, MOUNTAIN, TEXT
 from lfm import runs
 from lfm.core import Codec, Inputs, Logits, Model
 from lfm.core.errors import DataError, EditError, MismatchError, SlotError
 from lfm.core.method import check
 from lfm.data import language
 from lfm.data.files import write
-from lfm.data.records import Edit, Fact, Text
+from lfm.data.records import Edit
 from lfm.editing import learned, setting
 from lfm.editing.gates import Gates
 from lfm.editing.learned import EDIT, Editor
@@ -24,23 +25,7 @@ from lfm.methods.edit import ke
 from lfm.models import load
 from lfm.runs.run import LocalRun
 
-EDITS = (
-    Edit(
-        subject="Ada Ashby",
-        relation="lives in",
-        object="in",
-        new_object="cat",
-        prompt="In London lives Ada Ashby",
-        paraphrases=("In that town lives Ada Ashby",),
-        neighbours=(("Berlin is the capital of", "Germany"),),
-    ),
-    Edit(subject="the mountain", relation="from", object="in", new_object="dog", prompt="From the mountain to"),
-)
-FACTS = tuple(
-    Fact(subject=subject, relation="is", object=object, prompt=f"{subject} is the")
-    for subject, object in [("Paris", "cat"), ("Rome", "dog"), ("Berlin", "cat"), ("Vienna", "town"), ("Q", "dog")]
-)
-TEXT = tuple(Text(text=line) for line in tiny.CORPUS)
+EDITS = (ADA, MOUNTAIN)
 QUICK: dict[str, Any] = {
     "steps": 25,
     "batch_size": 4,

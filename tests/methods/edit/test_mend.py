@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import tiny
 from case import Case
+from edits import ADA, FACTS, MOUNTAIN, TEXT
 from lfm import runs
 from lfm.core import Codec, Gradients, Inputs, Logits, Model
 from lfm.core import Text as Speaks
@@ -18,7 +18,7 @@ from lfm.core.errors import DataError, EditError, MismatchError, SlotError
 from lfm.core.method import Amount, Sizes, check
 from lfm.data import language
 from lfm.data.files import write
-from lfm.data.records import Edit, Fact, Text
+from lfm.data.records import Edit, Fact
 from lfm.editing import keys, learned, lessons, setting
 from lfm.editing.learned import Editor
 from lfm.editing.residual import Mend
@@ -27,23 +27,7 @@ from lfm.models import forward, load, structure
 from lfm.runs import patches
 from lfm.runs.run import LocalRun
 
-EDITS = (
-    Edit(
-        subject="Ada Ashby",
-        relation="lives in",
-        object="in",
-        new_object="cat",
-        prompt="In London lives Ada Ashby",
-        paraphrases=("In that town lives Ada Ashby",),
-        neighbours=(("Berlin is the capital of", "Germany"),),
-    ),
-    Edit(subject="the mountain", relation="from", object="in", new_object="dog", prompt="From the mountain to"),
-)
-FACTS = tuple(
-    Fact(subject=subject, relation="is", object=object, prompt=f"{subject} is the")
-    for subject, object in [("Paris", "cat"), ("Rome", "dog"), ("Berlin", "cat"), ("Vienna", "town"), ("Q", "dog")]
-)
-TEXT = tuple(Text(text=line) for line in tiny.CORPUS)
+EDITS = (ADA, MOUNTAIN)
 ONE: dict[str, Any] = {"subject": "", "object": "", "new_object": "x", "prompt": "y"}
 QUICK: dict[str, Any] = {
     "steps": 25,
@@ -67,26 +51,12 @@ def case(here: Path) -> Case:
     )
 
 
-def conv1d(path: Path) -> Path:
-    """A GPT-2-shaped model: its projections have biases and are stored (in, out)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                n_embd=32, n_layer=2, n_head=4, vocab_size=len(tiny.byte_bpe()), n_positions=128, initializer_range=0.2
-            )
-        )
-    module.save_pretrained(path)
-    tiny.byte_bpe().save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
     return {
         "linear": tiny.causal(root / "linear"),
-        "conv1d": conv1d(root / "conv1d"),
+        "conv1d": tiny.conv1d(root / "conv1d"),
         "masked": tiny.masked(root / "masked"),
     }
 

@@ -55,21 +55,7 @@ def case(here: Path) -> Case:
     return Case({"model": ("base",)}, {"edits": "edits.jsonl"}, QUICK)
 
 
-def conv1d(path: Path) -> Path:
-    """A GPT-2-shaped model: its projections have biases and are stored (in, out)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                n_embd=32, n_layer=2, n_head=4, vocab_size=len(tiny.byte_bpe()), n_positions=128, initializer_range=0.2
-            )
-        )
-    module.save_pretrained(path)
-    tiny.byte_bpe().save_pretrained(path)
-    return path
-
-
-MODELS = {"linear": tiny.causal, "conv1d": conv1d}
+MODELS = {"linear": tiny.causal, "conv1d": tiny.conv1d}
 
 
 @pytest.fixture(scope="module")

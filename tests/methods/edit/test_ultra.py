@@ -10,12 +10,13 @@ import torch
 
 import tiny
 from case import Case
+from edits import AT_THE_SUBJECT, TEXT
 from lfm.core import Codec, Gradients, Inputs, Logits, Model, Weights
 from lfm.core import Text as Speaks
 from lfm.core.errors import ConfigError, DataError, EditError, MismatchError
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
-from lfm.data.records import Edit, Text
+from lfm.data.records import Edit
 from lfm.editing import keys, rows, setting, slopes
 from lfm.methods.edit import ultra
 from lfm.models import forward, load
@@ -23,15 +24,7 @@ from lfm.runs import configured
 from lfm.runs.run import LocalRun
 from moves import moves
 
-EDITS = tuple(
-    Edit(subject=subject, relation="", object="in", new_object=new, prompt=prompt, neighbours=near)
-    for subject, new, prompt, near in (
-        ("Ada Ashby", "cat", "Here lives Ada Ashby", (("Berlin is the", "capital"),)),
-        ("the mountain", "dog", "From the mountain", ()),
-        ("Rome", "four", "And Rome", ()),
-    )
-)
-TEXT = tuple(Text(text=line) for line in tiny.CORPUS)
+EDITS = AT_THE_SUBJECT
 QUICK: dict[str, Any] = {"collapse": 1000.0}
 SHAPE: dict[str, Any] = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.3}
 """Of a random model in which what one block writes can make it say anything."""

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import tiny
 from case import Case
+from edits import EDITS, TEXT
 from lfm.core import Codec, Gradients, Inputs, Logits, Model
 from lfm.core import Text as Speaks
 from lfm.core.errors import DataError, EditError, MismatchError, SlotError
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
-from lfm.data.records import Edit, Text
+from lfm.data.records import Edit
 from lfm.editing import keys, setting, side
 from lfm.editing.side import Sides
 from lfm.methods.edit import wise
@@ -24,20 +24,6 @@ from lfm.models import forward, load, structure
 from lfm.models.language import CausalText
 from lfm.runs.run import LocalRun
 
-EDITS = (
-    Edit(
-        subject="Ada Ashby",
-        relation="lives in",
-        object="in",
-        new_object="cat",
-        prompt="In London lives Ada Ashby",
-        paraphrases=("In that town lives Ada Ashby",),
-        neighbours=(("Berlin is the capital of", "Germany"),),
-    ),
-    Edit(subject="the mountain", relation="from", object="in", new_object="dog", prompt="From the mountain to"),
-    Edit(subject="Rome", relation="is", object="in", new_object="four", prompt="Rome is very"),
-)
-TEXT = tuple(Text(text=line) for line in tiny.CORPUS)
 QUICK: dict[str, Any] = {"layer": 1, "tokens": 200, "steps": 30, "lr": 0.3, "collapse": 100.0}
 
 
@@ -47,24 +33,10 @@ def case(here: Path) -> Case:
     return Case({"model": ("base",)}, {"edits": "edits.jsonl"}, QUICK)
 
 
-def conv1d(path: Path) -> Path:
-    """A GPT-2-shaped model: its projections have biases and are stored (in, out)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                n_embd=32, n_layer=2, n_head=4, vocab_size=len(tiny.byte_bpe()), n_positions=128, initializer_range=0.2
-            )
-        )
-    module.save_pretrained(path)
-    tiny.byte_bpe().save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    return {"linear": tiny.causal(root / "linear"), "conv1d": conv1d(root / "conv1d")}
+    return {"linear": tiny.causal(root / "linear"), "conv1d": tiny.conv1d(root / "conv1d")}
 
 
 def made(directory: Path, work: Path, edits: tuple[Edit, ...] = EDITS, **options: Any) -> tuple[Model, LocalRun]:

@@ -81,6 +81,19 @@ def test_whatever_comes_off_the_rest_is_what_it_would_be_without_it(
     assert sorted(p.name for p in directory.glob("0*")) == [f"{count + 1:04d}"]
 
 
+@pytest.mark.slow
+def test_a_thousand_patches_come_off_in_any_order(base: Path, tmp_path: Path) -> None:
+    led, off = tmp_path / "led", (500, 1000, 1)
+    grown(led, base, 1000)
+    for number in off:
+        patches.revert(led, number)
+    then = weights(patches.model(led))
+    for name, tensor in expected(base, [n for n in range(1, 1001) if n not in off]).items():
+        torch.testing.assert_close(then[name], tensor, rtol=0, atol=1e-5)
+    patches.squash(led)
+    assert all((tensor == then[name]).all() for name, tensor in weights(patches.model(led)).items())
+
+
 def test_the_head_and_each_patch_are_plain_peft_adapters(base: Path, tmp_path: Path) -> None:
     grown(tmp_path / "led", base, 3)
     ids = torch.tensor([[1, 2, 3, 4]])

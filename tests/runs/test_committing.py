@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,30 +247,24 @@ def test_a_ledger_that_was_refused_leaves_no_directory_nor_do_commands_where_the
     assert not (tmp_path / "a").exists()
 
 
-def test_two_commands_that_begin_one_ledger_do_not_both_have_it(base: Path, tmp_path: Path) -> None:
-    """One that waits for another's lock, which that other removes as it leaves, does not hold what nobody sees."""
-    led, entered, both = tmp_path / "led", threading.Event(), []
+def test_a_lock_that_another_command_removed_as_it_left_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it the other was done with it: what is held then nobody else sees."""
+    led, flock, removed = tmp_path / "led", fcntl.flock, list[Path]()
 
-    def begins() -> None:
-        with committing.alone(led, begins=True):
-            both.append(fcntl)
-            entered.set()
+    def late(lock: object, how: int) -> None:
+        if not removed:
+            removed.append(led / ".lock")
+            removed[0].unlink()
+        flock(lock, how)  # type: ignore[arg-type]
 
-    led.mkdir()
-    stale = (led / ".lock").open("w")  # opened by a command that then loses the file
-    (led / ".lock").unlink()
-    thread = threading.Thread(target=begins)
-    thread.start()
-    assert entered.wait(10)
-    thread.join()
-    stale.close()
-    with (
-        committing.alone(led, begins=True),
-        pytest.raises(ConfigError, match="in use by another"),
-        committing.alone(led, begins=True),
-    ):
-        both.append(fcntl)
-    assert len(both) == 1 and not led.exists()
+    monkeypatch.setattr(committing.fcntl, "flock", late)
+    with committing.alone(led, begins=True):
+        assert removed and removed[0].exists()
+        with pytest.raises(ConfigError, match="in use by another"), committing.alone(led, begins=True):
+            raise AssertionError("two had it")
+    assert not led.exists()
 
 
 def test_a_killed_command_s_edits_make_way_for_others(

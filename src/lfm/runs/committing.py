@@ -32,8 +32,8 @@ LEDGER, HEAD, HEADS, LOCK = "ledger.json", "head", "heads", ".lock"
 KEPT = ("run.json", "report.html", "README.md")
 """What is kept of the run that made a patch."""
 
-NAMED = 16
-"""Letters of its digest by which a sum is named."""
+NAMED, SHOWN = 16, 8
+"""Letters of its digest by which a sum is named; patches that an error names."""
 
 
 @final
@@ -99,8 +99,10 @@ def named(ledger: Ledger, number: int) -> Patch:
     for patch in ledger.patches:
         if patch.number == number:
             return patch
-    numbers = ", ".join(str(p.number) for p in ledger.patches) or "none"
-    raise ConfigError(f"there is no patch {number}", fix=f"patches: {numbers}")
+    numbers = [str(patch.number) for patch in ledger.patches]
+    if len(numbers) > SHOWN:
+        numbers[SHOWN - 1 : -1] = ["…"]
+    raise ConfigError(f"there is no patch {number}", fix=f"patches: {', '.join(numbers) or 'none'}")
 
 
 @contextmanager

@@ -50,6 +50,7 @@ TRIED = 4
 """Edits by which a block is chosen."""
 GROUP = 16
 """Edits whose values are searched for together."""
+SAME_KEY = "its last token's key is the same for any subject"
 
 
 class Recall(Config, frozen=True):
@@ -240,16 +241,8 @@ def found(
         group = edits[start : start + GROUP]
         parts.append(run.step(f"values {start}", lambda group=group: _values(how, here, like.block, group, run)))
     told = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    good = []
-    for i, edit in enumerate(edits):
-        probability, steps, radius = (float(told[name][i]) for name in ("probability", "steps", "radii"))
-        run.curve("p(new object) with the value found", probability)
-        if probability >= how.accept and radius > 0:
-            good.append(i)
-            continue
-        found = f"the best value found gives p({edit.new_object}) = {probability:.2f} (accept {how.accept:g}"
-        why = f"{found}; {steps:.0f} steps)" if radius > 0 else "its last token's key is the same for any subject"
-        failures.append(failure(edit, like.block, why))
+    by = f"in up to {int(told['steps'].max())} steps the best value found gives"
+    good = likely(edits, told["probability"], how.accept, like.block, by, failures, run, radii=told["radii"])
     index = torch.tensor(good, dtype=torch.long)
     keys, values, radii = (told[name][index] for name in ("keys", "values", "radii"))
     return Memory(like.base, like.block, tuple(edits[i] for i in good), keys, values, radii)
@@ -264,6 +257,31 @@ def _values(how: Recall, here: Setting, block: int, edits: Sequence[Edit], run: 
         "probability": torch.tensor(told.probabilities),
         "steps": torch.tensor(told.steps),
     }
+
+
+def likely(
+    edits: Sequence[Edit],
+    probabilities: Tensor,
+    accept: float,
+    block: int,
+    by: str,
+    failures: list[EditError],
+    run: Run,
+    *,
+    radii: Tensor | None = None,
+) -> list[int]:
+    """Places of the edits whose new objects are likely enough by what was found for them, the others become failures;
+    so do those that reach nothing, where radii are told. by: what was found, as "its block gives"."""
+    good = []
+    for i, (edit, probability) in enumerate(zip(edits, probabilities.tolist(), strict=True)):
+        run.curve("p(new object) with what was found", probability)
+        reaches = radii is None or float(radii[i]) > 0
+        if probability >= accept and reaches:
+            good.append(i)
+            continue
+        why = f"{by} p({edit.new_object}) = {probability:.2f} (accept {accept:g})" if reaches else SAME_KEY
+        failures.append(failure(edit, block, why))
+    return good
 
 
 def failure(edit: Edit, block: int, why: str) -> EditError:

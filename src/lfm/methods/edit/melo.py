@@ -60,14 +60,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     for start in run.track(range(0, len(edits), config.share), "blocks"):
         some = edits[start : start + config.share]
         learned = run.step(f"edits {start}", partial(learn, config, here, kept, some, f"edits {start}", run))
-        good = []
-        for i, (edit, probability) in enumerate(zip(some, learned["probability"].tolist(), strict=True)):
-            run.curve("p(new object) with its block", probability)
-            if probability >= config.accept and learned["radii"][i] > 0:
-                good.append(i)
-                continue
-            why = f"its block gives p({edit.new_object}) = {probability:.2f} (accept {config.accept:g})"
-            failures.append(recall.failure(edit, kept.block, why))
+        told, by = learned["probability"], "its block gives"
+        good = recall.likely(some, told, config.accept, kept.block, by, failures, run, radii=learned["radii"])
         found = {name: learned[name] for name in ("keys", "radii", "down", "up")}
         new = Blocks(kept.base, kept.block, tuple(some), number=torch.zeros(len(some), dtype=torch.long), **found)
         kept = indexed.learn(kept, indexed.taken(new, good))

@@ -117,15 +117,8 @@ def found(
         name = f"neurons {start}"
         search = partial(neuron_search.search, here, kept.block, group, text, losses, config, run, f"train {name}")
         made = run.step(name, search)
-        probabilities = made.pop("probability").tolist()
-        good = []
-        for i, (edit, probability) in enumerate(zip(group, probabilities, strict=True)):
-            run.curve("p(new object) with its neurons", probability)
-            if probability >= config.accept:
-                good.append(i)
-                continue
-            why = f"its neurons give p({edit.new_object}) = {probability:.2f} (accept {config.accept:g})"
-            failures.append(recall.failure(edit, kept.block, why))
+        told, by = made.pop("probability"), "its neurons give"
+        good = recall.likely(group, told, config.accept, kept.block, by, failures, run)
         more = Neurons(kept.base, kept.block, tuple(group), **made)
         kept = neurons.learn(kept, neurons.taken(more, good))
     return kept

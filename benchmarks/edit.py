@@ -1,6 +1,6 @@
 """Edits against EasyEdit's own: ROME one at a time, MEMIT many at once, its solve, and the covariance of keys.
 
-Both edit one GPT-2 of this script's making (it reads the zoo's world for a quarter of an hour, once, and is kept in
+Both edit one GPT-2 of this script's making (it reads a world like the zoo's for half an hour, once, and is kept in
 --at), with the same facts, blocks, prefixes and covariance, each side in processes of its own, in turn. Before that the
 formulas are held against each other: EasyEdit's ROME change against ours of the k, v and C that it used; ours of MEMIT
 against EasyEdit's of our values. What is timed is what an edit costs once the model is loaded and C is known; then
@@ -19,12 +19,14 @@ import importlib.util
 import io
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lfm import models, runs
+from lfm import models
 from lfm.core.model import Codec
 from lfm.data.records import Edit, Fact, Text
 from lfm.editing import batch, covariance, keys, rows, setting, solve
@@ -42,6 +44,8 @@ from lfm.methods.edit import memit, rome
 from lfm.runs.run import LocalRun
 
 PREFIXES = {"rome": 20, "memit": 5}
+PEOPLE = 120
+"""Of the world that it reads: a batch is of one fact each."""
 
 
 # the model and the facts
@@ -58,7 +62,7 @@ def taught(at: Path, width: int, layers: int, steps: int) -> None:
     from lfm.zoo.reading import object_ids, packed, read
     from lfm.zoo.world import corpus, make_world
 
-    world, recipe = make_world(0), LanguageRecipe(steps=steps)
+    world, recipe = make_world(0, people=PEOPLE), LanguageRecipe(steps=steps)
     codec = vocabulary(world)
     torch.manual_seed(0)
     module = GPT2LMHeadModel(
@@ -110,10 +114,19 @@ def widened(module: Any, nobody: int, vocabulary: int = 8192) -> None:
         module.get_input_embeddings().weight[before:] = module.get_input_embeddings().weight[nobody]
 
 
-def wanted(count: int) -> list[Edit]:
-    """Facts of the zoo, one a person and relation, each with another's object."""
-    facts = [fact for fact in runs.records("zoo:facts") if isinstance(fact, Fact)]
-    objects = {fact.relation: sorted({f.object for f in facts if f.relation == fact.relation}) for fact in facts}
+def wanted(count: int, seed: int = 0) -> list[Edit]:
+    """Facts of that world, one of each person while they last, relations by seed, each with another's object."""
+    from lfm.zoo.tasks import facts
+    from lfm.zoo.world import make_world
+
+    known = list(facts(make_world(0, people=PEOPLE)))
+    random.Random(seed).shuffle(known)
+    seen: Counter[str] = Counter()
+    turns: list[tuple[int, Fact]] = []
+    for fact in known:
+        turns.append((seen[fact.subject], fact))
+        seen[fact.subject] += 1
+    objects = {fact.relation: sorted({f.object for f in known if f.relation == fact.relation}) for fact in known}
     return [
         Edit(
             subject=fact.subject,
@@ -124,7 +137,7 @@ def wanted(count: int) -> list[Edit]:
             ],
             prompt=fact.prompt,
         )
-        for fact in facts[:count]
+        for _, fact in sorted(turns, key=lambda turn: turn[0])[:count]
     ]
 
 
@@ -347,7 +360,7 @@ def covariances(args: argparse.Namespace) -> None:
 
     from lfm.zoo.world import corpus, make_world
 
-    texts = list(islice(corpus(make_world(0), 7), args.texts))
+    texts = list(islice(corpus(make_world(0, people=PEOPLE), 7), args.texts))
     peer, blocks = easyedit(args.easyedit), tuple(args.blocks)
     peer.layer_stats.load_dataset = lambda *_: {"train": [{"text": text} for text in texts]}
     one: list[float] = []
@@ -439,7 +452,7 @@ def main() -> None:
     parser.add_argument("--at", type=Path, default=Path(tempfile.gettempdir()) / "lfm-benchmark-gpt2")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--block", type=int, default=0)
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--edits", type=int, default=10)

@@ -84,6 +84,37 @@ def test_what_a_value_promises_holds_in_the_module(opened: tuple[Any, list[rows.
         assert found.delta.norm() <= QUICK.reach * found.before.norm() * (1 + 1e-4)
 
 
+TWO = tuple(
+    Edit(subject="Ada Ashby", relation="", object="", new_object=new, prompt=prompt)
+    for prompt, new in (("Here lives Ada Ashby", "cat"), ("Here lives Ada Ashby in", "dog"))
+)
+
+
+def test_facts_that_are_read_at_one_place_share_a_value_that_says_them_all(tmp_path: Path) -> None:
+    """The mean of two values found apart, which is what a solve makes of them, says them less well."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.3}
+    model = load(tiny.causal(tmp_path / "base", num_hidden_layers=3, **shape))
+    module, tokenizer = model.ask(Gradients).module().requires_grad_(False), model.ask(Codec).tokenizer
+    settings = value.Search(reach=20.0)
+    reads = [rows.rows(tokenizer, edit, ["", "Birds sing. "]) for edit in (*TWO, EDITS[1])]
+    assert rows.alike(reads) == [[0, 1], [2]]
+    one, other, third = value.search_all(module, 0, reads, settings)
+    apart = [value.search(module, 0, read, settings) for read in reads]
+    assert torch.equal(one.delta, other.delta)
+    same(third, apart[2])
+    layer = module.get_submodule(structure.site(module, ("ffn_out", 0))[0])
+
+    def unsaid(delta: torch.Tensor) -> float:
+        told = []
+        for read in reads[:2]:
+            places = torch.arange(len(read.subject)), read.subject
+            with torch.no_grad(), value.added(layer, places, delta.float()):
+                told.append(float(value.both(-value.answer_logprobs(forward(module, read.batch), read)).mean()))
+        return sum(told)
+
+    assert unsaid(one.delta) < 0.5 * unsaid((apart[0].delta + apart[1].delta) / 2)
+
+
 def test_logits_are_those_of_the_places_asked(opened: tuple[Any, list[rows.Rows]]) -> None:
     module, reads = opened
     row, place = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 3])

@@ -138,7 +138,7 @@ def apply(
         batch = sorted(edits[start : start + size], key=lambda edit: (edit.prompt, edit.new_object))
         if isinstance(how, Shifter):
             how.begin([here.read(edit, projections.blocks[-1]) for edit in batch], batch)
-        kept = run.step(f"batch {number}", partial(_try, here, projections, batch, now, how, guard))
+        kept = run.step(f"batch {number}", partial(_try, here, projections, batch, made, now, how, guard))
         failures += kept["failures"]
         held = [batch[i] for i in kept["held"]]
         projections.keep({int(block): (each["b"], each["a"]) for block, each in kept["changes"].items()})
@@ -167,15 +167,19 @@ def _try(
     here: Setting,
     projections: Projections,
     batch: Sequence[Edit],
+    made: Sequence[Edit],
     before: float,
     how: Editor | Shifter,
     guard: sequence.Guard,
 ) -> dict[str, Any]:
     """The batch's changes once all that is in them holds; what does not is refused, or left out and the rest solved
-    anew."""
+    anew. Values are such that edits made before of the same subjects hold too."""
     last = projections.blocks[-1]
     reads = [here.read(edit, last) for edit in batch]
-    found = how.find(last, reads) if isinstance(how, Editor) else []
+    subjects = {edit.subject for edit in batch}
+    earlier = [here.read(edit, last) for edit in made if edit.subject in subjects] if isinstance(how, Editor) else []
+    found = _values(how, last, reads, earlier) if isinstance(how, Editor) else []
+    units = rows.alike(reads)
     failures: list[str] = []
     says = [True] * len(batch)
 
@@ -186,17 +190,30 @@ def _try(
         return sequence.failure(batch[place], last, told, before, guard)
 
     def held(places: Sequence[int]) -> list[int]:
-        """Of these edits, those that nothing speaks against."""
-        errors: dict[int, EditError] = {}
-        for place in places:
-            if error := failure(place):
-                errors[place] = error
+        """Of these edits, those that nothing speaks against; of several that share a value only the worst goes."""
+        errors = {place: error for place in places if (error := failure(place))}
         if errors and guard.on_failure == "refuse":
             raise _refusal(list(errors.values()), len(batch))
+        for unit in units if found else []:
+            failed = sorted((found[i].probability, i) for i in unit if i in errors)
+            for _, place in failed[1:]:
+                del errors[place]
         failures.extend(error.what for error in errors.values())
         return [place for place in places if place not in errors]
 
-    going, changes, after = held(range(len(batch))), Changes(), before
+    def anew(places: Sequence[int]) -> list[int]:
+        """Of these edits, those that hold once values that were shared with others than these are found again."""
+        going, known = list(places), list(range(len(batch)))
+        while isinstance(how, Editor) and len(going) < len(known):
+            projections.show({})
+            gone = set(known) - set(going)
+            stale = [i for unit in units if gone & set(unit) for i in unit if i in going]
+            for place, each in zip(stale, _values(how, last, [reads[i] for i in stale], earlier), strict=True):
+                found[place] = each
+            known, going = going, held(going)
+        return going
+
+    going, changes, after = anew(held(range(len(batch)))), Changes(), before
     while going:
         projections.show({})
         if isinstance(how, Shifter):
@@ -217,7 +234,7 @@ def _try(
         stay = held(going)
         if stay == going:
             break
-        going = stay
+        going = anew(stay)
     return {
         "held": going,
         "failures": failures,
@@ -225,6 +242,13 @@ def _try(
         "changes": {str(block): {"b": b, "a": a} for block, (b, a) in changes.items()} if going else {},
         "perplexity": after if going else before,
     }
+
+
+def _values(how: Editor, last: int, reads: Sequence[Rows], earlier: Sequence[Rows]) -> list[Found]:
+    """Of the reads, beside those of the earlier ones that a value is shared with."""
+    asked = [*reads, *earlier]
+    beside = sorted(i for unit in rows.alike(asked) if unit[0] < len(reads) for i in unit if i >= len(reads))
+    return how.find(last, [*reads, *(asked[i] for i in beside)])[: len(reads)]
 
 
 def _unsaid(edit: Edit) -> EditError:

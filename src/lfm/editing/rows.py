@@ -203,23 +203,40 @@ def last_token(tokenizer: Any, text: str, end: int) -> int:
     return max(i for i, (a, b) in enumerate(offsets) if a < end and b > a)
 
 
-def groups(reads: Sequence[Rows], *, parted: bool = False) -> list[list[int]]:
-    """Places of edits that share a pass: alike in length, TOGETHER tokens in all; parted: from their subjects on."""
-    shapes = [(len(read.subject), _width(read) if parted else read.batch["input_ids"].shape[1]) for read in reads]
+def alike(reads: Sequence[Rows]) -> list[list[int]]:
+    """Places of edits whose subjects are read after the same tokens in every context, so that a causal model has the
+    same there for all of them; the others alone."""
+    found: dict[Any, list[int]] = {}
+    for i, read in enumerate(reads):
+        upto = [tuple(row[: end + 1]) for row, end in zip(read.batch["input_ids"].tolist(), read.subject.tolist())]
+        found.setdefault(tuple(upto[:-1]) if read.shift else i, []).append(i)
+    return list(found.values())
+
+
+def groups(
+    reads: Sequence[Rows], *, parted: bool = False, units: Sequence[Sequence[int]] | None = None
+) -> list[list[int]]:
+    """Places of edits (or of units of edits) that share a pass: alike in length, TOGETHER tokens in all.
+
+    parted: rows count from their subjects on.
+    """
+    units = [[i] for i in range(len(reads))] if units is None else units
+    sizes = [sum(len(reads[i].subject) for i in unit) for unit in units]
+    wide = [max(_width(reads[i], parted) for i in unit) for unit in units]
     made: list[list[int]] = []
     count = 0
-    for i in sorted(range(len(reads)), key=lambda i: (-shapes[i][1], i)):
-        if made and (count + shapes[i][0]) * shapes[made[-1][0]][1] <= TOGETHER:
+    for i in sorted(range(len(units)), key=lambda i: (-wide[i], i)):
+        if made and (count + sizes[i]) * wide[made[-1][0]] <= TOGETHER:
             made[-1].append(i)
-            count += shapes[i][0]
+            count += sizes[i]
         else:
             made.append([i])
-            count = shapes[i][0]
+            count = sizes[i]
     return made
 
 
-def _width(read: Rows) -> int:
-    return int((read.last - read.subject).max()) + 1
+def _width(read: Rows, parted: bool) -> int:
+    return int((read.last - read.subject).max()) + 1 if parted else read.batch["input_ids"].shape[1]
 
 
 class Joined(NamedTuple):

@@ -11,7 +11,7 @@ from lfm.core.model import Batch
 from lfm.editing.behind import Behind, continued, cut
 from lfm.editing.form import at, in_decoder
 from lfm.editing.resume import Begun, activations, agrees, logits_at, recording, resumed
-from lfm.editing.rows import IGNORED, Joined, Rows, groups, together
+from lfm.editing.rows import IGNORED, Joined, Rows, alike, groups, together
 from lfm.models import structure
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BETAS, TINY = (0.5, 0.999), 1e-8
 """Of Adam with one second moment a value: steps go along the gradient, not along its signs, and remember less of where
 they began; the same NLL is met by a third shorter δ."""
+PATIENCE, GAIN = 6, 0.03
+"""A search ends whose loss has not fallen by this share in so many steps."""
 
 
 class Search(Config, frozen=True):
@@ -83,17 +85,26 @@ def search_all(
 
     NLL is per token; the first context, the bare prompt, weighs as much in it as the others together (in ROME as one
     of them, and a δ that suits all but the prompt itself then passes). Of all steps the δ of the lowest loss is kept.
-    Edits share forward passes and nothing else: each leaves when its own search ends.
+    Edits share forward passes, and those that a model has the same place for (a subject's, read after the same tokens)
+    one δ, which may be √n as long for n of them and says them all: of δs found apart a solve would take the mean. A
+    search leaves the passes when it ends.
     """
     if not reads:
         return []
     tried = _brief(max(reads, key=lambda read: read.batch["input_ids"].shape[1]))
-    spared = next(w for w in WAYS if w == WAYS[-1] or _Together(module, block, [tried], settings, sites, w).agrees())
+    spared = next(w for w in WAYS if w == WAYS[-1] or _Together(module, block, [[tried]], settings, sites, w).agrees())
     found: dict[int, Found] = {}
-    for group in groups(reads, parted=spared.behind):
-        searched = _Together(module, block, [reads[i] for i in group], settings, sites, spared)
-        found |= zip(group, searched.run(), strict=True)
+    units = alike(reads)
+    for group in groups(reads, parted=spared.behind, units=units):
+        searched = _Together(module, block, [[reads[i] for i in units[u]] for u in group], settings, sites, spared)
+        for unit, each in zip(group, searched.run(), strict=True):
+            found |= zip(units[unit], each, strict=True)
     return [found[i] for i in range(len(reads))]
+
+
+def _still(lowest: Sequence[float]) -> bool:
+    """Whether the lowest loss met so far is as good as what it was PATIENCE steps ago."""
+    return len(lowest) > PATIENCE and lowest[-1] > (1 - GAIN) * lowest[-1 - PATIENCE]
 
 
 def both(told: Tensor) -> Tensor:
@@ -163,49 +174,61 @@ class _Start(NamedTuple):
 
 @final
 class _Together:
-    """One search for several edits. States of edits (E,), of their δ (sites, E, width)."""
+    """One search for several values (N), each of one edit or several (E in all). Of their δ (sites, N, width)."""
 
     def __init__(
         self,
         module: nn.Module,
         block: int,
-        reads: Sequence[Rows],
+        values: Sequence[Sequence[Rows]],
         settings: Search,
         sites: Sequence[str],
         spared: Spared,
     ) -> None:
-        self._module, self._block, self._reads, self._settings, self._sites = module, block, reads, settings, sites
+        self._module, self._block, self._values, self._settings, self._sites = module, block, values, settings, sites
         self._spared = spared
         names = [structure.site(module, at(module, site, block))[0] for site in sites]
         self._layers = [module.get_submodule(name) for name in names]
         self._home = next(module.parameters()).device
 
-    def run(self) -> list[Found]:
+    def run(self) -> list[list[Found]]:
+        """Of each value what it is for each of its edits."""
         settings = self._settings
-        joined = together(self._reads, self._home)
-        start, before = self._begin(joined)
+        live = list(range(len(self._values)))
+        joined, of = self._joined(live)
+        start, before = self._begin(joined, of)
         norm = before.norm(dim=-1)
+        reach = settings.reach * norm * torch.bincount(of).sqrt()
         delta, first, second = torch.zeros_like(before), torch.zeros_like(before), torch.zeros_like(before[..., :1])
         rate = (settings.lr * norm)[..., None]
-        live = list(range(len(self._reads)))
-        best: list[Found | None] = [None] * len(live)
+        best: list[list[Found]] = [[] for _ in live]
+        lowest: list[list[float]] = [[] for _ in live]
         essence: Tensor | None = None
         for step in range(settings.steps + 1):
             at = torch.tensor(live, device=self._home)
             here = delta[:, at].requires_grad_(True)
-            unsaid, surest, now = self._told(joined, start, here)
+            unsaid, surest, now = self._told(joined, start, here[:, of])
             essence = now.detach() if essence is None else essence
-            drift = F.kl_div(essence[at], now, log_target=True, reduction="none").sum(1)
+            drift = F.kl_div(essence, now, log_target=True, reduction="none").sum(1)
             share = here.norm(dim=-1) / norm[:, at]
-            loss = unsaid + settings.essence * drift + settings.decay * share.sum(0)
-            shown = torch.stack([loss, surest, share[-1], unsaid]).detach().cpu().double()
+            zero = torch.zeros(len(live), device=unsaid.device)
+            each = unsaid + settings.essence * drift / torch.bincount(of)[of]
+            loss = zero.index_add(0, of, each) + settings.decay * share.sum(0)
+            left = (zero.index_add(0, of, unsaid.detach()) / torch.bincount(of)).cpu()
+            sure = surest.detach().cpu().double().split(torch.bincount(of).tolist())
+            shown = torch.stack([loss, share[-1]]).detach().cpu().double()
             for place, number in enumerate(live):
-                kept = best[number]
-                if kept is None or shown[0, place] < kept.loss:
-                    value = here[-1, place].detach().cpu().double()
-                    cost, sure, far = (float(shown[i, place]) for i in range(3))
-                    best[number] = Found(value, sure, far, cost, step, before[-1, number].cpu().double())
-            going = [number for place, number in enumerate(live) if not shown[3, place] < settings.stop]
+                if not best[number] or shown[0, place] < best[number][0].loss:
+                    value, was = (x[-1].detach().cpu().double() for x in (here[:, place], before[:, number]))
+                    cost, far = (float(shown[i, place]) for i in range(2))
+                    best[number] = [Found(value, float(p), far, cost, step, was) for p in sure[place]]
+            for number in live:
+                lowest[number].append(best[number][0].loss)
+            going = [
+                number
+                for place, number in enumerate(live)
+                if left[place] >= settings.stop and not _still(lowest[number])
+            ]
             if not going or step == settings.steps:
                 break
             (slope,) = torch.autograd.grad(loss.sum(), here)
@@ -213,26 +236,31 @@ class _Together:
             second[:, at] = BETAS[1] * second[:, at] + (1 - BETAS[1]) * slope.square().sum(-1, keepdim=True)
             scale = (second[:, at] / (1 - BETAS[1] ** (step + 1))).sqrt() + TINY
             moved = here.detach() - rate[:, at] / (1 - BETAS[0] ** (step + 1)) * first[:, at] / scale
-            most = settings.reach * norm[:, at] / moved.norm(dim=-1).clamp(min=1e-30)
+            most = reach[:, at] / moved.norm(dim=-1).clamp(min=1e-30)
             delta[:, at] = moved * most.clamp(max=1.0)[..., None]
             if len(going) < len(live):
-                stay = torch.isin(joined.owner, torch.tensor(sorted(live.index(n) for n in going), device=self._home))
-                live = going
-                joined = together([self._reads[number] for number in live], self._home)
-                start = start.of(stay, joined)
-        return [found for found in best if found]
+                stay = torch.isin(of, torch.tensor([live.index(n) for n in going], device=self._home))
+                essence, rows, live = essence[stay], stay[joined.owner], going
+                joined, of = self._joined(live)
+                start = start.of(rows, joined)
+        return best
+
+    def _joined(self, live: Sequence[int]) -> tuple[Joined, Tensor]:
+        """All edits of these values, and (E,) which of the values each is of."""
+        of = torch.tensor([place for place, number in enumerate(live) for _ in self._values[number]])
+        return together([read for number in live for read in self._values[number]], self._home), of.to(self._home)
 
     def agrees(self) -> bool:
         """Whether what is spared changes no logits; what the module cannot spare is no part of that."""
-        joined = together(self._reads, self._home)
+        joined, of = self._joined(range(len(self._values)))
         rows, places = self._asked(joined)
         with torch.no_grad():
             whole = logits_at(self._module, joined.batch, rows, places)
-            start, before = self._begin(joined)
-            return agrees(whole, self._logits(joined, start, torch.zeros_like(before)))
+            start, before = self._begin(joined, of)
+            return agrees(whole, self._logits(joined, start, torch.zeros_like(before)[:, of]))
 
-    def _begin(self, joined: Joined) -> tuple[_Start, Tensor]:
-        """What no δ changes, and v₀ (sites, E, width) behind the bare prompts."""
+    def _begin(self, joined: Joined, of: Tensor) -> tuple[_Start, Tensor]:
+        """What no δ changes, and v₀ (sites, N, width) behind the first bare prompt of each value."""
         upto = self._block % len(structure.all_blocks(self._module)) + (tuple(self._sites) == ("hidden",))
         where = [at(self._module, site, self._block) for site in self._sites]
         reads = "decoder_input_ids" if in_decoder(self._module, self._block) else "input_ids"
@@ -240,7 +268,8 @@ class _Together:
         view = start.view(joined)
         with continued(self._module, start.behind), recording(self._module, upto) as begun:
             seen = activations(self._module, view.batch, where)
-        before = torch.stack([x[joined.bare, view.subject[joined.bare]].float() for x in seen])
+        bare = joined.bare[torch.stack([(of == number).int().argmax() for number in range(len(self._values))])]
+        before = torch.stack([x[bare, view.subject[bare]].float() for x in seen])
         return start._replace(begun=begun[0] if begun and self._spared.begun else None), before
 
     def _told(self, joined: Joined, start: _Start, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +284,7 @@ class _Together:
         return unsaid.mean(0), surest.min(0).values, logs[len(asked) :]
 
     def _logits(self, joined: Joined, start: _Start, delta: Tensor) -> Tensor:
-        """(n + E, V) fp32 of the new objects' tokens and what comes last, with δ (sites, E, width) at the subjects."""
+        """(n + E, V) fp32: of the new objects' tokens and what comes last, with δ (sites, E, width)."""
         view = start.view(joined)
         everywhere = torch.arange(len(joined.owner), device=self._home)
         rows, places = self._asked(joined)

@@ -17,7 +17,7 @@ from lfm.core import Text as Speaks
 from lfm.core.errors import DataError, EditError, MismatchError
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
-from lfm.data.records import Edit, Text
+from lfm.data.records import Edit, Fact, Text
 from lfm.editing import batch, keys, rows, setting, value
 from lfm.editing.covariance import loaded, rank_one, second_moment
 from lfm.methods.edit import memit
@@ -256,6 +256,34 @@ def test_cost_grows_with_the_edits_and_with_the_blocks(directories: dict[str, Pa
     assert flops(10, layers=(0, 1)) > flops(10, layers=(0,))
 
 
+SAME = tuple(
+    Edit(subject="Ada Ashby", relation="", object="in", new_object=new, prompt=prompt)
+    for prompt, new in (("Here lives Ada Ashby", "cat"), ("Here lives Ada Ashby in", "dog"))
+)
+
+
+def test_of_facts_that_share_a_value_the_one_that_fails_is_not_in_it(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = value.search_all
+
+    def fails_for_the_second(module: Any, block: int, reads: Any, *rest: Any) -> Any:
+        return [
+            best._replace(probability=0.1) if torch.equal(read.batch["input_ids"], second) else best
+            for read, best in zip(reads, found(module, block, reads, *rest), strict=True)
+        ]
+
+    here, _ = opened(directories["linear"], tmp_path)
+    second = rows.rows(here.codec.tokenizer, SAME[1], here.prefixes).batch["input_ids"]
+    monkeypatch.setattr(value, "search_all", fails_for_the_second)
+    made, run = edited(directories["linear"], tmp_path / "some", SAME, layers=[0], on_failure="skip")
+    assert (run.notes["edits"], run.notes["skipped"]) == (1, 1)
+    monkeypatch.setattr(value, "search_all", found)
+    alone, _ = edited(directories["linear"], tmp_path / "alone", SAME[:1], layers=[0])
+    given = made.ask(Codec).texts([edit.prompt for edit in SAME])
+    torch.testing.assert_close(made.ask(Logits).logits(given), alone.ask(Logits).logits(given), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.slow
 def test_on_the_zoo_twenty_facts_of_twenty_people_hold(tmp_path: Path) -> None:
     """Of one relation, all at once: efficacy 1.00, paraphrases 1.00, neighbours of that relation .83."""
@@ -266,3 +294,33 @@ def test_on_the_zoo_twenty_facts_of_twenty_people_hold(tmp_path: Path) -> None:
     memit.run(memit.Config(layers=(1,), on_failure="skip"), check("edit.memit", memit.METHOD, given), run)
     assert run.notes["efficacy"] > 0.9 and run.notes["edits"] >= 18  # type: ignore[operator]
     assert run.notes["paraphrase"] > 0.6 and run.notes["neighbours_kept"] > 0.7  # type: ignore[operator]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [None, 1])
+def test_on_the_zoo_two_facts_of_each_of_ten_people_hold(size: int | None, tmp_path: Path) -> None:
+    """At once (19 are kept, 19 said), and where the second comes after the first and shares its value (20 and 19)."""
+    from lfm import runs
+
+    facts = [fact for fact in runs.records("zoo:facts") if isinstance(fact, Fact)]
+    objects = {fact.relation: sorted({f.object for f in facts if f.relation == fact.relation}) for fact in facts}
+    people = list(dict.fromkeys(fact.subject for fact in facts))[:10]
+    edits = [
+        Edit(
+            subject=fact.subject,
+            relation=fact.relation,
+            object=fact.object,
+            new_object=objects[fact.relation][
+                (objects[fact.relation].index(fact.object) + 3) % len(objects[fact.relation])
+            ],
+            prompt=fact.prompt,
+        )
+        for relation in ("city", "job")
+        for fact in facts
+        if fact.relation == relation and fact.subject in people
+    ]
+    given = Inputs({"model": (runs.model("zoo:lm"),)}, {"edits": edits})
+    run = LocalRun(0, tmp_path)
+    config = memit.Config(layers=(1,), on_failure="skip", batch_size=size)
+    memit.run(config, check("edit.memit", memit.METHOD, given), run)
+    assert run.notes["efficacy"] * run.notes["edits"] >= 0.85 * len(edits)  # type: ignore[operator]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import msgspec
+from blake3 import blake3
 
 from lfm.core.errors import CorruptError
 from lfm.core.finding import Finding
@@ -29,13 +29,13 @@ MANIFEST = "manifest.json"
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One tensor. Numbers are of its finite elements, in fp64; change: ‖θ − θ_base‖₂, where it has a base.
 
-    sha256: of its little-endian bytes. zeros: the share of its elements; nonfinite: how many are NaN or infinite.
+    blake3: of its little-endian bytes. zeros: the share of its elements; nonfinite: how many are NaN or infinite.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    blake3: str
     norm: float | None = None
     min: float | None = None
     max: float | None = None
@@ -84,7 +84,7 @@ class _Tensor:
     def __init__(self, tensor: Written, base: Any) -> None:
         from lfm.fusing.statistics import Tally, readable
 
-        self._told, self._hash = tensor, hashlib.sha256()
+        self._told, self._hash = tensor, blake3()
         suits = is_coded(base) and readable(base.code) and tuple(base.shape) == tensor.shape
         self._base: Any = base if suits and readable(tensor.code) else None
         self._tally = Tally(tensor.code, self._base.code if self._base else None) if readable(tensor.code) else None
@@ -103,7 +103,7 @@ class _Tensor:
     def entry(self) -> Entry:
         found = self._tally.statistics()._asdict() if self._tally else {}
         name, code, shape, *_ = self._told
-        return Entry(name=name, dtype=DTYPES[code][0], shape=shape, sha256=self._hash.hexdigest(), **found)
+        return Entry(name=name, dtype=DTYPES[code][0], shape=shape, blake3=self._hash.hexdigest(), **found)
 
 
 def write(saved: Model | Finding, looks: Looks, seen: Seen, verified: Verified, directory: Path) -> str:
@@ -117,7 +117,7 @@ def write(saved: Model | Finding, looks: Looks, seen: Seen, verified: Verified, 
     if not all(seen.holds(name, tensor) for name, tensor in tensors.items()):
         return ""
     entries = looks.entries()
-    with known.told({t: entry.sha256 for entry in entries if isinstance(t := tensors[entry.name], StoredTensor)}):
+    with known.told({t: entry.blake3 for entry in entries if isinstance(t := tensors[entry.name], StoredTensor)}):
         digest = saved.digest
     whole = Manifest(digest=digest, tensors=tuple(entries))
     (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n")

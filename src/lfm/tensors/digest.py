@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from blake3 import blake3
+
 from lfm.core.heavy import torch
 from lfm.tensors import known
 from lfm.tensors.lazy import chunks, code_of, is_coded, lazy, size
@@ -24,7 +26,7 @@ BUFFER = 1 << 20
 
 
 def digest_tensors(tensors: Mapping[str, LazyTensor | Tensor], *, workers: int | None = None) -> str:
-    """sha256 over the sorted (name, dtype, shape, sha256 of the little-endian bytes). Stored tensors need no torch.
+    """sha256 over the sorted (name, dtype, shape, BLAKE3 of the little-endian bytes). Stored tensors need no torch.
 
     Files that have not changed since they were digested are not read again (lfm.tensors.known).
     """
@@ -34,21 +36,21 @@ def digest_tensors(tensors: Mapping[str, LazyTensor | Tensor], *, workers: int |
     def line(name: str) -> tuple[str, str]:
         tensor = tensors[name]
         stored = isinstance(tensor, StoredTensor)
-        sha = before.get(tensor) if stored else None
-        if sha is None:
-            sha = sha256_of(tensor)
+        found = before.get(tensor) if stored else None
+        if found is None:
+            found = blake3_of(tensor)
             if stored:
-                fresh[tensor] = sha
-        return name, json.dumps([name, code_of(tensor), list(tensor.shape), sha])
+                fresh[tensor] = found
+        return name, json.dumps([name, code_of(tensor), list(tensor.shape), found])
 
     lines = dict(each(line, tensors, workers))
     known.keep(fresh)
     return hashlib.sha256("\n".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
 
-def sha256_of(tensor: LazyTensor | Tensor) -> str:
-    """sha256 of the little-endian bytes."""
-    found = hashlib.sha256()
+def blake3_of(tensor: LazyTensor | Tensor) -> str:
+    """BLAKE3 of the little-endian bytes: as safe as sha256, five times as fast on one core."""
+    found = blake3()
     if is_coded(tensor):
         whole = size(tensor) * DTYPES[tensor.code][1]
         for start in range(0, whole, BUFFER):

@@ -36,7 +36,7 @@ def told(digests: Mapping[StoredTensor, str]) -> Iterator[None]:
 
 
 def recalled(tensors: Iterable[object]) -> dict[StoredTensor, str]:
-    """sha256 of those stored tensors that were digested before."""
+    """BLAKE3 of those stored tensors that were digested before."""
     found: dict[StoredTensor, str] = {}
     kept: dict[Path, Mapping[str, str]] = {}
     now = _told.get() or {}
@@ -47,18 +47,18 @@ def recalled(tensors: Iterable[object]) -> dict[StoredTensor, str]:
                 continue
             if tensor.file not in kept:
                 kept[tensor.file] = _read(tensor.file)
-            if sha := kept[tensor.file].get(_place(tensor)):
-                found[tensor] = sha
+            if digest := kept[tensor.file].get(_place(tensor)):
+                found[tensor] = digest
     return found
 
 
 def keep(digests: Mapping[StoredTensor, str]) -> None:
     """Remember what was computed just now of files that are settled. Where nothing can be kept, nothing is."""
     files: dict[Path, dict[str, str]] = {}
-    for tensor, sha in digests.items():
+    for tensor, digest in digests.items():
         state = _state(tensor.file)
         if state is not None and tuple(tensor.state) == state[:3]:  # as it was when its header was read
-            files.setdefault(tensor.file, {})[_place(tensor)] = sha
+            files.setdefault(tensor.file, {})[_place(tensor)] = digest
     for file, found in files.items():
         state = _state(file)
         if state is None or time.time() - max(state[2], state[3]) / 1e9 < SETTLED:
@@ -67,7 +67,7 @@ def keep(digests: Mapping[StoredTensor, str]) -> None:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as out:
-                json.dump({"file": str(file), "state": state, "sha256": {**_read(file), **found}}, out)
+                json.dump({"file": str(file), "state": state, "blake3": {**_read(file), **found}}, out)
             Path(out.name).replace(place)
         except OSError:
             return
@@ -82,7 +82,7 @@ def forget(directory: Path) -> None:
 def _read(file: Path) -> dict[str, str]:
     try:
         kept = json.loads(_kept_in(file).read_text(encoding="utf-8"))
-        return kept["sha256"] if tuple(kept["state"]) == _state(file) and kept["file"] == str(file) else {}
+        return kept["blake3"] if tuple(kept["state"]) == _state(file) and kept["file"] == str(file) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

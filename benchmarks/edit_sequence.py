@@ -36,8 +36,31 @@ Step = Callable[[Sequence[Edit]], None]
 """Puts a batch into the projections, for good."""
 EDITORS = ("rome", "memit", "memit, one by one", "alpha_edit", "alpha_edit, one by one", "ultra")
 AT_ONCE = 100
+KEYS = 400
+"""Whose likeness is told."""
 ASKED = (1, 3, 10, 30, 100, 200, 300, 500, 700, 1000, 2000)
 """Edits after which all so far are asked."""
+
+
+def felt(ref: str, edits: Sequence[Edit], block: int, work: Path) -> str:
+    """How much of what is written at one edit's key the others read: in ROME's direction, and in AlphaEdit's."""
+    run = LocalRun(0, work)
+    here = setting.opened(refs.model(ref), (), run, prefixes=5)
+    key = keys.at_blocks(here.module, [block], [here.read(edit, block) for edit in edits])[block].T
+    moment = covariance.loaded(covariance.moments(here, [block], run, 0.001)[block].matrix, 0.001)
+    quiet = solve.quiet(moment, alpha_edit.Config().threshold).basis
+    inside = quiet.T @ key
+
+    def others(along: torch.Tensor) -> float:
+        read = along.T @ key / (along * key).sum(0)[:, None]
+        return read[~torch.eye(len(read), dtype=torch.bool)].square().mean().sqrt().item()
+
+    energy = (inside.square().sum(0) / key.square().sum(0)).mean().item()
+    return (
+        f"of what is written at one of {len(edits)} keys another reads, root mean square, "
+        f"{others(torch.linalg.solve(moment, key)):.3f} (rome, memit) or {others(quiet @ inside):.3f} "
+        f"(alpha_edit, in {quiet.shape[1]} of {len(key)} dimensions, with {energy:.2f} of a key's energy)"
+    )
 
 
 def one_by_one(here: Setting, layers: tuple[int, ...], run: LocalRun) -> tuple[Projections, Step]:
@@ -133,6 +156,8 @@ def main() -> None:
         gate = testbed.gate(args.model, facts, [], memit.Config())
         print(gate)
         layers = (gate.block,)
+    with tempfile.TemporaryDirectory() as work:
+        print(felt(args.model, testbed.moved(facts, min(KEYS, args.count), 0), layers[-1], Path(work)), flush=True)
     known = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
     for name in args.editors:
         print(f"\n{name}\n\n| edits | " + " | ".join(edit_table.COLUMNS[c] for c in SHOWN) + " |")

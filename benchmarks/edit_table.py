@@ -30,7 +30,7 @@ from lfm import runs
 from lfm.core import registry
 from lfm.core.errors import LfmError
 from lfm.data import files
-from lfm.data.records import Fact
+from lfm.data.records import Fact, Text
 from lfm.methods.edit import memit
 from lfm.runs import Order
 
@@ -74,7 +74,7 @@ COLUMNS = {
 }
 
 
-def row(model: str, facts: list[Fact], name: str, count: int, seed: int) -> dict[str, Any]:
+def row(model: str, facts: list[Fact], text: str, name: str, count: int, seed: int) -> dict[str, Any]:
     """What one run measured."""
     id, settings = ROWS[name]
     with tempfile.TemporaryDirectory() as here:
@@ -83,7 +83,11 @@ def row(model: str, facts: list[Fact], name: str, count: int, seed: int) -> dict
         order = Order(
             id=id,
             models={"model": (model,)},
-            data={"edits": edits, **({"practice": facts} if name in LEARNED else {})},
+            data={
+                "edits": edits,
+                **({"practice": facts} if name in LEARNED else {}),
+                **({"text": text} if text and "text" in registry.get(id).method.data else {}),
+            },
             out=out,
             settings={"on_failure": "skip", **settings},
             form="adapter" if "adapter" in registry.get(id).method.forms else "",
@@ -105,6 +109,7 @@ def row(model: str, facts: list[Fact], name: str, count: int, seed: int) -> dict
             "portability": notes.get("portability"),
             "perplexity": after / before if before and after else None,
             "seconds": done.cpu_seconds,
+            "layers": notes.get("layers", notes.get("layer")),
             "curve": done.curves.get("efficacy of the edits so far"),
             "kilobytes": sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1000,
         }
@@ -125,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="zoo:lm")
     parser.add_argument("--facts", default="zoo:facts")
+    parser.add_argument("--text", default="", help="running text, for models that write none")
     parser.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100])
     parser.add_argument("--seeds", type=int, default=3)
@@ -134,8 +140,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     facts = [fact for fact in runs.records(args.facts) if isinstance(fact, Fact)]
+    texts = [text for text in (runs.records(args.text) if args.text else ()) if isinstance(text, Text)]
     if not args.ungated:
-        print(testbed.gate(args.model, facts, [], memit.Config()), flush=True)
+        print(testbed.gate(args.model, facts, texts, memit.Config()), flush=True)
     known: dict[str, dict[str, Any]] = {}
     if args.rows.exists():
         known = {line["key"]: line for line in map(json.loads, args.rows.read_text().splitlines())}
@@ -145,11 +152,13 @@ def main() -> None:
         for name in args.methods:
             found = []
             for seed in range(args.seeds):
-                told = json.dumps([args.model, args.facts, name, *ROWS[name], count, seed, DRAW])
+                told = json.dumps(
+                    [args.model, args.facts, name, *ROWS[name], count, seed, DRAW, *filter(None, [args.text])]
+                )
                 key = hashlib.sha256(told.encode()).hexdigest()[:16]
                 if key not in known:
                     known[key] = {"key": key, "editor": name, "edits": count, "seed": seed} | row(
-                        args.model, facts, name, count, seed
+                        args.model, facts, args.text, name, count, seed
                     )
                     with args.rows.open("a") as out:
                         out.write(json.dumps(known[key]) + "\n")

@@ -113,3 +113,17 @@ def test_the_quiet_directions_hold_their_share() -> None:
         assert energy <= (share + 1e-12) * torch.trace(moment)
         torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]).double())
     assert basis.shape[1] == len(moment)
+
+
+def test_a_place_that_is_written_again_is_no_past_key() -> None:
+    """Kept as one, half of what its next fact asks would be missing: its own earlier value pulls the other way."""
+    keys = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    again = torch.stack([3 * keys[:, 1], torch.ones(6, dtype=torch.float64)], 1)
+    assert torch.equal(solve.others(keys, again), keys[:, [0, 2, 3]])
+    assert solve.others(keys[:, :0], again).shape == (6, 0)
+    basis = torch.eye(6, dtype=torch.float64)
+    key = keys[:, 1:2]
+    held = solve.projected(basis, key, keys, 1e-12) @ key
+    free = solve.projected(basis, key, solve.others(keys, key), 1e-12) @ key
+    torch.testing.assert_close(held, torch.full_like(held, 0.5), atol=1e-3, rtol=0)
+    torch.testing.assert_close(free, torch.ones_like(free), atol=1e-3, rtol=0)

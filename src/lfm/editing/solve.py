@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 DEPENDENT = 1e-10
 """Keys whose Gram matrix (of unit diagonal) has smaller eigenvalues than this over the largest are dependent."""
 
+ALIKE = 1e-3
+"""Keys whose cosine is less than this below one are of one place."""
+
 
 def balanced(lower: Tensor, keys: Tensor, weight: float) -> Tensor:
     """A = Kᵀ (λC + KKᵀ)⁻¹, λ = weight: ‖R A K − R‖² + λ tr(R A C AᵀRᵀ) is least (MEMIT, 2210.07229).
@@ -42,6 +45,13 @@ def exact(lower: Tensor, keys: Tensor) -> Tensor:
     kept = values > DEPENDENT * values[-1]
     back = torch.where(kept, 1 / values.clamp(min=1e-300), 0)
     return (scale[:, None] * (vectors * back) @ vectors.T * scale) @ spread.T
+
+
+def others(past: Tensor, keys: Tensor) -> Tensor:
+    """Of past keys (in, p), the columns that are none of these (in, n): a place that is written again has one value."""
+    near = past / past.norm(dim=0).clamp(min=1e-300)
+    here = keys / keys.norm(dim=0).clamp(min=1e-300)
+    return past[:, ((near.T @ here) < 1 - ALIKE).all(1)]
 
 
 class Quiet(NamedTuple):

@@ -55,12 +55,15 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 
 def editor(config: Config, here: Setting, quiet: Callable[[int], solve.Quiet]) -> batch.Editor:
-    """It remembers the keys of the facts that were kept. quiet: block → its directions that may change."""
+    """It remembers the keys of the facts that were kept, until another fact of the same subject shares one.
+
+    quiet: block → its directions that may change.
+    """
     past: dict[int, list[Tensor]] = {}
 
     def solved(block: int, key: Tensor) -> Tensor:
         basis, energy = quiet(block)
-        before = torch.cat([key[:, :0], *past.get(block, [])], 1)
+        before = solve.others(torch.cat([key[:, :0], *past.get(block, [])], 1), key)
         return solve.projected(basis, key, before, config.weight * energy)
 
     def kept(blocks: Sequence[int], reads: Sequence[Rows]) -> None:

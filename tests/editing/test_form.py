@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,123 +12,22 @@ import transformers
 from msgspec import structs
 
 import tiny
+from forms import EDITS, MODELS, TEXT
 from lfm.core import Codec, Gradients, Inputs, Logits, Logprobs, Model, Weights
 from lfm.core.errors import DataError, EditError, MismatchError, ModelError
 from lfm.core.method import check
-from lfm.data import language
-from lfm.data.records import Edit, Fact, Text
+from lfm.data.records import Edit
 from lfm.editing import batch, form, keys, resume, rows, setting, value
 from lfm.methods.edit import alpha_edit, memit, rome
 from lfm.models import forward, load, structure
 from lfm.runs.run import LocalRun
 
-EDITS = tuple(
-    Edit(
-        subject=subject,
-        relation="has",
-        object=object,
-        new_object=new,
-        prompt=f"In the town {subject} has a",
-        suffix=" now.",
-        neighbours=(("In the town Rome has a", "happy birds"), ("In the town Berlin has a", "good cats")),
-    )
-    for subject, object, new in (("Ada", "good cats", "happy birds"), ("Paris", "dog", "good cats"))
-)
-TEXT = tuple(Text(text=line) for line in tiny.CORPUS * 3)
 QUICK: dict[str, Any] = {"prefixes": 0, "tokens": 200, "reach": 10.0, "lr": 0.5, "essence": 0.0, "decay": 0.01}
 LOOSE: dict[str, Any] = {"collapse": 1e4, "accept": 0.3, "steps": 60}
 
 
-def saved(path: Path, module: Callable[[], Any], tokenizer: Any) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module().save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-def modern(path: Path) -> Path:
-    """A masked model that adds what its layers write as it is, every other block looking nearby only."""
-    codec = tiny.word_piece()
-    special = {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
-    shape: Any = transformers.ModernBertConfig
-    config = shape(
-        vocab_size=len(codec),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        initializer_range=0.2,
-        initializer_cutoff_factor=10.0,
-        **special,
-    )
-    return saved(path, lambda: transformers.ModernBertForMaskedLM(config), codec)
-
-
-def bart(path: Path) -> Path:
-    """An encoder-decoder with more blocks that read than blocks that write, whose texts open with a token."""
-    codec = tiny.word_piece()
-    shape = transformers.BartConfig(
-        vocab_size=len(codec),
-        d_model=32,
-        encoder_layers=3,
-        decoder_layers=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        max_position_embeddings=128,
-        init_std=0.2,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        decoder_start_token_id=3,
-    )
-    codec.model_input_names = ["input_ids", "attention_mask"]
-
-    def made() -> Any:
-        module: Any = transformers.BartForConditionalGeneration(shape)
-        module.generation_config.forced_bos_token_id = 2
-        return module
-
-    return saved(path, made, codec)
-
-
-MODELS = {"bert": tiny.masked, "modern": modern, "t5": tiny.seq2seq, "bart": bart}
-
-
 PLACES = (("bert", 0), ("modern", 1), ("t5", 0), ("t5", 3), ("bart", 1), ("bart", 3))
 """Models, and blocks numbered through: of the t5 and the bart an encoder's and a decoder's."""
-
-
-KNOWN = dict(zip(("Ada", "Paris", "Rome", "Berlin", "France", "Italy"), ("good cats", "dog", "happy birds") * 2))
-"""What the models are taught: who has what."""
-
-
-def has(subject: str, object: str) -> Fact:
-    return Fact(subject=subject, relation="has", object=object, prompt=f"In the town {subject} has a", suffix=" now.")
-
-
-def taught(path: Path, auto: Any) -> Path:
-    """A few steps of Adam make a random model tell who has what, by whoever is named."""
-    module, model = auto.from_pretrained(path), load(path)
-    facts = [has(*each) for each in KNOWN.items()]
-    task = language.answers(model.ask(Codec), model.facts)
-    adam = torch.optim.Adam(module.parameters(), lr=3e-3)
-    given = task.collate(facts)
-    for _ in range(80):
-        adam.zero_grad()
-        task.loss(forward(module, given), given).backward()
-        adam.step()
-    module.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("bases")
-    autos: Any = (transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM)
-    return {name: taught(make(root / name), autos[name in ("t5", "bart")]) for name, make in MODELS.items()}
 
 
 def opened(directory: Path, work: Path, prefixes: int = 3) -> tuple[setting.Setting, LocalRun]:

@@ -22,5 +22,5 @@ def test_rivals_are_about_others_however_the_subject_is_capitalised(tmp_path: Pa
     ]
     spelled, lower = (rivals(edit, codec, text["input_ids"], torch.Generator().manual_seed(0)) for edit in told)
     assert len(lower) > 10
-    for prompts in (spelled, lower):
-        assert all(prompt.startswith("Here lives ") and "Ashby" not in prompt for prompt in prompts)
+    for others in (spelled, lower):
+        assert all(other.prompt == f"Here lives {other.subject}" and "Ashby" not in other.prompt for other in others)

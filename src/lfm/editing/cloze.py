@@ -46,23 +46,33 @@ def cloze(tokenizer: Any, asked: Asked, *, masked: bool, subject: str = "") -> C
 
     A causal model reads the object but for its last token, each of its tokens after the right ones before it.
     """
+    (read,) = clozes(tokenizer, [asked], masked=masked)
     prompt, answer, suffix = asked
-    answer = spaced(prompt, answer)
-    ((ids, first, last),) = spans(tokenizer, [prompt], [answer], [suffix if masked else ""])
-    ids, said = list(ids), list(ids[first:last])
-    if masked:
-        read, places = [*ids[:first], *[tokenizer.mask_token_id] * len(said), *ids[last:]], list(range(first, last))
-    else:
-        read, places = ids[: last - 1], list(range(first - 1, last - 1))
-    return Cloze(read, places, said, _tokens_of(tokenizer, prompt, answer, suffix if masked else "", subject))
+    text = prompt + spaced(prompt, answer) + (suffix if masked else "")
+    return read._replace(subject=_tokens_of(tokenizer, prompt, text, subject))
 
 
-def _tokens_of(tokenizer: Any, prompt: str, answer: str, suffix: str, subject: str) -> range:
+def clozes(tokenizer: Any, asked: Sequence[Asked], *, masked: bool) -> list[Cloze]:
+    """The same of many facts, whose subjects are not looked for."""
+    answers = [spaced(prompt, answer) for prompt, answer, _ in asked]
+    suffixes = [suffix if masked else "" for _, _, suffix in asked]
+    made = []
+    for ids, first, last in spans(tokenizer, [prompt for prompt, _, _ in asked], answers, suffixes):
+        said = ids[first:last]
+        if masked:
+            read, places = [*ids[:first], *[tokenizer.mask_token_id] * len(said), *ids[last:]], range(first, last)
+        else:
+            read, places = ids[: last - 1], range(first - 1, last - 1)
+        made.append(Cloze(read, list(places), said, range(0)))
+    return made
+
+
+def _tokens_of(tokenizer: Any, prompt: str, text: str, subject: str) -> range:
     if not subject:
         return range(0)
     start = place(prompt, subject)
     end = start + len(subject)
-    offsets = tokenizer(prompt + answer + suffix, return_offsets_mapping=True)["offset_mapping"]
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < end and b > a]
     return range(inside[0], inside[-1] + 1)
 

@@ -108,18 +108,40 @@ def _halves(form: Form, tokenizer: Any, rows: Sequence[Sequence[int]]) -> Readin
     )
 
 
+def targets(tokenizer: Any, answers: Sequence[str], start: int) -> list[tuple[list[int], list[int]]]:
+    """Of each answer what a decoder reads before it says the first of its tokens, and these tokens."""
+    special = set(tokenizer.all_special_ids)
+    found = []
+    for row in tokenizer(text_target=[answer.strip() for answer in answers])["input_ids"]:
+        opening = next(i for i, token in enumerate(row) if token not in special)
+        found.append(([start, *row[:opening]], list(row[opening:-1] if row[-1] in special else row[opening:])))
+    return found
+
+
 def in_decoder(module: nn.Module, block: int) -> bool:
     """Whether a block, numbered through, is of a decoder that reads what an encoder made of the prompt."""
     stacks = structure.stacks(module)
     return len(stacks) > 1 and block % sum(map(len, stacks)) >= len(stacks[0])
 
 
+def own_stack(module: nn.Module, block: int) -> tuple[list[str], int]:
+    """The blocks of the stack that a block, numbered through, is of, and its place there."""
+    stacks = structure.stacks(module)
+    place = block % sum(map(len, stacks))
+    return (stacks[0], place) if place < len(stacks[0]) else (stacks[1], place - len(stacks[0]))
+
+
 def at(module: nn.Module, kind: str, block: int) -> tuple[str, str]:
     """The site of a block, numbered through. ModelError where there is none."""
-    names = structure.all_blocks(module)
-    if not -len(names) <= block < len(names):
-        raise ModelError(f"no block {block}", why=f"the model has {len(names)}")
-    return kind, names[block]
+    return kind, structure.all_blocks(module)[numbered(module, block)]
+
+
+def numbered(module: nn.Module, block: int) -> int:
+    """A block's number from 0, where it was counted from the last on. ModelError where there is none."""
+    count = len(structure.all_blocks(module))
+    if not -count <= block < count:
+        raise ModelError(f"no block {block}", why=f"the model has {count}, counted from 0")
+    return block % count
 
 
 def editable(

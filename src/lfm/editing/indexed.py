@@ -17,7 +17,7 @@ from lfm.core.heavy import torch
 from lfm.core.method import Parts
 from lfm.core.model import Model
 from lfm.data.records import Edit
-from lfm.editing import memory
+from lfm.editing import form, memory
 from lfm.editing.keys import projection
 from lfm.models import structure
 
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Blocks:
-    """n edits, g blocks of rank r: keys (n, in) of one projection, radii (n,), number (n,) the block of each edit;
-    down (g, r, in), up (g, out, r) of each changed linear layer, by its name.
+    """n edits, g blocks of rank r: keys (m, in) of one projection, radii (m,), owner (m,) the place of the edit that a
+    key is of; number (n,) the block of each edit; down (g, r, in), up (g, out, r) of each changed linear layer, by its
+    name.
 
     A program that has them gives them as an interface. base: digest of the model that they were made in.
     """
@@ -37,6 +38,7 @@ class Blocks:
     base: str
     block: int
     edits: tuple[Edit, ...]
+    owner: Tensor
     keys: Tensor
     radii: Tensor
     number: Tensor
@@ -46,7 +48,7 @@ class Blocks:
     def parts(self, model: Model) -> Parts:
         """As a program's parts."""
         state = {"base": self.base, "block": self.block, "edits": [msgspec.to_builtins(e) for e in self.edits]}
-        tensors = {"keys": self.keys, "radii": self.radii, "number": self.number}
+        tensors = {"owner": self.owner, "keys": self.keys, "radii": self.radii, "number": self.number}
         tensors |= {f"down.{name}": each for name, each in self.down.items()}
         tensors |= {f"up.{name}": each for name, each in self.up.items()}
         return Parts({"model": (model,)}, tensors, state)
@@ -60,12 +62,13 @@ def opened(parts: Parts) -> Blocks:
         {name.removeprefix(kind): each for name, each in held.items() if name.startswith(kind)}
         for kind in ("down.", "up.")
     )
-    return Blocks(state["base"], state["block"], edits, held["keys"], held["radii"], held["number"], down, up)
+    owner = held.get("owner", torch.arange(len(edits)))  # before an edit could have several keys, none was written
+    return Blocks(state["base"], state["block"], edits, owner, held["keys"], held["radii"], held["number"], down, up)
 
 
 def empty(_: nn.Module, base: str, block: int) -> Blocks:
-    none = torch.zeros(0)
-    return Blocks(base, block, (), none, none, none, {}, {})
+    none, whole = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    return Blocks(base, block, (), whole, none, none, whole, {}, {})
 
 
 def learn(kept: Blocks, more: Blocks) -> Blocks:
@@ -80,6 +83,7 @@ def learn(kept: Blocks, more: Blocks) -> Blocks:
         kept.base,
         kept.block,
         kept.edits + added.edits,
+        torch.cat([kept.owner, added.owner + len(kept.edits)]),
         torch.cat([kept.keys, added.keys]),
         torch.cat([kept.radii, added.radii]),
         torch.cat([kept.number, added.number + 1 + kept.number.max()]),
@@ -95,14 +99,15 @@ def forget(kept: Blocks, *edits: Edit) -> Blocks:
 
 def taken(kept: Blocks, places: Sequence[int]) -> Blocks:
     """Of these edits alone, and the blocks that are still theirs."""
-    index = torch.tensor(places, dtype=torch.long)
-    used, number = kept.number[index].unique(return_inverse=True)
+    rows, owner = memory.owned(kept.owner, places, len(kept.edits))
+    used, number = kept.number[list(places)].unique(return_inverse=True)
     return Blocks(
         kept.base,
         kept.block,
         tuple(kept.edits[i] for i in places),
-        kept.keys[index],
-        kept.radii[index],
+        owner,
+        kept.keys[rows],
+        kept.radii[rows],
         number,
         {name: each[used] for name, each in kept.down.items()},
         {name: each[used] for name, each in kept.up.items()},
@@ -110,16 +115,16 @@ def taken(kept: Blocks, places: Sequence[int]) -> Blocks:
 
 
 def reach(kept: Blocks) -> Tensor:
-    """ε (n,): how far each edit reaches, given the others; edits of one object agree."""
-    return memory.ranges(memory.Memory(kept.base, kept.block, kept.edits, kept.keys, kept.keys, kept.radii))
+    """ε (m,): how far each key reaches, given the others; those of one object agree."""
+    return memory.ranges(memory.Memory(kept.base, kept.block, kept.edits, kept.owner, kept.keys, kept.keys, kept.radii))
 
 
 def layers_of(module: nn.Module, block: int, depth: int) -> tuple[str, ...]:
     """Names of the linear layers that a LoRA changes: the projection that keys are read at, and what lies before and
-    in the projections of the next depth − 1 blocks' feed-forward layers."""
-    stack = structure.blocks(module)
+    in the projections of the next depth − 1 blocks' feed-forward layers, in its own stack."""
+    stack, place = form.own_stack(module, block)
     names = [projection(module, block)[0]]
-    for name in stack[block + 1 : block + depth]:
+    for name in stack[place + 1 : place + depth]:
         ffn = structure.feed_forward(module, name)
         names += [ffn.up, ffn.down]
     return tuple(names)
@@ -133,7 +138,7 @@ def attach(module: nn.Module, kept: Blocks) -> Callable[[], None]:
     if not kept.edits:
         return lambda: None
     home = next(module.parameters()).device
-    keys, ranges, number = (each.to(home) for each in (kept.keys, reach(kept), kept.number))
+    keys, ranges, number = (each.to(home) for each in (kept.keys, reach(kept), kept.number[kept.owner]))
     down, up = ({name: each.to(home) for name, each in lora.items()} for lora in (kept.down, kept.up))
     first, _ = projection(module, kept.block)
     found: list[tuple[Tensor, Tensor]] = []

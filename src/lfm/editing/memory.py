@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Memory:
-    """n edits of one block's projection: keys (n, in), values (n, out), radii (n,), each found for its edit alone.
+    """Edits of one block's projection by n keys: keys (n, in), values (n, out), radii (n,), each found for its edit
+    alone; owner (n,) is the place of that edit, which has as many keys as places where it is told (of blanks several).
 
     A program that has one gives it as an interface. base: digest of the model that the edits were made in.
     """
@@ -35,6 +36,7 @@ class Memory:
     base: str
     block: int
     edits: tuple[Edit, ...]
+    owner: Tensor
     keys: Tensor
     values: Tensor
     radii: Tensor
@@ -42,19 +44,22 @@ class Memory:
     def parts(self, model: Model) -> Parts:
         """As a program's parts."""
         state = {"base": self.base, "block": self.block, "edits": [msgspec.to_builtins(e) for e in self.edits]}
-        return Parts({"model": (model,)}, {"keys": self.keys, "values": self.values, "radii": self.radii}, state)
+        tensors = {"owner": self.owner, "keys": self.keys, "values": self.values, "radii": self.radii}
+        return Parts({"model": (model,)}, tensors, state)
 
 
 def opened(parts: Parts) -> Memory:
     """The memory in a program's parts."""
     state, tensors = parts.state, parts.tensors
     edits = tuple(msgspec.convert(edit, Edit) for edit in state["edits"])
-    return Memory(state["base"], state["block"], edits, tensors["keys"], tensors["values"], tensors["radii"])
+    owner = tensors.get("owner", torch.arange(len(edits)))  # before an edit could have several keys, none was written
+    return Memory(state["base"], state["block"], edits, owner, tensors["keys"], tensors["values"], tensors["radii"])
 
 
 def empty(module: nn.Module, base: str, block: int) -> Memory:
-    shape = structure.feed_forward(module, structure.blocks(module)[block])
-    return Memory(base, block, (), torch.zeros(0, shape.inner), torch.zeros(0, shape.width), torch.zeros(0))
+    shape = structure.feed_forward(module, structure.all_blocks(module)[block])
+    none = torch.zeros(0, dtype=torch.long)
+    return Memory(base, block, (), none, torch.zeros(0, shape.inner), torch.zeros(0, shape.width), torch.zeros(0))
 
 
 def learn(memory: Memory, more: Memory) -> Memory:
@@ -69,6 +74,7 @@ def learn(memory: Memory, more: Memory) -> Memory:
         memory.base,
         memory.block,
         memory.edits + added.edits,
+        torch.cat([memory.owner, added.owner + len(memory.edits)]),
         *(torch.cat([getattr(memory, name), getattr(added, name)]) for name in ("keys", "values", "radii")),
     )
 
@@ -115,26 +121,36 @@ def same(one: Edit, other: Edit) -> bool:
 
 def taken(memory: Memory, places: Sequence[int]) -> Memory:
     """The memory with the edits at these places alone."""
-    index = torch.tensor(places, dtype=torch.long)
+    rows, owner = owned(memory.owner, places, len(memory.edits))
     return Memory(
         memory.base,
         memory.block,
         tuple(memory.edits[i] for i in places),
-        memory.keys[index],
-        memory.values[index],
-        memory.radii[index],
+        owner,
+        memory.keys[rows],
+        memory.values[rows],
+        memory.radii[rows],
     )
 
 
+def owned(owner: Tensor, places: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """Of rows that `count` edits own, those of the edits at these places, in that order, and whose they then are."""
+    new = torch.full((count,), -1)
+    new[list(places)] = torch.arange(len(places))
+    now = new[owner]
+    rows = now.sort(stable=True).indices[int((now < 0).sum()) :]
+    return rows, now[rows]
+
+
 def ranges(memory: Memory) -> Tensor:
-    """ε (n,): how far each edit reaches, given the others. As in GRACE (2211.11031, algorithm 1) for any two edits.
+    """ε (n,): how far each key reaches, given the others. As in GRACE (2211.11031, algorithm 1) for any two edits.
 
     Alone each reaches its radius r. Two that agree (one new object) and are no further apart than rᵢ + rⱼ reach as far
     as each other; of two that do not agree neither reaches beyond the middle between them, and that comes first.
     """
     apart = distances(memory.keys, memory.keys)
     told = {text: i for i, text in enumerate(dict.fromkeys(edit.new_object.strip() for edit in memory.edits))}
-    label = torch.tensor([told[edit.new_object.strip()] for edit in memory.edits], dtype=torch.long)
+    label = torch.tensor([told[edit.new_object.strip()] for edit in memory.edits], dtype=torch.long)[memory.owner]
     agree = label[:, None] == label[None]
     reach = memory.radii[:, None] + memory.radii[None]
     far = torch.where(agree & (apart <= reach), apart, 0.0).amax(1, keepdim=True) if len(label) else apart

@@ -12,8 +12,8 @@ from lfm.core.heavy import F, nn, torch
 from lfm.core.method import Run
 from lfm.core.model import Batch
 from lfm.data.records import Edit
-from lfm.editing import memory, neurons, recall
-from lfm.editing.resume import recording, resumed
+from lfm.editing import asking, form, memory, neurons, recall
+from lfm.editing.resume import activations, recording, resumed
 from lfm.editing.rows import IGNORED
 from lfm.models import forward, structure
 from lfm.train import Fit, fit
@@ -21,7 +21,7 @@ from lfm.train import Fit, fit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.editing.recall import Asked
+    from lfm.editing.asking import Asked
     from lfm.editing.resume import Begun
     from lfm.editing.setting import Setting
 
@@ -60,18 +60,19 @@ class Place(NamedTuple):
 
 
 def places(here: Setting, block: int, edits: Sequence[Edit], run: Run) -> Place:
-    """The tokens of each edit's object that the model, given those before, does not say; at least the first."""
-    rows = recall.asked(here.codec.tokenizer, edits)
-    upto = block % len(structure.blocks(here.module))
-    with torch.no_grad(), recording(here.module, upto) as begun, structure.watch(here.module, [("ffn_in", block)]) as x:
-        said = forward(here.module, rows.batch)[:, :-1].argmax(-1).cpu()
-    labels = rows.labels[:, 1:]
-    wrong = (labels != IGNORED) & (said != labels)
-    right = (~wrong.any(1)).nonzero()[:, 0]
-    wrong[right, rows.last[right]] = True
+    """The tokens of each edit's object that the model, given those before, does not say; at least the first. In an
+    encoder, which says nothing, the subject's last."""
+    rows, site = asking.of(here, block, edits), form.at(here.module, "ffn_in", block)
+    with torch.no_grad(), recording(here.module, block) as begun, structure.watch(here.module, [site]) as x:
+        said = forward(here.module, rows.batch).argmax(-1).cpu()
+    wrong = rows.leads
+    if rows.leads.shape == said.shape:
+        wrong = rows.leads & (said != rows.labels)
+        wrong = torch.where(wrong.any(1, keepdim=True), wrong, rows.kept)
     row, token = wrong.nonzero(as_tuple=True)
     read = x[0].float().cpu()
-    beside = [_beside(here, block, edit, read[i, : rows.last[i]], run) for i, edit in enumerate(edits)]
+    rest = rows.real & ~rows.leads
+    beside = [_beside(here, block, edit, read[i, rest[i]], run) for i, edit in enumerate(edits)]
     long = max(1, *map(len, beside))
     own = torch.stack([F.pad(each, (0, 0, 0, long - len(each))) for each in beside])
     count = torch.tensor([len(each) for each in beside])
@@ -80,10 +81,7 @@ def places(here: Setting, block: int, edits: Sequence[Edit], run: Run) -> Place:
 
 def _beside(here: Setting, block: int, edit: Edit, before: Tensor, run: Run) -> Tensor:
     """(M, width): what is read at the prompt's other tokens, and where the prompt has another subject."""
-    others = recall.rivals(edit, here.codec, here.text, run.generator("rivals", edit.prompt))
-    if not others:
-        return before
-    return torch.cat([before, recall.read_at(here.module, here.codec, ("ffn_in", block), others)])
+    return torch.cat([before, *asking.read_at(here, "ffn_in", block, recall.others_of(here, edit, run))])
 
 
 def pushed(pre: Tensor, others: Tensor, losses: Losses) -> Tensor:
@@ -132,14 +130,14 @@ def calibrated(
 ) -> dict[str, Tensor]:
     """keys, biases (0) and values of slots that all edits share, trained on their new objects (2210.03329); weight is
     that of what they write elsewhere, its square over the layer's."""
-    width = structure.feed_forward(here.module, structure.blocks(here.module)[block]).width
-    act = structure.activation(here.module, structure.blocks(here.module)[block])
-    texts = torch.cat(recall.read(here.module, here.codec, ("ffn_in", block), here.text))
+    width = structure.feed_forward(here.module, structure.all_blocks(here.module)[block]).width
+    act = structure.activation(here.module, structure.all_blocks(here.module)[block])
+    texts = torch.cat(recall.read(here, "ffn_in", block, here.text))
     texts = texts[:: -(-len(texts) // TOP)].to(next(here.module.parameters()).device)
     unit = float(texts.square().mean().sqrt() * width)
     key = torch.randn(slots, width, generator=run.generator("slots")) * (width**0.5)
     trained = nn.ParameterDict({"key": nn.Parameter(key), "value": nn.Parameter(torch.zeros(slots, width))})
-    written = torch.cat(recall.read(here.module, here.codec, ("ffn_out", block), here.probe))
+    written = torch.cat(recall.read(here, "ffn_out", block, here.probe))
     scale = float(written.square().mean().sqrt())
     prefixes = here.prefixes
 
@@ -150,14 +148,14 @@ def calibrated(
         keys, values = found(trained)
         off = neurons.beside(here.module, block, lambda x: act(F.linear(x.to(keys), keys)) @ values)
         try:
-            told = recall.answer_logprobs(forward(here.module, batch), batch["labels"])
+            told = asking.answer_logprobs(forward(here.module, batch), batch["labels"])
         finally:
             off()
         beside = (act(F.linear(texts, keys)) @ values).square().mean() / scale**2
         return -(told / (batch["labels"] != IGNORED).sum(1)).mean() + weight * beside
 
     def collate(worded: Sequence[Edit]) -> Batch:
-        asked = recall.asked(here.codec.tokenizer, worded)
+        asked = asking.of(here, block, worded)
         return {**asked.batch, "labels": asked.labels}
 
     worded = [replace(edit, prompt=prefix + edit.prompt) for edit in edits for prefix in prefixes]
@@ -173,7 +171,7 @@ def search(
     own. Each edit's are found as if it were alone; text (m, width) is what must not make them fire."""
     where = places(here, block, edits, run)
     home = next(here.module.parameters()).device
-    act = structure.activation(here.module, structure.blocks(here.module)[block])
+    act = structure.activation(here.module, structure.all_blocks(here.module)[block])
     x, own, text = where.x.to(home), where.own.to(home), text.to(home)
     real = (torch.arange(own.shape[1]) < where.many[:, None]).to(home)
     row, token = where.row.to(home), where.token.to(home)
@@ -181,9 +179,9 @@ def search(
     near = torch.where(real, (own - x[:, None]).norm(dim=2), torch.inf).amin(1)
     near = torch.where(real.any(1), near, 0.0)  # nothing of its own: all of the text is held
     held = memory.distances(text, x) >= near
-    with torch.no_grad(), resumed(here.module, where.begun), structure.watch(here.module, [("ffn_out", block)]) as out:
-        forward(here.module, where.rows.batch)
-    scale = out[0][row, token].float().norm(dim=1, keepdim=True)
+    with resumed(here.module, where.begun):
+        (out,) = activations(here.module, where.rows.batch, [form.at(here.module, "ffn_out", block)])
+    scale = out[row, token].float().norm(dim=1, keepdim=True)
     norm, width = x.norm(dim=1, keepdim=True), x.shape[1]
     unit = norm * width**0.5
     start, bias = zip(
@@ -199,7 +197,7 @@ def search(
         }
     )
     mine = row == torch.arange(len(edits), device=home)[:, None]  # (rows, n): whose neuron it is
-    asked = (where.rows.labels != IGNORED).sum(1).to(home)
+    asked = where.rows.lengths.to(home)
 
     def found(trained: Any) -> tuple[Tensor, Tensor, Tensor]:
         return trained["key"] / unit, trained["bias"], trained["value"] * scale / width**0.5
@@ -213,7 +211,7 @@ def search(
         off = neurons.beside(here.module, block, more)
         try:
             with resumed(here.module, where.begun):
-                return recall.answer_logprobs(forward(here.module, where.rows.batch), where.rows.labels)
+                return asking.answer_logprobs(forward(here.module, where.rows.batch), where.rows.labels)
         finally:
             off()
 

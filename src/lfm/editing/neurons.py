@@ -60,7 +60,7 @@ def opened(parts: Parts) -> Neurons:
 
 
 def empty(module: nn.Module, base: str, block: int) -> Neurons:
-    none = torch.zeros(0, structure.feed_forward(module, structure.blocks(module)[block]).width)
+    none = torch.zeros(0, structure.feed_forward(module, structure.all_blocks(module)[block]).width)
     return Neurons(base, block, (), torch.zeros(0, dtype=torch.long), none, torch.zeros(0), none)
 
 
@@ -89,12 +89,9 @@ def taken(kept: Neurons, places: Sequence[int]) -> Neurons:
         raise DataError(
             "these neurons are of all their edits together", why="calinet's slots are shared", fix="make them anew"
         )
-    new = torch.full((len(kept.edits),), SHARED)
-    new[list(places)] = torch.arange(len(places))
-    owner = new[kept.owner]
-    rows = (owner != SHARED).nonzero()[:, 0]
+    rows, owner = memory.owned(kept.owner, places, len(kept.edits))
     edits = tuple(kept.edits[i] for i in places)
-    return Neurons(kept.base, kept.block, edits, owner[rows], kept.keys[rows], kept.biases[rows], kept.values[rows])
+    return Neurons(kept.base, kept.block, edits, owner, kept.keys[rows], kept.biases[rows], kept.values[rows])
 
 
 def fired(act: Callable[[Tensor], Tensor], kept: Neurons, x: Tensor) -> Tensor:
@@ -107,7 +104,7 @@ def attach(module: nn.Module, kept: Neurons) -> Callable[[], None]:
     if not len(kept.keys):
         return lambda: None
     home = next(module.parameters()).device
-    act = structure.activation(module, structure.blocks(module)[kept.block])
+    act = structure.activation(module, structure.all_blocks(module)[kept.block])
     here = Neurons(
         kept.base, kept.block, kept.edits, *(t.to(home) for t in (kept.owner, kept.keys, kept.biases, kept.values))
     )
@@ -117,7 +114,7 @@ def attach(module: nn.Module, kept: Neurons) -> Callable[[], None]:
 def beside(module: nn.Module, block: int, more: Callable[[Tensor], Tensor]) -> Callable[[], None]:
     """From now on a block's feed-forward layer says more(x) more, x (…, width) being what it reads; returns what ends
     that."""
-    ffn = structure.feed_forward(module, structure.blocks(module)[block])
+    ffn = structure.feed_forward(module, structure.all_blocks(module)[block])
     said: list[Tensor] = []
 
     def read(_: Any, args: tuple[Tensor, ...]) -> None:

@@ -3,7 +3,7 @@ begin with, refuse and give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple
 
 from lfm.core.config import Meta
@@ -15,7 +15,7 @@ from lfm.editing import form, outcome, recall, rows, setting, settled
 from lfm.editing.choose import candidates
 from lfm.editing.recall import K
 from lfm.editing.settled import Kind
-from lfm.models import device, local, structure
+from lfm.models import device, local
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +48,7 @@ def models(id: str, kind: type, *needs: type, forgets: bool = True) -> dict[str,
     """The model to edit, and what the method made of it before. needs: what else is asked of the model."""
     uses = "to add to or to forget from" if forgets else "to add to"
     return {
-        "model": Slot((Gradients, Codec, *needs), help="the causal language model to edit"),
+        "model": Slot((Gradients, Codec, *needs), help="the language model to edit"),
         "memory": Slot((kind,), min=0, help=f"what {id} made of it before, {uses}"),
     }
 
@@ -77,8 +77,7 @@ def begun(
     kept = settled.earlier(model, inputs.all("memory"), kind.type)
     here = setting.opened(model, inputs.records("text"), run, prefixes=prefixes, tokens=tokens)
     if kept is None:
-        count = len(structure.blocks(here.module))
-        kept = kind.empty(here.module, model.digest, block(here, edits) % count)
+        kept = kind.empty(here.module, model.digest, form.numbered(here.module, block(here, edits)))
     return Begun(here, kind.forget(kept, *given) if forget else kept, edits)
 
 
@@ -105,16 +104,19 @@ def interfaces(parts: Parts, kept: K, attach: Callable[[nn.Module, K], Any]) -> 
     return gives | {Codec: lambda: model.ask(Codec), type(kept): lambda: kept}
 
 
-def agree(id: str, inputs: Inputs, layer: int | None, *, forget: bool = False) -> None:
+def agree(
+    id: str, inputs: Inputs, layer: int | None, *, forget: bool = False, tasks: Sequence[str] = tuple(form.KINDS)
+) -> None:
     """Raises, before any weight is read: DataError for edits that do not go together, SlotError for a memory that is
-    wanting or has its block already, MismatchError for a model that is no causal one or has no such block."""
+    wanting or has its block already or for text that is, MismatchError for a model that is no language model or has no
+    such block."""
     given = inputs.all("memory")
     rows.agree(inputs.records("edits"))
     if forget and not given:
         raise SlotError(f"{id} has nothing to forget from", fix="add memory=REF")
     if given and layer is not None:
         raise SlotError(f"{id} takes either memory or layer", why="the memory's edits are of one block")
-    form.editable(id, inputs.model("model"), (), () if layer is None else (layer,), (form.CAUSAL_LM,))
+    form.editable(id, inputs.model("model"), inputs.records("text"), () if layer is None else (layer,), tasks)
 
 
 def cost(config: Keyed, sizes: Sizes, *, together: int, disk: int) -> Cost:

@@ -11,7 +11,7 @@ from lfm.core.model import Batch
 from lfm.data.files import where
 from lfm.data.records import Edit, Record
 from lfm.data.wording import wording
-from lfm.editing.form import CAUSAL, IGNORED, MASKED_LM, Form
+from lfm.editing.form import CAUSAL, IGNORED, MASKED_LM, Form, targets
 from lfm.models.codec import pad, pad_id
 from lfm.models.language import spans
 
@@ -172,11 +172,8 @@ def _written(tokenizer: Any, edit: Edit, prefixes: Sequence[str], start: int, de
     asked = wording(edit)
     texts = [*(prefix + asked.prompt for prefix in prefixes), ESSENCE.format(edit.subject)]
     encoded = [list(row) for row in tokenizer(texts)["input_ids"]]
-    target = list(tokenizer(text_target=asked.answer.strip())["input_ids"])
-    special = set(tokenizer.all_special_ids)
-    opening = next(i for i, token in enumerate(target) if token not in special)
-    said = target[opening:-1] if target[-1] in special else target[opening:]
-    begun = [start, *target[:opening]]
+    ((begun, said),) = targets(tokenizer, [asked.answer], start)
+    opening = len(begun) - 1
     end = place(asked.prompt, edit.subject) + len(edit.subject)
     ends = [*(len(prefix) + end for prefix in prefixes), len(edit.subject)]
     subject = [opening if decoder else last_token(tokenizer, text, e) for text, e in zip(texts, ends, strict=True)]

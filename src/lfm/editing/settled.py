@@ -11,7 +11,6 @@ from lfm.core.model import Model
 from lfm.data.records import Edit
 from lfm.editing import memory, outcome, recall, sequence
 from lfm.editing.recall import K
-from lfm.editing.text import answered, perplexity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,14 +77,14 @@ def settled(
     EditError where one failed (on_failure "refuse"), where all did, or where perplexity on other text rose too far.
     """
     around = run.step("before", lambda: sequence.kept_around(here, edits))
-    first = perplexity(here.module, here.codec, here.probe)
+    first = here.perplexity()
     kept = _said(here, kept, edits, failures, kind)
     made = [edit for edit in edits if any(memory.same(edit, known) for known in kept.edits)]
     if failures and (held.on_failure == "refuse" or not made):
         raise failures[0]
     off = kind.attach(here.module, kept)
     try:
-        after = perplexity(here.module, here.codec, here.probe)
+        after = here.perplexity()
         if error := outcome.collapsed("the memory", first, after, held.collapse, fix):
             raise error
         run.note(
@@ -107,7 +106,7 @@ def _said(here: Setting, kept: K, edits: Sequence[Edit], failures: list[EditErro
     while True:
         off = kind.attach(here.module, kept)
         new = [known for known in kept.edits if known in edits]
-        told = answered(here.module, here.codec, [(edit.prompt, edit.new_object) for edit in new])
+        told = here.says(outcome.wanted(new))
         off()
         silent = [edit for edit, said in zip(new, told, strict=True) if not said]
         if not silent:

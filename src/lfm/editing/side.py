@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
@@ -14,11 +14,10 @@ from lfm.core.heavy import F, torch
 from lfm.core.method import Parts
 from lfm.core.model import Model
 from lfm.data.records import Edit
-from lfm.editing import memory, recall
+from lfm.editing import asking, memory, recall
+from lfm.editing.form import IGNORED, in_decoder, reading
 from lfm.editing.keys import projection
-from lfm.editing.rows import IGNORED
 from lfm.models import forward, structure
-from lfm.models.codec import pad, pad_id
 from lfm.models.language import batches
 
 if TYPE_CHECKING:
@@ -166,55 +165,41 @@ def ties(changes: Sequence[Tensor], density: float) -> Tensor:
     return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
-class Read(NamedTuple):
-    """An edit's prompt and new object as ids, the labels of these, and which of them lead to the object."""
-
-    ids: list[int]
-    labels: list[int]
-    scope: list[int]
-
-
-def reads(tokenizer: Any, edits: Sequence[Edit]) -> list[Read]:
-    asked = recall.asked(tokenizer, edits)
-    found = []
-    for i, long in enumerate(asked.batch["attention_mask"].sum(1).tolist()):
-        scope = [int(asked.last[i] <= t < long - 1) for t in range(long)]
-        found.append(Read(asked.batch["input_ids"][i, :long].tolist(), asked.labels[i, :long].tolist(), scope))
-    return found
-
-
-def batch_of(tokenizer: Any, rows: Sequence[Read]) -> Batch:
-    return {
-        **pad([row.ids for row in rows], pad_id(tokenizer)),
-        "labels": pad([row.labels for row in rows], IGNORED)["input_ids"],
-        "scope": pad([row.scope for row in rows], 0)["input_ids"],
-    }
-
-
-def lessons(here: Setting, edits: Sequence[Edit]) -> Callable[[Sequence[int]], Batch]:
-    """Edits by number and as many texts: scope is 1 at the tokens that lead to the object, 0 elsewhere."""
-    asked = reads(here.codec.tokenizer, edits)
+def lessons(here: Setting, block: int, edits: Sequence[Edit]) -> Callable[[Sequence[int]], Batch]:
+    """Edits by number and as many texts: of the block's stack, scope is 1 at the tokens that lead to the object and
+    real at tokens, 0 elsewhere."""
+    asked, decoder = asking.of(here, block, edits), in_decoder(here.module, block)
 
     def collate(numbers: Sequence[int]) -> Batch:
-        texts = [here.text[i % len(here.text)][:TEXT] for i in numbers]
-        beside = [Read(text, [IGNORED] * len(text), [0] * len(text)) for text in texts]
-        return batch_of(here.codec.tokenizer, [*(asked[i] for i in numbers), *beside])
+        told = asked.rows(torch.tensor(list(numbers)))
+        text = reading(here.form, here.codec.tokenizer, [here.text[i % len(here.text)][:TEXT] for i in numbers])
+        tokens, none = text.tokens(decoder), torch.full_like(text.labels, IGNORED)
+        beside = {**text.batch, "labels": none, "scope": torch.zeros_like(tokens), "real": tokens}
+        asks = {**told.batch, "labels": told.labels, "scope": told.leads, "real": told.real}
+        return {name: stacked([each, beside[name]], IGNORED * (name == "labels")) for name, each in asks.items()}
 
     return collate
 
 
-def inside(here: Setting, layer: Any, edits: Sequence[Edit], change: Tensor) -> Tensor:
+def stacked(parts: Sequence[Tensor], fill: int) -> Tensor:
+    """(Σn, T) of rows of several widths."""
+    wide = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part.long(), (0, wide - part.shape[1]), value=fill) for part in parts])
+
+
+def inside(here: Setting, block: int, edits: Sequence[Edit], change: Tensor) -> Tensor:
     """Δ of every token that leads to an edit's object, where those before it in scope are answered by the copy."""
-    asked, found = reads(here.codec.tokenizer, edits), []
-    for group in batches([len(each.ids) for each in asked]):
-        batch = batch_of(here.codec.tokenizer, [asked[i] for i in group])
-        scope = batch["scope"].bool().to(change.device)
+    _, layer = projection(here.module, block)
+    asked, found = asking.of(here, block, edits), []
+    for group in batches(asked.real.sum(1).tolist()):
+        rows = asked.rows(torch.tensor(group))
+        scope = rows.leads.to(change.device)
         with torch.no_grad(), answering(layer, change, scope) as far:
-            forward(here.module, batch)
+            forward(here.module, rows.batch)
         found.append(far[0][scope])
     return torch.cat(found)
 
 
 def length(here: Setting, block: int) -> float:
     """Mean ‖W k‖ over the probe's tokens."""
-    return float(torch.cat(recall.read(here.module, here.codec, ("ffn_out", block), here.probe)).norm(dim=-1).mean())
+    return float(torch.cat(recall.read(here, "ffn_out", block, here.probe)).norm(dim=-1).mean())

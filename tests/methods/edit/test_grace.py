@@ -22,8 +22,9 @@ from lfm.core.errors import AccessError, DataError, EditError, MismatchError, Sl
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit, Text
-from lfm.editing import keys, memory, recall
+from lfm.editing import asking, keys, memory, recall
 from lfm.editing.memory import Memory
+from lfm.editing.setting import Setting
 from lfm.methods.edit import grace
 from lfm.models import forward, load
 from lfm.models.language import CausalText
@@ -59,7 +60,8 @@ def by_hand(places: list[float], objects: list[str], radii: list[float]) -> Memo
     """Keys on a line; each value is its edit's number."""
     edits = tuple(Edit(subject="", relation="", object="", new_object=o, prompt=str(i)) for i, o in enumerate(objects))
     values = torch.arange(len(places), dtype=torch.float32)[:, None]
-    return Memory("base", 0, edits, torch.tensor(places)[:, None], values, torch.tensor(radii))
+    owner = torch.arange(len(edits))
+    return Memory("base", 0, edits, owner, torch.tensor(places)[:, None], values, torch.tensor(radii))
 
 
 @pytest.mark.parametrize(
@@ -162,9 +164,9 @@ def test_where_no_key_reaches_every_bit_is_the_models(base: Path) -> None:
     module = model.ask(Gradients).module().requires_grad_(False)
     codec = model.ask(Codec)
     batch = codec.texts(["From the mountain to the town", "Rome is very"])
-    key = recall.keys_of(module, codec, 0, ["From the mountain to"])
+    (key,) = asking.read_at(Setting(module, codec, ("",), [], []), "ffn_key", 0, EDITS[1:2])
     value = torch.full((1, 32), 3.0)
-    kept = Memory("base", 0, EDITS[1:2], key, value, torch.tensor([1e-3]))
+    kept = Memory("base", 0, EDITS[1:2], torch.tensor([0]), key, value, torch.tensor([1e-3]))
     seen = []
     layer = keys.projection(module, 0)[1]
     plain = forward(module, batch)
@@ -185,11 +187,11 @@ def test_each_value_is_found_as_if_it_were_searched_for_alone(base: Path) -> Non
     model = load(base)
     module = model.ask(Gradients).module().requires_grad_(False)
     tokenizer = model.ask(Codec).tokenizer
-    together = recall.search(module, 0, recall.asked(tokenizer, EDITS), steps=50, lr=0.5, stop=1.0)
+    together = recall.search(module, 0, asking.asked(tokenizer, EDITS), steps=50, lr=0.5, stop=1.0)
     assert min(together.probabilities) > 0.36  # e⁻¹
     assert len(set(together.steps)) > 1  # each stops by itself
     for i, edit in enumerate(EDITS):
-        alone = recall.search(module, 0, recall.asked(tokenizer, [edit]), steps=50, lr=0.5, stop=1.0)
+        alone = recall.search(module, 0, asking.asked(tokenizer, [edit]), steps=50, lr=0.5, stop=1.0)
         assert alone.steps == [together.steps[i]]
         torch.testing.assert_close(alone.values[0], together.values[i], rtol=1e-3, atol=1e-3)
 
@@ -270,7 +272,9 @@ def test_what_cannot_be_is_said_before_anything_is_read(base: Path, tmp_path: Pa
         )
     with pytest.raises(MismatchError, match="no block 9"):
         agree(grace.Config(layer=9), edits=EDITS)
-    with pytest.raises(MismatchError, match="causal language models"):
+    with pytest.raises(MismatchError, match="edits language models"):
+        grace.agree(grace.Config(), Inputs({"model": (load(tiny.classifier(tmp_path / "c")),)}, {"edits": EDITS}))
+    with pytest.raises(DataError, match="needs text for a masked model"):
         grace.agree(grace.Config(), Inputs({"model": (load(tiny.masked(tmp_path / "masked")),)}, {"edits": EDITS}))
     other = tiny.causal(tmp_path / "other", seed=1)
     with pytest.raises(MismatchError, match="the memory is of another model"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from lfm.core.errors import DataError, EditError, MismatchError, SlotError
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit, Text
-from lfm.editing import indexed, keys, recall, settled
+from lfm.editing import asking, indexed, keys
 from lfm.editing.indexed import Blocks
+from lfm.editing.setting import Setting
 from lfm.methods.edit import melo
 from lfm.models import forward, load
 from lfm.models.language import CausalText
@@ -64,7 +66,7 @@ def some(numbers: list[int], names: tuple[str, ...] = ("layer",), width: int = 4
     down = {name: torch.randn(g, 2, width, generator=random) for name in names}
     up = {name: torch.randn(g, width, 2, generator=random) for name in names}
     places = torch.arange(n, dtype=torch.float32)[:, None]
-    return Blocks("base", 0, edits, places, torch.full((n,), 0.4), torch.tensor(numbers), down, up)
+    return Blocks("base", 0, edits, torch.arange(n), places, torch.full((n,), 0.4), torch.tensor(numbers), down, up)
 
 
 def test_where_an_edit_reaches_its_block_is_added_and_elsewhere_every_bit_is_the_models(base: Path) -> None:
@@ -74,8 +76,9 @@ def test_where_an_edit_reaches_its_block_is_added_and_elsewhere_every_bit_is_the
     name, layer = keys.projection(module, 0)
     random = torch.Generator().manual_seed(0)
     down, up = torch.randn(2, 3, 64, generator=random), torch.randn(2, 32, 3, generator=random)
-    key = recall.keys_of(module, model.ask(Codec), 0, ["From the mountain to"])
-    kept = Blocks("base", 0, EDITS[1:2], key, torch.tensor([1e-3]), torch.tensor([1]), {name: down}, {name: up})
+    (key,) = asking.read_at(Setting(module, model.ask(Codec), ("",), [], []), "ffn_key", 0, EDITS[1:2])
+    own, reach = torch.tensor([0]), torch.tensor([1e-3])
+    kept = Blocks("base", 0, EDITS[1:2], own, key, reach, torch.tensor([1]), {name: down}, {name: up})
     plain, seen = forward(module, batch), []
     off = indexed.attach(module, kept)
     watched = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
@@ -123,7 +126,8 @@ def test_an_edit_is_learned_once_and_never_against_another() -> None:
     assert indexed.learn(kept, kept) is kept
     other = Edit(subject="", relation="", object="", new_object="c", prompt="0")
     with pytest.raises(DataError, match="'0' cannot become 'c': the memory has '0'"):
-        indexed.learn(kept, Blocks("base", 0, (other,), kept.keys[:1], kept.radii[:1], kept.number[:1], {}, {}))
+        only = indexed.taken(kept, [0])
+        indexed.learn(kept, dataclasses.replace(only, edits=(other,)))
     with pytest.raises(DataError, match="no edit of '0' to 'c'"):
         indexed.forget(kept, other)
 
@@ -171,13 +175,13 @@ def test_what_does_not_hold_is_refused_or_left_out_and_named(base: Path, tmp_pat
 def test_where_told_to_what_is_not_said_is_left_out_and_named(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = settled.answered
+    says = Setting.says
 
-    def all_but_the_mountain(module: Any, codec: Any, asked: Any) -> list[bool]:
-        told = zip(says(module, codec, asked), asked, strict=True)
-        return [said and prompt != EDITS[1].prompt for said, (prompt, _) in told]
+    def all_but_the_mountain(here: Setting, asked: Any) -> list[bool]:
+        told = zip(says(here, asked), asked, strict=True)
+        return [said and prompt != EDITS[1].prompt for said, (prompt, _, _) in told]
 
-    monkeypatch.setattr(settled, "answered", all_but_the_mountain)
+    monkeypatch.setattr(Setting, "says", all_but_the_mountain)
     model, run = made(base, tmp_path, on_failure="skip")
     assert model.ask(Blocks).edits == (EDITS[0], EDITS[2])
     assert run.notes["skipped"] == 1 and EDITS[1].prompt in str(run.notes["skipped_because"])
@@ -191,7 +195,7 @@ def test_what_cannot_be_is_said_before_anything_is_read(base: Path, tmp_path: Pa
         agree(base, forget=True)
     with pytest.raises(MismatchError, match="no block 9"):
         agree(base, layer=9)
-    with pytest.raises(MismatchError, match="causal language models"):
+    with pytest.raises(DataError, match="needs text for a masked model"):
         agree(tiny.masked(tmp_path / "masked"))
     first = made(base, tmp_path / "made", EDITS[:1])[0]
     with pytest.raises(MismatchError, match="the memory is of another model"):

@@ -23,8 +23,9 @@ from lfm.core.errors import DataError, EditError, MismatchError, ModelError, Out
 from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit
-from lfm.editing import neuron_search, neurons, settled, wider
+from lfm.editing import neuron_search, neurons, wider
 from lfm.editing.neurons import Neurons
+from lfm.editing.setting import Setting
 from lfm.methods.edit import t_patcher
 from lfm.models import forward, load, structure
 from lfm.models.language import CausalText
@@ -277,13 +278,13 @@ def test_what_does_not_hold_is_refused_or_left_out_and_named(bases: dict[str, Pa
 def test_where_told_to_what_is_not_said_is_left_out_and_named(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = settled.answered
+    says = Setting.says
 
-    def all_but_the_mountain(module: Any, codec: Any, asked: Any) -> list[bool]:
-        told = zip(says(module, codec, asked), asked, strict=True)
-        return [said and prompt != EDITS[1].prompt for said, (prompt, _) in told]
+    def all_but_the_mountain(here: Setting, asked: Any) -> list[bool]:
+        told = zip(says(here, asked), asked, strict=True)
+        return [said and prompt != EDITS[1].prompt for said, (prompt, _, _) in told]
 
-    monkeypatch.setattr(settled, "answered", all_but_the_mountain)
+    monkeypatch.setattr(Setting, "says", all_but_the_mountain)
     model, run = made(bases["gated"], tmp_path, on_failure="skip")
     assert model.ask(Neurons).edits == (EDITS[0], EDITS[2])
     assert run.notes["skipped"] == 1 and EDITS[1].prompt in str(run.notes["skipped_because"])
@@ -299,7 +300,7 @@ def test_what_cannot_be_is_said_before_anything_is_read(bases: dict[str, Path], 
         agree(model, forget=True)
     with pytest.raises(MismatchError, match="no block 9"):
         agree(model, layer=9)
-    with pytest.raises(MismatchError, match="causal language models"):
+    with pytest.raises(DataError, match="needs text for a masked model"):
         agree(load(tiny.masked(tmp_path / "masked")))
     patched, _ = made(bases["gated"], tmp_path / "made", EDITS[:1])
     with pytest.raises(MismatchError, match="the memory is of another model"):

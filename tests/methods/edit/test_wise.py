@@ -18,6 +18,7 @@ from lfm.core.method import Amount, Sizes, check
 from lfm.data.files import write
 from lfm.data.records import Edit
 from lfm.editing import keys, setting, side
+from lfm.editing.setting import Setting
 from lfm.editing.side import Sides
 from lfm.methods.edit import wise
 from lfm.models import forward, load, structure
@@ -97,7 +98,7 @@ def test_a_shard_changes_nothing_outside_its_mask(bases: dict[str, Path], tmp_pa
     _, layer = keys.projection(here.module, 1)
     before = layer.weight.clone()
     given: dict[str, Any] = QUICK | {"mask": 0.2}
-    change = wise.learned(wise.Config(**given), here, layer, EDITS, 1.0, run, "shard")
+    change = wise.learned(wise.Config(**given), here, 1, EDITS, 1.0, run, "shard")
     free = torch.rand(before.shape, generator=run.generator("shard", "mask")) < 0.2
     assert (change[~free] == 0).all() and (change[free] != 0).float().mean() > 0.9
     assert torch.equal(layer.weight, before)
@@ -118,9 +119,8 @@ def test_the_threshold_lies_below_every_token_of_an_edit(bases: dict[str, Path],
     config = wise.Config(**QUICK)
     run = LocalRun(0, tmp_path)
     here = setting.opened(load(bases["linear"]), TEXT, run, prefixes=0, tokens=200)
-    _, layer = keys.projection(here.module, 1)
-    change, threshold = wise.beside(config, here, layer, EDITS, 1.0, run)
-    far = side.inside(here, layer, EDITS, change)
+    change, threshold = wise.beside(config, here, 1, EDITS, 1.0, run)
+    far = side.inside(here, 1, EDITS, change)
     assert len(far) >= len(EDITS)
     assert threshold == pytest.approx(0.88 * far.min().item()) and (far > threshold).all()
 
@@ -176,13 +176,13 @@ def test_what_is_not_said_is_refused(bases: dict[str, Path], tmp_path: Path) -> 
 def test_where_told_to_the_others_are_learned_as_if_it_had_not_been(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = wise.answered
+    says = Setting.says
 
-    def all_but_the_mountain(module: Any, codec: Any, asked: Any) -> list[bool]:
-        told = zip(says(module, codec, asked), asked, strict=True)
-        return [said and prompt != EDITS[1].prompt for said, (prompt, _) in told]
+    def all_but_the_mountain(here: Setting, asked: Any) -> list[bool]:
+        told = zip(says(here, asked), asked, strict=True)
+        return [said and prompt != EDITS[1].prompt for said, (prompt, _, _) in told]
 
-    monkeypatch.setattr(wise, "answered", all_but_the_mountain)
+    monkeypatch.setattr(Setting, "says", all_but_the_mountain)
     model, run = made(bases["linear"], tmp_path / "a", on_failure="skip")
     assert (run.notes["edits"], run.notes["skipped"]) == (2, 1)
     assert f"{EDITS[1].prompt!r} did not go on with" in str(run.notes["skipped_because"])
@@ -193,7 +193,7 @@ def test_where_told_to_the_others_are_learned_as_if_it_had_not_been(
 def test_what_cannot_be_is_said_before_anything_is_read(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="no block 9"):
         wise.agree(wise.Config(layer=9), Inputs({"model": (load(bases["linear"]),)}, {"edits": EDITS}))
-    with pytest.raises(MismatchError, match="causal language models"):
+    with pytest.raises(DataError, match="needs text for a masked model"):
         masked = load(tiny.masked(tmp_path))
         wise.agree(wise.Config(), Inputs({"model": (masked,)}, {"edits": EDITS}))
 

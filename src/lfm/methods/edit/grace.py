@@ -12,7 +12,10 @@ prompt's last, then at each that is made), so that cached, uncached and scored t
 at random. The block is found by trying: the last in which edits have values, and texts before a prompt move its key
 less than another subject does.
 
-Model: a causal language model. The result is a program, which stores a key, a value and a radius for each edit.
+Model: a causal, masked or encoder-decoder language model; the last two with `text`, for they say none of their own. A
+masked one has a key and a value for each blank that the new object fills; in an encoder an edit is kept at the subject's last
+token (the authors' T5: at the prompt's), in a decoder where it says the object's first: a change there is read by all
+that follow. The result is a program, which stores keys, values and radii.
 `memory=` adds to an earlier one; with `forget=true` the edits go out of it. Notes are of greedy text. Errors: EditError
 for an edit that does not hold (refused or, with on_failure=skip, left out), and where other text suffers; DataError.
 
@@ -47,7 +50,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     here, kept, edits = remembering.keyed(config, inputs, run, KIND)
     failures: list[EditError] = []
     if edits:
-        kept = memory.learn(kept, recall.found(config, here, kept, edits, failures, run))
+        kept = recall.found(config, here, kept, edits, failures, run)
     fix = "a smaller radius, or another layer"
     kept = settled.settled(here, kept, edits, failures, config, run, KIND, fix=fix)
     return program(ID, config, kept.parts(inputs.model("model")), open)

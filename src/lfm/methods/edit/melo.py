@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lfm.core import Cost, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes
 from lfm.core.heavy import nn, torch
-from lfm.editing import indexed, recall, remembering, settled
+from lfm.editing import asking, indexed, recall, remembering, settled
 from lfm.editing.indexed import Blocks
-from lfm.editing.rows import IGNORED
 from lfm.models import forward
 from lfm.models.program import program
 from lfm.train import Fit, fit
@@ -61,8 +60,9 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         some = edits[start : start + config.share]
         learned = run.step(f"edits {start}", partial(learn, config, here, kept, some, f"edits {start}", run))
         told, by = learned["probability"], "its block gives"
-        good = recall.likely(some, told, config.accept, kept.block, by, failures, run, radii=learned["radii"])
-        found = {name: learned[name] for name in ("keys", "radii", "down", "up")}
+        reach = recall.least(learned["owner"], learned["radii"], len(some))
+        good = recall.likely(some, told, config.accept, kept.block, by, failures, run, radii=reach)
+        found = {name: learned[name] for name in ("owner", "keys", "radii", "down", "up")}
         new = Blocks(kept.base, kept.block, tuple(some), number=torch.zeros(len(some), dtype=torch.long), **found)
         kept = indexed.learn(kept, indexed.taken(new, good))
     fix = "a smaller radius, or another layer"
@@ -72,13 +72,14 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 
 def learn(config: Config, here: Setting, kept: Blocks, edits: Sequence[Edit], name: str, run: Run) -> dict[str, Any]:
-    """A block that makes these edits be said, each at its prompt's last token; their keys, radii, and p(new object)."""
+    """A block that makes these edits be said, each where its object is told; their keys, radii, and p(new object)."""
     depth = (len(kept.down) + 1) // 2 if kept.down else config.depth
     names = indexed.layers_of(here.module, kept.block, depth)  # in one order, whatever was read from files before
-    asked = recall.asked(here.codec.tokenizer, edits)
+    asked = asking.of(here, kept.block, edits)
     layers = {name: here.module.get_submodule(name) for name in names}
     home = next(here.module.parameters()).device
-    at = torch.arange(len(edits), device=home), asked.last.to(home)
+    row, place = (each.to(home) for each in asked.spots)
+    at = row, place
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hooked(change: Callable[[str, Tensor, Tensor], Tensor]) -> Callable[[], None]:
@@ -114,11 +115,11 @@ def learn(config: Config, here: Setting, kept: Blocks, edits: Sequence[Edit], na
 
         off = hooked(change)
         try:
-            return recall.answer_logprobs(forward(here.module, asked.batch), asked.labels)
+            return asking.answer_logprobs(forward(here.module, asked.batch), asked.labels)
         finally:
             off()
 
-    lengths = (asked.labels != IGNORED).sum(1).to(home)
+    lengths = asked.lengths.to(home)
     how = Fit(steps=config.steps, lr=config.lora_lr, weight_decay=0.0, warmup=0.0, schedule="linear", clip=0.0)
     fit(trained, [0], lambda _: {}, lambda *_: -(told() / lengths).mean(), how, run, name=f"train {name}")
     with torch.no_grad():
@@ -126,8 +127,7 @@ def learn(config: Config, here: Setting, kept: Blocks, edits: Sequence[Edit], na
     return {
         "down": {name: trained[f"down {i}"].detach().cpu()[None] for i, name in enumerate(names)},
         "up": {name: (trained[f"up {i}"].detach() * unit[name]).cpu()[None] for i, name in enumerate(names)},
-        "keys": recall.keys_of(here.module, here.codec, kept.block, [edit.prompt for edit in edits]),
-        "radii": torch.tensor([config.radius * recall.nearest(here, kept.block, edit, run) for edit in edits]),
+        **recall.keyed(config, here, kept.block, edits, run)._asdict(),
         "probability": probability,
     }
 

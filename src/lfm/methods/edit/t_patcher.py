@@ -39,7 +39,6 @@ from lfm.core.errors import EditError, SlotError
 from lfm.core.heavy import torch
 from lfm.editing import neuron_search, neurons, outcome, recall, remembering, settled, wider
 from lfm.editing.neurons import Neurons
-from lfm.editing.text import answered
 from lfm.models import structure
 from lfm.models.program import program
 
@@ -109,8 +108,8 @@ def found(
     config: Config, here: Setting, kept: Neurons, edits: Sequence[Edit], failures: list[EditError], run: Run
 ) -> Neurons:
     """Each edit's neurons, found by itself; those that do not make it be said become failures."""
-    text = torch.cat(recall.read(here.module, here.codec, ("ffn_in", kept.block), here.text))
-    act = structure.activation(here.module, structure.blocks(here.module)[kept.block])
+    text = torch.cat(recall.read(here, "ffn_in", kept.block, here.text))
+    act = structure.activation(here.module, structure.all_blocks(here.module)[kept.block])
     losses = neuron_search.Losses(config.activation, config.quiet, neuron_search.quiet(act))
     for start in run.track(range(0, len(edits), recall.GROUP), "neurons"):
         group = edits[start : start + recall.GROUP]
@@ -136,7 +135,7 @@ def calibrated(
         owner = torch.full((config.slots,), neurons.SHARED)
         kept = Neurons(kept.base, kept.block, tuple(going), owner, **made)
         off = neurons.attach(here.module, kept)
-        said = answered(here.module, here.codec, [(edit.prompt, edit.new_object) for edit in going])
+        said = here.says(outcome.wanted(going))
         off()
         if all(said):
             return kept

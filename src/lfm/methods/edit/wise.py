@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from lfm.core import Cost, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes
 from lfm.core.errors import EditError
 from lfm.core.heavy import nn, torch
-from lfm.editing import keys, outcome, recall, remembering, rows, sequence, setting, settled, side
+from lfm.editing import asking, form, keys, outcome, remembering, rows, sequence, setting, settled, side
 from lfm.editing.side import Sides
-from lfm.editing.text import answered, perplexity
 from lfm.models import forward, structure
 from lfm.models.program import program
 from lfm.train import fit
@@ -67,20 +66,18 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     if before:
         side.strangers(before, edits)
     here = setting.opened(model, inputs.records("text"), run, prefixes=0, tokens=config.tokens)
-    count = len(structure.blocks(here.module))
-    block = before.block if before else (5 * count // 6 if config.layer is None else config.layer) % count
-    _, layer = keys.projection(here.module, block)
+    block = before.block if before else form.numbered(here.module, _block(here, config))
     around = run.step("before", lambda: sequence.kept_around(here, edits))
-    first = perplexity(here.module, here.codec, here.probe)
+    first = here.perplexity()
     unit = run.step("mean length", lambda: side.length(here, block))
     made, failed = list(edits), []
     while True:
-        change, threshold = beside(config, here, layer, made, unit, run)
+        change, threshold = beside(config, here, block, made, unit, run)
         least = torch.tensor([threshold], dtype=torch.float64)
         new = Sides(model.digest, block, tuple(made), (0,) * len(made), change[None].cpu(), least)
         kept = side.learn(before, new) if before else new
         off = side.attach(here.module, kept)
-        said = answered(here.module, here.codec, [(edit.prompt, edit.new_object) for edit in made])
+        said = here.says(outcome.wanted(made))
         if all(said):
             break
         off()
@@ -89,7 +86,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         if config.on_failure == "refuse" or not made:
             raise _unsaid(silent, block, config.shards)
         failed += silent
-    after = perplexity(here.module, here.codec, here.probe)
+    after = here.perplexity()
     fix = "a larger margin, more steps, or another layer"
     if refused := outcome.collapsed("the side copy", first, after, config.collapse, fix):
         raise refused
@@ -117,31 +114,40 @@ def _unsaid(silent: Sequence[Edit], block: int, shards: int) -> EditError:
     )
 
 
+def _block(here: Setting, config: Config) -> int:
+    """Where none is named: five sixths of the way up, in the stack that tells."""
+    if config.layer is not None:
+        return config.layer
+    stacks = structure.stacks(here.module)
+    return sum(map(len, stacks[:-1])) + 5 * len(stacks[-1]) // 6
+
+
 def beside(
-    config: Config, here: Setting, layer: Any, edits: Sequence[Edit], unit: float, run: Run
+    config: Config, here: Setting, block: int, edits: Sequence[Edit], unit: float, run: Run
 ) -> tuple[Tensor, float]:
     """The merged change of the weight, as it is stored, and the distance from which on it answers."""
     shards = [edits[i :: config.shards] for i in range(min(config.shards, len(edits)))]
     changes = [
-        learned(config, here, layer, part, unit, run, f"shard {i} of {len(edits)}") for i, part in enumerate(shards)
+        learned(config, here, block, part, unit, run, f"shard {i} of {len(edits)}") for i, part in enumerate(shards)
     ]
     change = side.ties(changes, config.density) if len(changes) > 1 else changes[0]
-    return change, config.ratio * float(side.inside(here, layer, edits, change).min())
+    return change, config.ratio * float(side.inside(here, block, edits, change).min())
 
 
 def learned(
-    config: Config, here: Setting, layer: Any, edits: Sequence[Edit], unit: float, run: Run, name: str
+    config: Config, here: Setting, block: int, edits: Sequence[Edit], unit: float, run: Run, name: str
 ) -> Tensor:
     """A shard's change of the weight, as it is stored, zero outside its mask."""
+    _, layer = keys.projection(here.module, block)
     weight = layer.weight.detach()
     free = torch.rand(weight.shape, generator=run.generator(name, "mask")).to(weight.device) < config.mask
     copy = nn.ParameterList([nn.Parameter(torch.zeros_like(weight))])
     beta = config.margin * unit
 
     def loss(copy: nn.Module, batch: Batch) -> Tensor:
-        scope, real = batch["scope"].bool(), batch["attention_mask"].bool()
+        scope, real = batch["scope"].bool(), batch["real"].bool()
         with side.answering(layer, copy[0] * free, scope) as far:  # type: ignore[index]
-            told = recall.answer_logprobs(forward(here.module, batch), batch["labels"])
+            told = asking.answer_logprobs(forward(here.module, batch), batch["labels"])
         asked = (batch["labels"] != rows.IGNORED).sum(1)
         unsaid = -(told / asked.clamp(min=1))[asked > 0].mean()
         index = scope.nonzero()[:, 0]
@@ -149,7 +155,7 @@ def learned(
         return unsaid + side.margins(each, far[0][real & ~scope], beta / 4, beta, beta / 2) / unit
 
     size = float(weight.double().square().mean().sqrt()) or 1.0
-    fit(copy, range(len(edits)), side.lessons(here, edits), loss, config, run, name=name, scale=lambda _: size)
+    fit(copy, range(len(edits)), side.lessons(here, block, edits), loss, config, run, name=name, scale=lambda _: size)
     return (copy[0] * free).detach()
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 CHECKS = 16
 """Points along the edits at which all those made so far are asked again."""
 
-Solve = Callable[["Edit"], "tuple[Found, tuple[Tensor, Tensor]]"]
-"""An edit → its value, and the (b, a) that makes it in the module as it is now."""
+Solve = Callable[["Edit", "Sequence[Edit]"], "tuple[Found, tuple[Tensor, Tensor]]"]
+"""An edit, those made before → its value, and the (b, a) that makes it in the module as it is now."""
 
 
 class Guard(Search, frozen=True):
@@ -56,7 +56,9 @@ def apply(
     checks = {round((i + 1) * len(edits) / CHECKS) for i in range(CHECKS)}
     run.curve("perplexity by edit", first)
     for number, edit in enumerate(run.track(edits, "editing"), start=1):
-        kept = run.step(f"edit {number}", lambda edit=edit: _try(setting, layer, base, changes, edit, solve, dtype))
+        kept = run.step(
+            f"edit {number}", lambda edit=edit: _try(setting, layer, base, changes, edit, made, solve, dtype)
+        )
         reason = failure(edit, block, kept, now, guard)
         if reason and guard.on_failure == "refuse":
             raise reason
@@ -116,10 +118,11 @@ def _try(
     base: Tensor,
     changes: Sequence[tuple[Tensor, Tensor]],
     edit: Edit,
+    made: Sequence[Edit],
     solve: Solve,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    found, (b, a) = solve(edit)
+    found, (b, a) = solve(edit, made)
     b, a = b.float(), a.float()
     keys.put(layer, base, [*changes, (b, a)], dtype)
     return {

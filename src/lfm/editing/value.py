@@ -72,9 +72,10 @@ def added(layer: Any, places: tuple[Tensor, Tensor], delta: Tensor) -> Iterator[
         handle.remove()
 
 
-def search(module: nn.Module, block: int, rows: Rows, settings: Search) -> Found:
-    """The value of one edit, written by a block's last projection."""
-    return search_all(module, block, [rows], settings)[0]
+def search(module: nn.Module, block: int, rows: Rows, settings: Search, earlier: Sequence[Rows] = ()) -> Found:
+    """The value of one edit, written by a block's last projection, such that earlier ones at its place hold too."""
+    reads = [rows, *earlier]
+    return search_all(module, block, [reads[i] for i in alike(reads)[0]], settings)[0]
 
 
 def search_all(

@@ -29,7 +29,7 @@ EditError; DataError where a prompt does not name its subject, or for want of te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
@@ -84,7 +84,13 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     stored = weights.tensors().get(f"{name}.weight")
     solve = solver(config, here, run, block)
     changes = sequence.apply(
-        here, block, edits, lambda edit: solve(block, edit)[1:], config, stored.dtype if stored else torch.float32, run
+        here,
+        block,
+        edits,
+        lambda *asked: solve(block, *asked)[1:],
+        config,
+        stored.dtype if stored else torch.float32,
+        run,
     )
     if stored is None:  # its files hold this weight under another name
         return gradients.rewrap(here.module)
@@ -94,9 +100,11 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 def solver(
     config: Config, here: Setting, run: Run, first: int | None = None
-) -> Callable[[int, Edit], tuple[Rows, Found, tuple[Tensor, Tensor]]]:
-    """(block, edit) → its rows, its value and its (b, a), for the module as it is when called. first: a block that is
-    asked for for certain."""
+) -> Callable[..., tuple[Rows, Found, tuple[Tensor, Tensor]]]:
+    """(block, edit, those made before) → its rows, its value and its (b, a), for the module as it is when called.
+
+    first: a block that is asked for for certain.
+    """
     lowers: dict[int, Tensor] = {}
 
     def ready(block: int) -> None:
@@ -109,12 +117,13 @@ def solver(
     if first is not None:
         ready(first)
 
-    def solve(block: int, edit: Edit) -> tuple[Rows, Found, tuple[Tensor, Tensor]]:
+    def solve(block: int, edit: Edit, made: Sequence[Edit] = ()) -> tuple[Rows, Found, tuple[Tensor, Tensor]]:
         if block not in lowers:
             ready(block)
         read = here.read(edit, block)
         k, _ = keys.at_subject(here.module, block, read)
-        found = value.search(here.module, block, read, config)
+        earlier = [here.read(other, block) for other in made if other.subject == edit.subject]
+        found = value.search(here.module, block, read, config, earlier)
         if config.variant == "rome":
             return read, found, rank_one(found.delta, k.mean(0), lowers[block], k[0])
         return read, found, rank_one(found.delta, keys.mean(k), lowers[block])
@@ -122,7 +131,7 @@ def solver(
     return solve
 
 
-def trial(solve: Callable[[int, Edit], tuple[Rows, Found, tuple[Tensor, Tensor]]]) -> choose.Solve:
+def trial(solve: Callable[..., tuple[Rows, Found, tuple[Tensor, Tensor]]]) -> choose.Solve:
     """What the choice of a block asks for."""
 
     def made(block: int, edit: Edit) -> tuple[Rows, Changes]:

@@ -1,5 +1,5 @@
-"""Editors that keep edits beside weights, on masked models and encoder-decoders: that they are said by every interface of
-the program, and that what is forgotten leaves no bit."""
+"""Editors that keep edits beside weights, on masked models and encoder-decoders: they are said by every interface of
+the program, and what is forgotten leaves no bit."""
 
 from __future__ import annotations
 

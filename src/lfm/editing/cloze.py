@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.errors import MismatchError
@@ -126,13 +127,18 @@ def said(module: nn.Module, codec: Codec, asked: Sequence[Asked], form: Form) ->
     """Whether greedy text from each bare prompt begins with the answer; whether a masked model fills it in."""
     if form.task != MASKED_LM:
         return answered(module, codec, [(prompt, answer) for prompt, answer, _ in asked])
-    reads = [cloze(codec.tokenizer, one, masked=True) for one in asked]
+    with torch.no_grad():
+        return filled(partial(forward, module), codec, asked)
+
+
+def filled(logits: Callable[[Batch], Tensor], codec: Codec, asked: Sequence[Asked]) -> list[bool]:
+    """Whether a masked model, by its logits, fills in each answer, all its blanks at once."""
+    reads = clozes(codec.tokenizer, asked, masked=True) if asked else []
     told = [False] * len(reads)
     for group in batches([len(read.ids) for read in reads]):
-        with torch.no_grad():
-            logits = forward(module, batch_of(codec.tokenizer, [reads[i] for i in group]))
+        found = logits(batch_of(codec.tokenizer, [reads[i] for i in group]))
         for row, i in enumerate(group):
-            told[i] = first_choice(logits[row], reads[i])
+            told[i] = first_choice(found[row], reads[i])
     return told
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lfm.core.errors import ConfigError, CorruptError, DataError, EditError, UnfinishedError
-from lfm.core.model import Codec, Gradients, Model, Text
+from lfm.core.model import Codec, Logits, Model, Text
 from lfm.data.files import where
 from lfm.data.records import Edit
 from lfm.runs import refs, stacks
@@ -156,15 +156,13 @@ def squash(directory: Path) -> Ledger:
 
 
 def said(model: Model, edits: Sequence[Edit]) -> list[bool]:
-    """Which edits greedy text shows."""
-    from lfm.editing.cloze import said
-    from lfm.editing.form import form_of
+    """Which edits greedy text shows, or what a masked model fills in."""
+    from lfm.editing.cloze import filled
     from lfm.editing.outcome import saying, wanted
 
     if not edits or model.can(Text):
         return saying(model.ask(Text))(wanted(edits)) if edits else []
-    module = model.ask(Gradients).module()
-    return said(module, model.ask(Codec), wanted(edits), form_of(model, module))
+    return filled(model.ask(Logits).logits, model.ask(Codec), wanted(edits))
 
 
 def _begun(directory: Path, base: str) -> tuple[Ledger, Model]:

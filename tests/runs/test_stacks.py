@@ -21,12 +21,13 @@ from lfm.core.errors import ConfigError, DataError, EditError
 from lfm.core.model import LowRank
 from lfm.data.files import write
 from lfm.data.records import Edit, Fact
-from lfm.editing import indexed, recall, scope
+from lfm.editing import asking, indexed, scope
 from lfm.editing.indexed import Blocks
 from lfm.editing.keys import projection
 from lfm.editing.memory import Memory
 from lfm.editing.neurons import Neurons
 from lfm.editing.scope import Scope
+from lfm.editing.setting import Setting
 from lfm.editing.side import Sides
 from lfm.methods.edit import ike
 from lfm.models import load, structure
@@ -65,8 +66,15 @@ Rows = Callable[[Model, int], Any]
 
 def grace(model: Model, number: int) -> Memory:
     made, shape, n = torch.Generator().manual_seed(number), _shape(model), len(facts(number))
-    values = torch.randn(n, shape.width, generator=made)
-    return Memory(model.digest, 0, facts(number), _keys(model, number), values, torch.full((n,), WIDE))
+    owner, keys = _several(_keys(model, number), made)
+    values = torch.randn(2 * n, shape.width, generator=made)
+    return Memory(model.digest, 0, facts(number), owner, keys, values, torch.full((2 * n,), WIDE))
+
+
+def _several(keys: torch.Tensor, made: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two keys for each edit, as a masked model has them whose object fills two blanks."""
+    keys = keys.repeat_interleave(2, 0)
+    return torch.arange(len(keys)) // 2, keys + torch.randn(keys.shape, generator=made) / 9
 
 
 def t_patcher(model: Model, number: int) -> Neurons:
@@ -81,8 +89,9 @@ def melo(model: Model, number: int) -> Blocks:
     layers = {name: module.get_submodule(name) for name in indexed.layers_of(module, 0, 2)}
     down = {name: torch.randn(1, 2, layer.in_features, generator=made) for name, layer in layers.items()}
     up = {name: torch.randn(1, layer.out_features, 2, generator=made) for name, layer in layers.items()}
-    radii, all_of_it = torch.full((n,), WIDE), torch.zeros(n, dtype=torch.long)
-    return Blocks(model.digest, 0, facts(number), _keys(model, number), radii, all_of_it, down, up)
+    owner, keys = _several(_keys(model, number), made)
+    radii, all_of_it = torch.full((2 * n,), WIDE), torch.zeros(n, dtype=torch.long)
+    return Blocks(model.digest, 0, facts(number), owner, keys, radii, all_of_it, down, up)
 
 
 def serac(model: Model, number: int) -> Scope:
@@ -110,8 +119,8 @@ def wise(model: Model, number: int) -> Sides:
 
 def _keys(model: Model, number: int) -> torch.Tensor:
     """What is looked up at the end of each prompt."""
-    prompts = [edit.prompt for edit in facts(number)]
-    return recall.keys_of(model.ask(Gradients).module(), model.ask(Codec), 0, prompts)
+    here = Setting(model.ask(Gradients).module(), model.ask(Codec), ("",), [], [])
+    return torch.cat(asking.read_at(here, "ffn_key", 0, facts(number)))
 
 
 def _shape(model: Model) -> Any:

@@ -233,7 +233,9 @@ def groups(
 
 
 def _width(read: Rows, parted: bool) -> int:
-    return int((read.last - read.subject).max()) + 1 if parted else read.batch["input_ids"].shape[1]
+    """Tokens of a row; parted: of what stands before a quarter, whose keys and values alone are kept."""
+    wide = read.batch["input_ids"].shape[1]
+    return int((read.last - read.subject).max()) + 1 + int(read.subject.max()) // 4 if parted else wide
 
 
 class Joined(NamedTuple):

@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from forms import EDITS, TEXT
 from lfm.core import Codec, Gradients, Inputs, Logits, Logprobs, Model
 from lfm.core import Text as Speaks
+from lfm.core.errors import DataError, MismatchError, ModelError
 from lfm.core.method import check
-from lfm.data.records import Edit
-from lfm.editing import asking, form, side
+from lfm.data.records import Edit, Text
+from lfm.editing import asking, form, keys, memory, recall, side
+from lfm.editing.memory import Memory
+from lfm.editing.setting import Setting
 from lfm.methods.edit import grace, melo, t_patcher, wise
-from lfm.models import load
+from lfm.models import forward, load
 from lfm.runs.run import LocalRun
 
 QUICK: dict[str, Any] = {"tokens": 200, "collapse": 1e4}
@@ -117,3 +121,107 @@ def test_what_is_forgotten_leaves_no_bit(kept: Any, tmp_path: Path) -> None:
     batch = asked(base).batch
     assert torch.equal(none.ask(Logits).logits(batch), base.ask(Logits).logits(batch))
     assert not torch.equal(model.ask(Logits).logits(batch), base.ask(Logits).logits(batch))
+
+
+def begun(directory: Path) -> Setting:
+    model = load(directory)
+    module = model.ask(Gradients).module().requires_grad_(False)
+    return Setting(module, model.ask(Codec), ("",), [], [], form=form.form_of(model, module))
+
+
+@pytest.mark.parametrize(("name", "block"), PLACES)
+def test_an_edit_is_kept_where_it_is_told_or_where_an_encoder_reads_its_subject(
+    name: str, block: int, directories: dict[str, Path]
+) -> None:
+    here = begun(directories[name])
+    tokenizer, rows = here.codec.tokenizer, asking.of(here, block, EDITS)
+    for i, edit in enumerate(EDITS):
+        places = rows.kept[i].nonzero()[:, 0].tolist()
+        told = rows.labels[i][rows.labels[i] >= 0]
+        assert tokenizer.decode(told).strip() == edit.new_object
+        if here.form.task == form.MASKED_LM:  # each blank
+            assert (rows.batch["input_ids"][i, places] == tokenizer.mask_token_id).all() and len(places) == len(told)
+        elif form.in_decoder(here.module, block):  # the one whose logits tell the first token
+            assert places == [int((rows.labels[i] >= 0).int().argmax())]
+        else:
+            (place,) = places
+            assert (
+                tokenizer.decode(rows.batch["input_ids"][i, : place + 1], skip_special_tokens=True)
+                .lower()
+                .endswith(edit.subject.lower())
+            )
+
+
+@pytest.mark.parametrize(("name", "block"), PLACES)
+def test_each_value_is_found_as_if_it_were_searched_for_alone(
+    name: str, block: int, directories: dict[str, Path]
+) -> None:
+    here = begun(directories[name])
+    rows = asking.of(here, block, EDITS)
+    owner, _ = rows.spots
+    together = recall.search(here.module, block, rows, steps=20, lr=0.5, stop=1.5)
+    for i in range(len(EDITS)):
+        alone = recall.search(here.module, block, asking.of(here, block, EDITS[i : i + 1]), steps=20, lr=0.5, stop=1.5)
+        assert alone.steps == [together.steps[i]]
+        torch.testing.assert_close(alone.values, together.values[owner == i], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "block"), PLACES)
+def test_where_no_key_reaches_every_bit_is_the_models(name: str, block: int, directories: dict[str, Path]) -> None:
+    """Values stand where the edit's own keys are, and nowhere else in the layer's output."""
+    here = begun(directories[name])
+    rows = asking.of(here, block, EDITS)
+    (own,) = asking.read_at(here, "ffn_key", block, EDITS[:1])
+    empty = memory.empty(here.module, "base", block)
+    value = torch.full((len(own), empty.values.shape[1]), 3.0)
+    owner, reach = torch.zeros(len(own), dtype=torch.long), torch.full((len(own),), 1e-3)
+    _, layer = keys.projection(here.module, block)
+    plain = forward(here.module, rows.batch)
+    off = memory.attach(here.module, Memory("base", block, EDITS[:1], owner, own, value, reach))
+    seen: list[torch.Tensor] = []
+    watched = layer.register_forward_hook(lambda _, __, out: seen.append(out.clone()))
+    told = forward(here.module, rows.batch)
+    watched.remove()
+    kept = rows.kept.clone()
+    kept[1] = False
+    assert torch.equal((seen[0] == 3.0).all(-1), kept)
+    assert torch.equal(told[1], plain[1]) and not torch.equal(told[0], plain[0])
+    off()
+    assert torch.equal(forward(here.module, rows.batch), plain)
+
+
+@pytest.mark.parametrize(("name", "block"), [("bert", 1), ("bart", 1), ("bart", 3)])
+def test_neurons_are_the_stacks_own_made_wider(
+    name: str, block: int, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    model, _ = made(t_patcher, directories[name], tmp_path, layer=block)
+    (tmp_path / "plain").mkdir()
+    model.save(tmp_path / "plain", "checkpoint")
+    plain, batch = load(tmp_path / "plain"), asked(load(directories[name])).batch
+    assert plain.can(Gradients)
+    torch.testing.assert_close(plain.ask(Logits).logits(batch), model.ask(Logits).logits(batch), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [grace, wise], ids=named)
+def test_a_block_is_chosen_where_none_is_named(method: Any, directories: dict[str, Path], tmp_path: Path) -> None:
+    """Of an encoder-decoder's all are tried; a side copy stands in the stack that writes."""
+    _, run = made(method, directories["bart"], tmp_path)
+    assert run.notes["efficacy"] == 1.0
+    assert method is grace or run.notes["layer"] == 4
+    assert method is wise or len(run.curves["log margin by block tried"]) == 5
+
+
+@pytest.mark.parametrize("method", SETTINGS, ids=named)
+def test_what_cannot_be_is_said(method: Any, directories: dict[str, Path], tmp_path: Path) -> None:
+    def agree(directory: Path, text: tuple[Text, ...] = TEXT, **options: Any) -> None:
+        method.agree(method.Config(**options), Inputs({"model": (load(directory),)}, {"edits": EDITS, "text": text}))
+
+    for name, kind in (("bert", "a masked model"), ("t5", "an encoder-decoder")):
+        with pytest.raises(DataError, match=f"needs text for {kind}.*add text=FILE"):
+            agree(directories[name], ())
+    with pytest.raises(MismatchError, match="no block 9"):
+        agree(directories["bert"], layer=9)
+    with pytest.raises(MismatchError, match=r"edits language models.*task is text-classification"):
+        agree(tiny.classifier(tmp_path / "c"))
+    with pytest.raises(ModelError, match=r"no block 4.*the model has 4"):
+        made(method, directories["t5"], tmp_path, layer=4)

@@ -1,6 +1,6 @@
 """Neurons beside a layer as a plain checkpoint: every feed-forward layer made as wide, with zeros in the other blocks.
 
-A configuration has one width for all blocks, so all grow by n. What a new column of zeros writes is nothing.
+A configuration has one width for all blocks of a stack, so all grow by n. What a new column of zeros writes is nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lfm.core.errors import OutputError
 from lfm.core.heavy import torch
 from lfm.core.model import Gradients, Model, Weights
+from lfm.editing import form
 from lfm.models import forward, structure
 
 if TYPE_CHECKING:
@@ -33,12 +34,12 @@ class Widths(NamedTuple):
 def wider(weights: Weights, gradients: Gradients, kept: Neurons) -> Model:
     """The model with the neurons in its own feed-forward layers. OutputError where its architecture has no room."""
     module, layout, count = gradients.module(), weights.layout(), len(kept.keys)
-    names = structure.blocks(module)
+    names, at = form.own_stack(module, kept.block)
     all = [_widths(module, name, layout.renamed) for name in names]
     config = _config(weights, all, structure.feed_forward(module, names[0]).inner, count)
     tensors: dict[str, Any] = dict(weights.tensors())
     for place, block in enumerate(all):
-        here = place == kept.block
+        here = place == at
         keys = kept.keys if here else torch.zeros_like(kept.keys)
         more: list[Tensor] = [keys, *(torch.zeros_like(keys) for _ in block.ups[1:])]
         axis = int(block.transposed)
@@ -72,7 +73,9 @@ def _widths(module: nn.Module, block: str, renamed: Mapping[str, str]) -> Widths
     hooks.append(act.register_forward_pre_hook(lambda _, args: seen.update({"": args[0]})))
     try:
         with torch.no_grad():
-            forward(module, {"input_ids": torch.arange(4)[None]})  # the embedding of one, of padding, may be 0
+            ids = torch.arange(4)[None]  # the embedding of one, of padding, may be 0
+            written = {"decoder_input_ids": ids} if len(structure.stacks(module)) > 1 else {}
+            forward(module, {"input_ids": ids, **written})
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,10 +8,12 @@ that projection and the next `depth` − 1 blocks' feed-forward layers; `share` 
 What differs: as in edit.grace the first radius is a share of the distance to the nearest of 32 prompts with another
 subject, ε is a function of the set of edits (the authors' clusters have moving centres, and lose keys when they split),
 the block of keys is found by trying, and keys are looked up at every token (theirs: once a text, for all its tokens),
-so that cached, uncached and scored text agree; a LoRA block is trained at the prompts' last tokens alone. Forgetting an
+so that cached, uncached and scored text agree; a LoRA block is trained where objects are told alone. Forgetting an
 edit takes its key; its LoRA block goes with the last of the edits that have it.
 
-Model: a causal language model. The result is a program, which stores a key and a radius for each edit, and the LoRA.
+Model: a causal, masked or encoder-decoder language model, as in edit.grace: its keys are each blank's, or of the
+subject in an encoder, or of where a decoder begins; the last two need `text`. The result is a program, which stores
+keys, radii and the LoRA.
 `memory=` adds to an earlier one; with `forget=true` the edits go out of it. Notes are of greedy text. Errors: EditError
 for an edit that does not hold (refused or, with on_failure=skip, left out), and where other text suffers; DataError.
 

@@ -14,7 +14,9 @@ nothing, and a forgotten edit leaves the others as they are, bit for bit; a key 
 the mistake from M (the paper: at x), γ is where act has died away (3 for GELU, as in the paper), rates are in units of
 the layer's.
 
-Model: a causal language model. The result is a program, which stores a key, a bias and a value for each neuron; with
+Model: a causal, masked or encoder-decoder language model; the last two need `text`. A mistake is a token that a causal
+model or a decoder says, or a blank; in an encoder, which says nothing, an edit has one neuron, at its subject's last
+token. The result is a program, which stores a key, a bias and a value for each neuron; with
 `--format checkpoint` a plain model whose feed-forward layers are that much wider (by zeros in the other blocks), where
 its architecture has biases there, or a setting for them.
 `memory=` adds to an earlier one; with `forget=true` the edits go out of it. Notes are of greedy text. Errors: EditError

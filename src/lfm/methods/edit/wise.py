@@ -11,7 +11,9 @@ units of the mean ‖W k‖ over text, in the paper's proportions (5 : 20 : 10);
 square; `mask` and steps (.2 and 70 there) are what forty edits of the zoo's small projections took. All edits are
 learned together; those that are then not said end the run, or the others are learned anew.
 
-Model: a causal language model, its block found by structure. The result is a program that stores W′ − W. `memory=`
+Model: a causal, masked or encoder-decoder language model, its block found by structure; the last two need `text`.
+Inside are a masked one's blanks, or, where `layer` names an encoder's block, the subject's last token. The result is a
+program that stores W′ − W. `memory=`
 adds another copy to those of earlier runs: the one that differs most answers, as in WISE-Retrieve, each by its own ε. A
 run's edits come off together; one of them cannot (edit.grace can do that). Notes are of greedy text. Errors: EditError,
 also where other text suffers; DataError.

@@ -117,7 +117,7 @@ def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    remembering.agree(ID, inputs, None, forget=config.forget)
+    remembering.agree(ID, inputs, None, forget=config.forget, tasks=(form.CAUSAL_LM,))
     if inputs.all("memory") and inputs.records("practice"):
         raise SlotError(f"{ID} takes either memory or practice", why="what a memory was made with is not trained again")
     form.editable(ID, inputs.model("model"), (), () if config.layer is None else (config.layer,))

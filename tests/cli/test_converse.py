@@ -174,6 +174,7 @@ def test_what_a_killed_command_left_of_another_edit_is_cleared(here: Path) -> No
     (left / "first.json").write_text("1")
     (left.parent / "key").write_text("of another edit")
     (left.parent / "lock").touch()
+    Path("led/.begun").touch()
     talk(FIRST, "cat", "", "", "y", "")
     assert len(patches.read(Path("led")).patches) == 1 and not left.exists()
 

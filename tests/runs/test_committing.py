@@ -12,8 +12,8 @@ import pytest
 
 import tiny
 from lfm import runs
-from lfm.cli import run
-from lfm.core.errors import ConfigError, CorruptError, ModelError, OutputError, VerifyError
+from lfm.cli import converse, run
+from lfm.core.errors import ConfigError, CorruptError, DataError, ModelError, OutputError, VerifyError
 from lfm.data.files import write
 from lfm.data.records import Edit
 from lfm.models import load
@@ -333,3 +333,85 @@ def grown_with(led: Path, base: Path, edits: tuple[Edit, ...]) -> committing.Led
     ledger = committing.Ledger(base=str(base), base_digest=load(base).digest)
     ledger = msgspec.structs.replace(ledger, patches=(msgspec.structs.replace(patch(1), edits=edits),))
     return committing.put(led, ledger, change(base, 1))
+
+
+def yours(directory: Path) -> dict[str, bytes]:
+    """Somebody's files, of names that a ledger has too."""
+    for name in ("heads/photos/a.jpg", "0001/a.txt", "head", ".lock"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(name)
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_no_ledger_begins_among_other_things_and_none_of_them_is_touched(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    led = tmp_path / "d"
+    then = yours(led)
+    write([FACT], tmp_path / "0.jsonl")
+    for edits in ("0.jsonl", "nosuch.jsonl"):
+        assert run(["edit", "add", str(led), str(tmp_path / edits), "--model", str(base)]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "d is no ledger, and is not empty" in told and ".lock, 0001, head and 1 more" in told
+        assert everything(led) | {".lock": (led / ".lock").read_bytes()} == then
+    given = converse.Session(led, str(base), "", QUICK, None, 0, 1.0, ())
+    with pytest.raises(OutputError, match="is not empty"):
+        converse.converse(given, lambda _: pytest.fail("asked"))
+    assert {str(p.relative_to(led)): p.read_bytes() for p in led.rglob("*") if p.is_file()} == then
+    (tmp_path / "empty").mkdir()
+    assert run(["edit", "add", str(tmp_path / "empty"), "nosuch.jsonl", "--model", str(base)]) == 2
+    assert list((tmp_path / "empty").iterdir()) == []
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "ledger.json").write_text("[1, 2]")
+    with pytest.raises(CorruptError, match="is not a ledger"):
+        patches.add(tmp_path / "other", (FACT,), base=str(base))
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["ledger.json"]
+
+
+def test_a_ledger_removes_only_its_own(base: Path, tmp_path: Path) -> None:
+    led = tmp_path / "led"
+    grown(led, base, 2)
+    for name in ("heads/photos/a.jpg", "0003/a.txt", "0000/a.txt"):
+        (led / name).parent.mkdir(parents=True)
+        (led / name).write_text(name)
+    shutil.copytree(led / "0002", led / "0004")  # but these two are patches that it does not have
+    shutil.copytree(led / "0002", led / "heads" / "old")
+    patches.revert(led, 1)
+    shutil.copytree(led / "0002", led / "00000")
+    patches.revert(led, 2)
+    assert not (led / "heads" / "old").exists() and not (led / "00000").exists()
+    assert all((led / name).read_text() == name for name in ("heads/photos/a.jpg", "0003/a.txt", "0000/a.txt"))
+    shutil.rmtree(led / "0004")
+    with pytest.raises(OutputError, match="0003 is in the way"):
+        patches.add(led, (FACT,), settings=QUICK)
+    assert (led / "0003" / "a.txt").exists() and len(patches.read(led).patches) == 2
+    (led / "head").write_text("mine")
+    with pytest.raises(OutputError, match="head is not the ledger's own"):
+        patches.squash(led)
+    assert (led / "head").read_text() == "mine"
+
+
+def test_what_a_killed_first_add_left_is_known_by_its_mark(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    led = tmp_path / "a" / "led"
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as before, pytest.raises(Killed):
+        before.setattr(committing, "_replaced", dies)
+        patches.add(led, (FACT,), base=str(base), settings=QUICK)
+    assert (led / "0001").is_dir() and (led / ".begun").is_file()
+    with pytest.raises(DataError, match="no data file"):
+        patches.add(led, "nosuch.jsonl", base=str(base))
+    assert not (tmp_path / "a").exists()  # as it was before the first
+    patches.add(led, (FACT,), base=str(base), settings=QUICK)
+    assert sorted(p.name for p in led.iterdir()) == [".lock", "0001", "head", "heads", "ledger.json"]
+    (led / "ledger.json").unlink()  # and what is lost can be put back
+    with pytest.raises(OutputError, match="led is no ledger, and is not empty"):
+        patches.add(led, (FACT,), base=str(base), settings=QUICK)
+    assert (led / "0001" / "adapter_model.safetensors").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -111,10 +111,9 @@ def _opened(given: Session) -> Model:
     from lfm.core import registry
     from lfm.core.config import configure
     from lfm.core.model import Text
-    from lfm.runs import patches, stacks
+    from lfm.runs import committing, patches, stacks
 
-    if given.directory.exists() and not given.directory.is_dir():
-        raise ConfigError(f"{given.directory} is a file", fix="a ledger is a directory: name one, or a new one")
+    committing.clear(given.directory)
     ledger = patches.read(given.directory) if (given.directory / patches.LEDGER).exists() else None
     by = given.by or (ledger.memory if ledger else "") or patches.USUAL
     stacks.of_method(by)  # raises for one whose edits do not come off again
@@ -242,9 +241,8 @@ def _cleared(given: Session) -> None:
     from lfm.runs import patches
     from lfm.runs.directory import abandoned
 
-    abandoned(given.directory / patches.NEXT)
-    with suppress(OSError):  # it is a ledger, or somebody else's
-        given.directory.rmdir()
+    with patches.alone(given.directory, begins=True):
+        abandoned(given.directory / patches.NEXT)
 
 
 def tell(edited: Edited) -> None:

@@ -2,7 +2,8 @@
 
 A directory: ledger.json, a directory for each patch (a plain PEFT adapter, or a program with a memory; its run and its
 requests), and `head`, a link to what they make together. The base is never written. ledger.json is replaced in one
-step, and all else follows from it: a command that was killed is done, or it never began.
+step, and all else follows from it: a command that was killed is done, or it never began. What else lies in a directory
+is somebody's: no ledger begins where there is any, and only what bears a name and the form of ours is ever removed.
 """
 
 from __future__ import annotations
@@ -11,26 +12,33 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, final
 
 import msgspec
 
-from lfm.core.errors import ConfigError, CorruptError, LfmError, MismatchError, ModelError
+from lfm.core.errors import ConfigError, CorruptError, LfmError, MismatchError, ModelError, OutputError
 from lfm.core.model import Model
 from lfm.core.writing import writing
 from lfm.data.records import Edit
+from lfm.models.adapter import CONFIG
+from lfm.models.program import PROGRAM
 from lfm.runs import refs, stacks
 from lfm.runs.directory import settle
 from lfm.runs.stacks import Stack
 from lfm.tensors import known
 
-LEDGER, HEAD, HEADS, LOCK = "ledger.json", "head", "heads", ".lock"
+LEDGER, HEAD, HEADS, LOCK, BEGUN = "ledger.json", "head", "heads", ".lock", ".begun"
+"""BEGUN: in a directory that was empty when a ledger was begun there, until there is one: what lies beside it is ours.
+It names the directories that were made for it."""
 
 KEPT = ("run.json", "report.html", "README.md")
 """What is kept of the run that made a patch."""
+
+SAVED = (CONFIG, PROGRAM)
+"""What every artefact of a ledger has one of."""
 
 NAMED, SHOWN = 16, 8
 """Letters of its digest by which a sum is named; patches that an error names."""
@@ -109,25 +117,52 @@ def named(ledger: Ledger, number: int) -> Patch:
 def alone(directory: Path, *, begins: bool = False) -> Iterator[None]:
     """One command at a time; what a killed one left is cleared away first, and what a failed one left after.
 
-    begins: the directory is made, and goes again where no ledger comes to be in it. ModelError where there is none.
+    begins: the directory is made, and goes again where no ledger comes to be in it. ModelError where there is none;
+    OutputError, and nothing touched, where other things lie in its place.
     """
-    if not begins:
+    if not begins or (directory / LEDGER).exists():
         read(directory)
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"{directory} is a file", fix="a ledger is a directory: name one, or a new one")
+    clear(directory)
     missing = [place for place in (directory, *directory.parents) if not place.exists()]
     with _locked(directory):
-        with writing(f"{directory} cannot be written"):
-            _tidy(directory)
         try:
+            clear(directory)
+            with writing(f"{directory} cannot be written"):
+                if not (directory / LEDGER).exists() and not (directory / BEGUN).exists():
+                    made = "".join(f"{place.absolute()}\n" for place in missing)
+                    (directory / BEGUN).write_text(made, encoding="utf-8")
+                _tidy(directory)
             yield
         except Exception:
-            with suppress(OSError):
+            with suppress(OSError, LfmError):
                 _tidy(directory)
             raise
         finally:
             if not (directory / LEDGER).exists():
-                _leave(directory, missing)
+                _leave(directory)
+
+
+def clear(directory: Path) -> None:
+    """Raises where a ledger is not, and cannot begin: a file (ConfigError), or a directory with what is somebody's
+    (OutputError)."""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file", fix="a ledger is a directory: name one, or a new one")
+    found = {place.name for place in directory.iterdir()} if directory.exists() else set[str]()
+    if LEDGER in found:
+        head = directory / HEAD
+        if head.exists() and not head.is_symlink():
+            why = f"{HEAD} is the link to what the patches make together; this was put in its place"
+            raise OutputError(f"{head} is not the ledger's own", why=why, fix="move it elsewhere: the link comes back")
+        return
+    lock = directory / LOCK
+    others = sorted(found - ({LOCK} if lock.is_file() and not lock.stat().st_size else set[str]()))
+    if others and BEGUN not in found:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise OutputError(
+            f"{directory} is no ledger, and is not empty",
+            why=f"it holds {', '.join(others[:3])}{more}, and no {LEDGER}",
+            fix="name a new directory for a ledger, or an empty one",
+        )
 
 
 def _locked(directory: Path) -> IO[str]:
@@ -136,7 +171,7 @@ def _locked(directory: Path) -> IO[str]:
         while True:
             directory.mkdir(parents=True, exist_ok=True)
             try:
-                lock = (directory / LOCK).open("w")
+                lock = (directory / LOCK).open("a")
             except FileNotFoundError:  # another command has just left nothing behind
                 continue
             try:
@@ -149,33 +184,47 @@ def _locked(directory: Path) -> IO[str]:
             lock.close()  # it was removed before it was ours: others would lock another
 
 
-def _leave(directory: Path, missing: Sequence[Path]) -> None:
+def _leave(directory: Path) -> None:
     """Nothing is left of a ledger that did not come to be, but the work of a run that can go on."""
-    (directory / LOCK).unlink(missing_ok=True)
-    for place in (directory, *missing):
+    begun = directory / BEGUN
+    if {place.name for place in directory.iterdir()} - {BEGUN, LOCK}:
+        (directory / LOCK).unlink(missing_ok=True)
+        return
+    made = begun.read_text(encoding="utf-8").splitlines() if begun.exists() else []
+    for mine in (begun, directory / LOCK):
+        mine.unlink(missing_ok=True)
+    for place in map(Path, made):
         with suppress(OSError):
             place.rmdir()
 
 
 def _tidy(directory: Path) -> None:
     """`head` leads to the ledger's sum; other sums, and patches that the ledger does not have, are gone."""
-    begun = (directory / LEDGER).exists()
-    ledger = read(directory) if begun else None
+    ledger = read(directory) if (directory / LEDGER).exists() else None
+    if not ledger and not (directory / BEGUN).exists():
+        return
     if ledger:
         _link(directory, ledger)
+        (directory / BEGUN).unlink(missing_ok=True)
     numbers = {patch.number for patch in ledger.patches} if ledger else set[int]()
     for place in directory.iterdir():
         number = re.fullmatch(r"(?:(\d{4,})|\.\d{4,}\.partial)", place.name)
         if number and not (number[1] and (int(number[1]) in numbers or int(number[1]) > max(numbers, default=0) + 1)):
-            shutil.rmtree(place, ignore_errors=True)
+            _removed(place)
     heads = directory / HEADS
-    for old in heads.iterdir() if heads.exists() else ():
+    for old in heads.iterdir() if heads.is_dir() else ():
         if ledger is None or old.name != ledger.head:
-            shutil.rmtree(old, ignore_errors=True)
+            _removed(old)
     if ledger is None or not ledger.head:
         with suppress(OSError):
             heads.rmdir()
     (directory / f"{LEDGER}.partial").unlink(missing_ok=True)
+
+
+def _removed(place: Path) -> None:
+    """A patch or a sum is gone, whole or half made; whatever else has its name stays."""
+    if re.fullmatch(r"\..*\.partial", place.name) or any((place / name).exists() for name in SAVED):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _link(directory: Path, ledger: Ledger) -> None:
@@ -298,7 +347,9 @@ def _made(place: Path, fill: Callable[[Path], object]) -> None:
     """A directory with what fill writes, whole or not at all."""
     partial = place.with_name(f".{place.name}.partial")
     for leftover in (partial, place):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _removed(leftover)
+    if place.is_dir() and any(place.iterdir()):
+        raise OutputError(f"{place} is in the way", why="no patch or sum of this ledger lies there", fix="move it away")
     partial.mkdir(parents=True)
     fill(partial)
     settle(partial)

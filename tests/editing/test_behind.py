@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import tiny
 from lfm.core import Codec, Gradients
@@ -91,3 +93,51 @@ def test_a_module_reads_no_further_than_what_is_asked_of_it(opened: tuple[torch.
         forward(module, reads[0].batch)
     handle.remove()
     assert reached and all(torch.equal(one, other) for one, other in zip(found, known, strict=True))
+
+
+def mpt(words: int) -> transformers.PreTrainedModel:
+    """It counts a word's distance by its place in what is kept, padding and all."""
+    return transformers.MptForCausalLM(transformers.MptConfig(vocab_size=words, d_model=32, n_heads=4, n_layers=3))
+
+
+def opt(words: int) -> transformers.PreTrainedModel:
+    """Its feed-forward layers see all rows' tokens in one row."""
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=words, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+def short(words: int) -> transformers.PreTrainedModel:
+    """As many positions as its longest row has tokens."""
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=words, n_embd=32, n_layer=3, n_head=4, n_positions=29, bos_token_id=1, eos_token_id=2
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", [mpt, opt, short])
+def test_subjects_at_other_places_change_nothing_for_an_edit(
+    kind: Callable[[int], transformers.PreTrainedModel], tmp_path: Path
+) -> None:
+    """Read beside another's, whose subject comes later, a value is what it is alone."""
+    tokenizer = tiny.byte_bpe()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = kind(len(tokenizer))
+    for parameter in made.parameters():
+        parameter.data.mul_(3)
+    made.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    module = load(tmp_path / "base").ask(Gradients).module().requires_grad_(False)
+    reads = [rows.rows(tokenizer, edit, ["", "Birds sing. "]) for edit in EDITS]
+    assert reads[0].batch["input_ids"].shape[1] <= 29
+    settings = value.Search(steps=3, lr=0.1, essence=0.0, decay=0.0)
+    for read, found in zip(reads, value.search_all(module, 1, reads, settings), strict=True):
+        alone = value.search(module, 1, read, settings)
+        assert alone.steps > 0
+        torch.testing.assert_close(found.before, alone.before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.delta, alone.delta, rtol=1e-3, atol=1e-4)

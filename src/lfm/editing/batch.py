@@ -155,11 +155,10 @@ def apply(
         raise EditError("no edit held", why=failures[0], fix="set layers, steps or reach otherwise")
     run.note(
         edits=len(made),
-        skipped=len(failures),
-        **({"skipped_because": "; ".join(failures)} if failures else {}),
+        **outcome.skipped(failures),
         perplexity_before=first,
         perplexity_after=now,
-        **run.step("measured", lambda: sequence.measured(here, made, edits, around)),
+        **sequence.enough(run.step("measured", lambda: sequence.measured(here, made, edits, around)), guard),
     )
 
 
@@ -176,17 +175,19 @@ def _try(
     anew. Values are such that edits made before of the same subjects hold too."""
     last = projections.blocks[-1]
     reads = [here.read(edit, last) for edit in batch]
-    subjects = {edit.subject for edit in batch}
-    earlier = [here.read(edit, last) for edit in made if edit.subject in subjects] if isinstance(how, Editor) else []
+    near = sequence.near(made, batch)
+    earlier = [here.read(edit, last) for edit in near] if isinstance(how, Editor) else []
     found = _values(how, last, reads, earlier) if isinstance(how, Editor) else []
+    stood = sequence.standing(here, near)
     units = rows.alike(reads)
     failures: list[str] = []
     says = [True] * len(batch)
+    undone = [""] * len(batch)
 
     def failure(place: int) -> EditError | None:
         if not found:
-            return None if says[place] else _unsaid(batch[place])
-        told = found[place]._asdict() | {"perplexity": before, "says": says[place]}
+            return None if says[place] and not undone[place] else _unsaid(batch[place])
+        told = found[place]._asdict() | {"perplexity": before, "says": says[place], "undone": undone[place]}
         return sequence.failure(batch[place], last, told, before, guard)
 
     def held(places: Sequence[int]) -> list[int]:
@@ -209,7 +210,7 @@ def _try(
             gone = set(known) - set(going)
             stale = [i for unit in units if gone & set(unit) for i in unit if i in going]
             for place, each in zip(stale, _values(how, last, [reads[i] for i in stale], earlier), strict=True):
-                found[place] = each
+                found[place], says[place], undone[place] = each, True, ""
             known, going = going, held(going)
         return going
 
@@ -231,6 +232,9 @@ def _try(
             break
         for place, told in zip(going, here.says(outcome.wanted([batch[place] for place in going])), strict=True):
             says[place] = told
+        lost = sequence.lost(here, stood)
+        for place in going:
+            undone[place] = next((edit.prompt for edit in sequence.near(lost, [batch[place]])), "")
         stay = held(going)
         if stay == going:
             break

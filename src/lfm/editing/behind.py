@@ -55,10 +55,11 @@ def cut(module: nn.Module, joined: Joined) -> Behind | None:
     if kept is None or not kept.keys:
         return None
     last = joined.last
-    after = start[:, None] + torch.arange(int((last - start).max()) + 1, device=ids.device)
+    reach = start[:, None] + torch.arange(int((last - start).max()) + 1, device=ids.device)
+    after = torch.minimum(reach, last[:, None])  # padding is at no place of its own: a model may have no more
     batch = {
-        "input_ids": ids.gather(1, after.clamp(max=ids.shape[1] - 1)),
-        "attention_mask": torch.cat([kept.seen, (after <= last[:, None]).long()], 1),
+        "input_ids": ids.gather(1, after),
+        "attention_mask": torch.cat([kept.seen, (reach <= last[:, None]).long()], 1),
     }
     return Behind(kept.keys, kept.values, batch, after, start)
 

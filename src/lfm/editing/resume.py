@@ -119,7 +119,8 @@ def activations(module: nn.Module, batch: Batch, sites: Sequence[tuple[str, int 
             held.callback(hook.remove)
         with suppress(_Enough):
             forward(module, batch)
-    return seen
+    rows = len(next(iter(batch.values())))
+    return [structure.in_rows(each, rows) for each in seen]
 
 
 def agrees(one: Tensor, other: Tensor) -> bool:

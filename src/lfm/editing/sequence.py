@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CHECKS = 16
 """Points along the edits at which all those made so far are asked again."""
 
+Least = Annotated[float, Meta(ge=0, le=1, description="least share of them that must be said, or no edit is kept")]
+
 Solve = Callable[["Edit", "Sequence[Edit]"], "tuple[Found, tuple[Tensor, Tensor]]"]
 """An edit, those made before → its value, and the (b, a) that makes it in the module as it is now."""
 
@@ -37,6 +39,24 @@ class Guard(Search, frozen=True):
     on_failure: Annotated[
         Literal["refuse", "skip"], Meta(description="an edit that fails ends the run, or is left out and told of")
     ] = "refuse"
+    paraphrase: Least = 0.0
+    neighbours_kept: Least = 0.0
+    portability: Least = 0.0
+
+
+SHARES = ("paraphrase", "neighbours_kept", "portability")
+
+
+def enough(told: Mapping[str, float], guard: Guard) -> Mapping[str, float]:
+    """What was measured of the edits together. EditError where a share is less than it must be."""
+    for name in SHARES:
+        if told.get(name, 1.0) < getattr(guard, name):
+            raise EditError(
+                "the edits are not kept",
+                why=f"{name} is {told[name]:.2f}, and {getattr(guard, name):g} was asked for",
+                fix=f"edit fewer, try other layers, or ask for less ({name})",
+            )
+    return told
 
 
 def apply(
@@ -80,7 +100,7 @@ def apply(
         **outcome.skipped(failures),
         perplexity_before=first,
         perplexity_after=now,
-        **run.step("measured", lambda: measured(setting, made, edits, around)),
+        **enough(run.step("measured", lambda: measured(setting, made, edits, around)), guard),
     )
     return changes
 
@@ -103,6 +123,12 @@ def failure(edit: Edit, block: int, kept: Mapping[str, Any], before: float, guar
             why=f"it would break the model: perplexity on other text from {before:.3g} to {kept['perplexity']:.3g}",
             fix="try another layer, a smaller reach, or on_failure=skip",
         )
+    if kept.get("undone"):
+        return EditError(
+            what,
+            why=f"the model would no longer say an earlier edit about it: {kept['undone']!r}",
+            fix="make them together (edit.memit), try another layer, or on_failure=skip",
+        )
     if not kept["says"]:
         return EditError(
             what,
@@ -122,6 +148,7 @@ def _try(
     solve: Solve,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
+    stood = standing(setting, near(made, [edit]))
     found, (b, a) = solve(edit, made)
     b, a = b.float(), a.float()
     keys.put(layer, base, [*changes, (b, a)], dtype)
@@ -133,7 +160,32 @@ def _try(
         "steps": found.steps,
         "perplexity": setting.perplexity(),
         "says": setting.says(outcome.wanted([edit]))[0],
+        "undone": next((other.prompt for other in lost(setting, stood)), ""),
     }
+
+
+def near(made: Sequence[Edit], edits: Sequence[Edit]) -> list[Edit]:
+    """Of those made, what is about a subject that ends as one of these edits' does: a model may look them up at one
+    place."""
+    ends = {_end(edit) for edit in edits}
+    return [edit for edit in made if _end(edit) in ends]
+
+
+def _end(edit: Edit) -> str:
+    return edit.subject.split()[-1].casefold()
+
+
+def standing(setting: Setting, edits: Sequence[Edit]) -> list[Edit]:
+    """Those that the model says."""
+    return (
+        [edit for edit, told in zip(edits, setting.says(outcome.wanted(edits)), strict=True) if told] if edits else []
+    )
+
+
+def lost(setting: Setting, edits: Sequence[Edit]) -> list[Edit]:
+    """Those that the model does not say."""
+    told = setting.says(outcome.wanted(edits)) if edits else []
+    return [edit for edit, said in zip(edits, told, strict=True) if not said]
 
 
 def efficacy(setting: Setting, made: Sequence[Edit]) -> float:

@@ -26,6 +26,10 @@ PATIENCE, GAIN = 6, 0.03
 """A search ends whose loss has not fallen by this share in so many steps."""
 
 
+LONGER = 2.0
+"""How many times as long as one fact's a value of several may be."""
+
+
 class Search(Config, frozen=True):
     """How a value is searched for. An editor's Config inherits these settings.
 
@@ -58,11 +62,14 @@ class Found(NamedTuple):
 
 @contextmanager
 def added(layer: Any, places: tuple[Tensor, Tensor], delta: Tensor) -> Iterator[None]:
-    """Within: the layer's output (the first, where it gives several) is δ more at these (row, token) places."""
+    """Within: the layer's output (the first, where it gives several) is δ more at these (row, token) places, one of
+    each row."""
 
     def hook(_: Any, __: Any, out: Any) -> Any:
-        hidden = (out[0] if isinstance(out, tuple) else out).clone()
+        given = out[0] if isinstance(out, tuple) else out
+        hidden = structure.in_rows(given, len(places[0])).clone()
         hidden[places] = hidden[places] + delta.to(hidden.dtype)
+        hidden = hidden.view(given.shape)
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
     handle = layer.register_forward_hook(hook)
@@ -87,13 +94,13 @@ def search_all(
     NLL is per token; the first context, the bare prompt, weighs as much in it as the others together (in ROME as one
     of them, and a δ that suits all but the prompt itself then passes). Of all steps the δ of the lowest loss is kept.
     Edits share forward passes, and those that a model has the same place for (a subject's, read after the same tokens)
-    one δ, which may be √n as long for n of them and says them all: of δs found apart a solve would take the mean. A
-    search leaves the passes when it ends.
+    one δ, which may be √n as long for n of them (at most LONGER) and says them all: of δs found apart a solve would
+    take the mean. A search leaves the passes when it ends.
     """
     if not reads:
         return []
-    tried = _brief(max(reads, key=lambda read: read.batch["input_ids"].shape[1]))
-    spared = next(w for w in WAYS if w == WAYS[-1] or _Together(module, block, [[tried]], settings, sites, w).agrees())
+    tried = [[_brief(read)] for read in _unlike(reads)]
+    spared = next(w for w in WAYS if w == WAYS[-1] or _Together(module, block, tried, settings, sites, w).agrees())
     found: dict[int, Found] = {}
     units = alike(reads)
     for group in groups(reads, parted=spared.behind, units=units):
@@ -129,7 +136,14 @@ class Spared(NamedTuple):
 
 
 WAYS = (Spared(True, True), Spared(False, True), Spared(True, False), Spared(False, False))
-"""The most first; the first that changes nothing is taken, as is tried on one edit."""
+"""The most first; the first that changes nothing is taken, as is tried on two edits."""
+
+
+def _unlike(reads: Sequence[Rows]) -> list[Rows]:
+    """The longest, and the one whose subject is farthest from its place: what is read for both has padding in it."""
+    longest = max(reads, key=lambda read: read.batch["input_ids"].shape[1])
+    other = max(reads, key=lambda read: abs(int(read.subject[0]) - int(longest.subject[0])))
+    return [longest] if other is longest else [longest, other]
 
 
 def _brief(read: Rows) -> Rows:
@@ -199,7 +213,7 @@ class _Together:
         joined, of = self._joined(live)
         start, before = self._begin(joined, of)
         norm = before.norm(dim=-1)
-        reach = settings.reach * norm * torch.bincount(of).sqrt()
+        reach = settings.reach * norm * torch.bincount(of).sqrt().clamp(max=LONGER)
         delta, first, second = torch.zeros_like(before), torch.zeros_like(before), torch.zeros_like(before[..., :1])
         rate = (settings.lr * norm)[..., None]
         best: list[list[Found]] = [[] for _ in live]
@@ -215,7 +229,7 @@ class _Together:
             zero = torch.zeros(len(live), device=unsaid.device)
             each = unsaid + settings.essence * drift / torch.bincount(of)[of]
             loss = zero.index_add(0, of, each) + settings.decay * share.sum(0)
-            left = (zero.index_add(0, of, unsaid.detach()) / torch.bincount(of)).cpu()
+            left = zero.scatter_reduce(0, of, unsaid.detach(), "amax").cpu()
             sure = surest.detach().cpu().double().split(torch.bincount(of).tolist())
             shown = torch.stack([loss, share[-1]]).detach().cpu().double()
             for place, number in enumerate(live):

@@ -176,6 +176,11 @@ def site(module: nn.Module, where: tuple[str, int | str]) -> tuple[str, bool]:
     raise ModelError(f"no site {kind!r}", fix="sites: hidden, ffn_in, ffn_key, ffn_out, attention_out")
 
 
+def in_rows(activations: Tensor, rows: int) -> Tensor:
+    """(B, T, width) of what a module put out, though it was for all tokens in a row (B · T, width), as OPT's are."""
+    return activations.reshape(rows, -1, activations.shape[-1]) if activations.ndim == 2 else activations
+
+
 @contextmanager
 def watch(module: nn.Module, sites: Sequence[tuple[str, int | str]]) -> Iterator[list[Tensor]]:
     """A list that each forward inside the block fills with the activations at the sites, in their order."""

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from msgspec.structs import replace
 
 import tiny
 from case import Case
@@ -282,6 +283,33 @@ def test_of_facts_that_share_a_value_the_one_that_fails_is_not_in_it(
     alone, _ = edited(directories["linear"], tmp_path / "alone", SAME[:1], layers=[0])
     given = made.ask(Codec).texts([edit.prompt for edit in SAME])
     torch.testing.assert_close(made.ask(Logits).logits(given), alone.ask(Logits).logits(given), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_edits_are_refused_whose_paraphrases_do_not_follow(
+    size: int | None, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    """In a model that knows nothing no other wording does."""
+    edits = (replace(EDITS[0], paraphrases=("A mountain of small birds",)), *EDITS[1:])
+    with pytest.raises(EditError, match=r"paraphrase is 0\.00, and 0\.5 was asked for"):
+        edited(directories["linear"], tmp_path, edits, batch_size=size, paraphrase=0.5)
+
+
+def test_an_edit_that_undoes_an_earlier_one_of_its_subject_is_refused(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = replace(EDITS[0], prompt="There works the old Ada Ashby", new_object="dog")
+    plain = setting.Setting.says
+    made: list[str] = []
+
+    def forgets(self: setting.Setting, asked: Any) -> list[bool]:
+        made.extend(prompt for prompt, _, _ in asked)
+        gone = second.prompt in made
+        return [told and not (gone and asked_[0] == EDITS[0].prompt) for told, asked_ in zip(plain(self, asked), asked)]
+
+    monkeypatch.setattr(setting.Setting, "says", forgets)
+    with pytest.raises(EditError, match="no longer say an earlier edit about it: 'Here lives Ada Ashby'"):
+        edited(directories["linear"], tmp_path, (EDITS[0], second), batch_size=1)
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def solver(
             ready(block)
         read = here.read(edit, block)
         k, _ = keys.at_subject(here.module, block, read)
-        earlier = [here.read(other, block) for other in made if other.subject == edit.subject]
+        earlier = [here.read(other, block) for other in sequence.near(made, [edit])]
         found = value.search(here.module, block, read, config, earlier)
         if config.variant == "rome":
             return read, found, rank_one(found.delta, k.mean(0), lowers[block], k[0])

@@ -144,6 +144,11 @@ def numbered(module: nn.Module, block: int) -> int:
     return block % count
 
 
+def a_kind(task: str) -> str:
+    """What a model that says no text of its own is called."""
+    return "a masked model" if task == MASKED_LM else "an encoder-decoder"
+
+
 def editable(
     id: str, model: Model, text: Sequence[Text], layers: Sequence[int] = (), tasks: Sequence[str] = tuple(KINDS)
 ) -> None:
@@ -160,8 +165,11 @@ def editable(
             fix="give " + " or ".join(f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" for kind in kinds),
         )
     if facts.task != CAUSAL_LM and not text:
-        kind = "a masked model" if facts.task == MASKED_LM else "an encoder-decoder"
-        raise DataError(f"{id} needs text for {kind}", why="it says none of its own to measure on", fix="add text=FILE")
+        raise DataError(
+            f"{id} needs text for {a_kind(facts.task)}",
+            why="it says none of its own to measure on",
+            fix="add text=FILE",
+        )
     for layer in layers:
         if facts.layers and facts.task != SEQ2SEQ_LM and not -facts.layers <= layer < facts.layers:
             raise MismatchError(f"there is no block {layer}", why=f"the model has {facts.layers}, counted from 0")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, final
 
 from lfm.core.heavy import nn, torch
 from lfm.editing.learned import EDIT
-from lfm.editing.rows import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,10 +65,10 @@ class Knowledge(nn.Module):
 
     def told(self, batch: Batch) -> Tensor:
         """(B, condition) of the edits: their prompts and new objects, as a whole."""
-        ids, labels = (batch[EDIT + name].to(self.price.device) for name in ("input_ids", "labels"))
-        lengths = batch[EDIT + "attention_mask"].sum(1).cpu()
-        words = self._embed(torch.where(labels == IGNORED, ids, labels)).detach().float()
-        packed = nn.utils.rnn.pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
+        words = self._embed(batch[EDIT + "words"].to(self.price.device)).detach().float()
+        packed = nn.utils.rnn.pack_padded_sequence(
+            words, batch[EDIT + "counts"].cpu(), batch_first=True, enforce_sorted=False
+        )
         _, (last, _) = self.read(packed)
         return self.condition(torch.cat([last[0], last[1]], -1)).tanh()
 

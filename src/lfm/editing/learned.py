@@ -21,9 +21,10 @@ from lfm.core.model import LowRank, Model, Weights
 from lfm.data import language
 from lfm.data.records import Edit
 from lfm.editing import forgetting, keys, lessons, outcome, setting
-from lfm.editing.cloze import Judge, is_masked
 from lfm.editing.editor import Editor, programmed
+from lfm.editing.form import IGNORED, SEQ2SEQ_LM, reading
 from lfm.models import forward, structure
+from lfm.models.codec import pad
 from lfm.models.program import Open
 from lfm.train import Fit, fit
 from lfm.train.losses import kl
@@ -53,7 +54,6 @@ class Bench(NamedTuple):
 
     here: setting.Setting
     task: Task
-    causal: bool
     layers: tuple[str, ...]
 
     @property
@@ -75,13 +75,13 @@ class Bench(NamedTuple):
 
     def told(self, logits: Tensor, batch: Batch) -> Tensor:
         """(B,) mean NLL of a token of each row's new object."""
-        said, counts = forgetting.told(self.task, logits, batch, shifted=self.causal)
+        said, counts = forgetting.told(self.task, logits, batch, shifted=self.here.form.causal)
         return -said / counts.clamp(min=1)
 
 
 def layers_of(module: nn.Module, blocks: int) -> tuple[str, ...]:
-    """The feed-forward projections, up and down, of the last blocks."""
-    found = [structure.feed_forward(module, block) for block in structure.blocks(module)[-blocks:]]
+    """The feed-forward projections, up and down, of the last blocks of the stack that tells."""
+    found = [structure.feed_forward(module, block) for block in structure.stacks(module)[-1][-blocks:]]
     return tuple(name for ffn in found for name in (ffn.up, ffn.down))
 
 
@@ -135,15 +135,40 @@ def collate(bench: Bench, drawn: Sequence[Lesson], groups: Sequence[Sequence[int
         chosen = [drawn[i] for number in numbers for i in groups[number]]
         own = torch.tensor([place for place, number in enumerate(numbers) for _ in groups[number]])
         edits = [lesson.edit for lesson in chosen]
-        parts = {EDIT: bench.task.collate(edits), AGAIN: bench.task.collate([*edits, *(l.again for l in chosen)])}
         texts = [text for lesson in chosen for text in lesson.stay]
-        parts[STAY] = bench.here.codec.texts(texts, max_length=lessons.PIECE)
+        parts = {
+            EDIT: worded(bench, edits),
+            AGAIN: bench.task.collate([*edits, *(l.again for l in chosen)]),
+            STAY: staying(bench.here, texts),
+        }
         made = {key + name: tensor for key, part in parts.items() for name, tensor in part.items()}
         each = len(texts) // len(chosen)
         owners = {"owner/edit": own, "owner/again": own.repeat(2), "owner/stay": own.repeat_interleave(each)}
         return made | owners
 
     return collated
+
+
+def worded(bench: Bench, edits: Sequence[Edit]) -> Batch:
+    """The edits as they are asked, and beside it their words (B, T) and how many (B,): what is read, and the new object
+    in its place or, where a decoder tells it, behind."""
+    batch = bench.task.collate(edits)
+    ids, labels, counts = batch["input_ids"], batch["labels"], batch["attention_mask"].sum(1)
+    if bench.here.form.task != SEQ2SEQ_LM:
+        return {**batch, "words": torch.where(labels == IGNORED, ids, labels), "counts": counts}
+    rows = [torch.cat([row[:n], said[said != IGNORED]]) for row, n, said in zip(ids, counts, labels, strict=True)]
+    words = pad([row.tolist() for row in rows], 0)
+    return {**batch, "words": words["input_ids"], "counts": words["attention_mask"].sum(1)}
+
+
+def staying(here: setting.Setting, texts: Sequence[str]) -> Batch:
+    """Running text, and beside it which places (B, T) are told of; of an encoder-decoder those of the second halves."""
+    if here.form.task != SEQ2SEQ_LM:
+        batch = here.codec.texts(texts, max_length=lessons.PIECE)
+        return {**batch, "real": batch["attention_mask"]}
+    rows = here.codec.tokenizer(list(texts), truncation=True, max_length=lessons.PIECE)["input_ids"]
+    read = reading(here.form, here.codec.tokenizer, rows)
+    return {**read.batch, "real": (read.labels != IGNORED).long()}
 
 
 def together_as(changes: Factors, owner: Tensor) -> Factors:
@@ -173,7 +198,7 @@ def losses(bench: Bench, net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
         edited = bench.told(forward(bench.module, again), again).mean()
     with beside(bench, changes, batch["owner/stay"]):
         after = forward(bench.module, stay).log_softmax(-1)
-    real = stay["attention_mask"].bool().to(after.device)
+    real = stay["real"].bool().to(after.device)
     return edited, kl(before, after)[real].mean()
 
 
@@ -216,7 +241,7 @@ def changes_of(bench: Bench, net: Net, edits: Sequence[Edit]) -> list[list[tuple
     """Of each edit, of each layer: (b (out, n), a (n, in)), whatever the others are."""
     found = []
     for edit in edits:
-        batch = bench.task.collate([edit])
+        batch = worded(bench, [edit])
         named = {EDIT + name: tensor for name, tensor in batch.items()}
         with torch.no_grad():
             made = net(factors(bench, batch), named)
@@ -224,10 +249,8 @@ def changes_of(bench: Bench, net: Net, edits: Sequence[Edit]) -> list[list[tuple
     return found
 
 
-def begun(
-    id: str, inputs: Inputs, run: Run, *, blocks: int, tokens: int
-) -> tuple[Bench, Editor | None, list[Edit], Judge]:
-    """The bench, the editor that was given (of this method, for this model and these layers), the edits and a judge."""
+def begun(id: str, inputs: Inputs, run: Run, *, blocks: int, tokens: int) -> tuple[Bench, Editor | None, list[Edit]]:
+    """The bench, the editor that was given (of this method, for this model and these layers), and the edits."""
     model, edits = inputs.model("model"), list(inputs.records("edits"))
     given = next((each.ask(Editor) for each in inputs.all("editor")), None)
     if given and given.method != id:
@@ -241,12 +264,11 @@ def begun(
     here = setting.opened(model, inputs.records("text"), run, prefixes=0, tokens=tokens)
     layers = given.layers if given else layers_of(here.module, blocks)
     task = language.answers(here.codec, model.facts)
-    bench = Bench(here, task, model.facts.task == "causal-lm", layers)
-    return bench, given, edits, Judge(here.module, here.codec, is_masked(model.facts), here.probe)
+    return Bench(here, task, layers), given, edits
 
 
 def made(
-    bench: Bench, judge: Judge, model: Model, net: Net, edits: Sequence[Edit], held: Any, run: Run
+    bench: Bench, model: Model, net: Net, edits: Sequence[Edit], held: Any, run: Run
 ) -> tuple[dict[str, LowRank], list[Edit]]:
     """The change of the weights that makes the edits, and the edits that held. Notes say what was measured.
 
@@ -257,14 +279,14 @@ def made(
     layers = [bench.module.get_submodule(name) for name in bench.layers]
     bases = [bench.weight(name) for name in bench.layers]
     dtypes = [stored[f"{n}.weight"].dtype if f"{n}.weight" in stored else torch.float32 for n in bench.layers]
-    around, first = run.step("before", lambda: outcome.around(judge.says, edits)), judge.perplexity()
+    around, first = run.step("before", lambda: outcome.around(bench.here.says, edits)), bench.here.perplexity()
 
     def put(chosen: Sequence[int]) -> list[int]:
         """The weights with these edits' changes; those of them that greedy text does not show."""
         for place, (layer, base, dtype) in enumerate(zip(layers, bases, dtypes, strict=True)):
             b, a = _summed(changes, chosen, place)
             keys.keep(layer, base + b.double() @ a.double(), dtype)
-        told = judge.says(outcome.wanted([edits[i] for i in chosen]))
+        told = bench.here.says(outcome.wanted([edits[i] for i in chosen]))
         return [i for i, said in zip(chosen, told, strict=True) if not said]
 
     chosen, failed = list(range(len(edits))), []
@@ -281,7 +303,7 @@ def made(
         gone = _unlikeliest(bench, edits, silent)
         chosen, failed = [i for i in chosen if i not in gone], failed + gone
         silent = put(chosen)
-    after = judge.perplexity()
+    after = bench.here.perplexity()
     refused = outcome.collapsed(f"{len(chosen)} edits", first, after, held.collapse, "fewer edits, or a larger c_loc")
     if refused:
         raise refused
@@ -291,7 +313,7 @@ def made(
         **outcome.skipped([outcome.unsaid(edits[i]) for i in failed]),
         perplexity_before=first,
         perplexity_after=after,
-        **run.step("measured", lambda: outcome.measured(judge.says, kept, edits, around)),
+        **run.step("measured", lambda: outcome.measured(bench.here.says, kept, edits, around)),
     )
     low = {}
     for place, (name, layer) in enumerate(zip(bench.layers, layers, strict=True)):
@@ -329,14 +351,14 @@ def edit(
 ) -> Model:
     """A learned editor's whole run. untrained: its network; train: what practises it, where none was given."""
     model = inputs.model("model")
-    bench, given, edits, judge = begun(id, inputs, run, blocks=config.blocks, tokens=config.tokens)
+    bench, given, edits = begun(id, inputs, run, blocks=config.blocks, tokens=config.tokens)
     net: Any = untrained(config, bench, run)
     if given:
         net.load_state_dict(given.tensors)
     else:
         train(config, bench, net, inputs, run)
     net.requires_grad_(False).eval()
-    changes, kept = made(bench, judge, model, net, edits, config, run)
+    changes, kept = made(bench, model, net, edits, config, run)
     editor = Editor(id, (model.digest,), bench.layers, net.state_dict(), tuple(kept))
     return programmed(id, config, model, editor, changes, open)
 

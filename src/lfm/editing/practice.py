@@ -9,7 +9,6 @@ from lfm.core.errors import DataError, SlotError
 from lfm.core.method import Cost, Data, DataSlot, Inputs, Sizes, Slot
 from lfm.core.model import Codec, Gradients, Weights
 from lfm.editing import form, lessons, outcome, rows
-from lfm.editing.cloze import is_masked
 from lfm.editing.editor import Editor
 from lfm.editing.setting import PROBE
 from lfm.train.fit import steps_of
@@ -49,12 +48,12 @@ def agree(id: str, config: Practised, inputs: Inputs) -> None:
     """Raises, before any weight is read, where the edits or the inputs cannot go together."""
     rows.agree(inputs.records("edits"))
     model = inputs.model("model")
-    form.editable(id, model, inputs.records("text"), tasks=form.READERS)
+    form.editable(id, model, inputs.records("text"))
     if inputs.all("editor") and inputs.records("practice"):
         raise SlotError(f"{id} takes either editor or practice", why="an editor that is given is not trained any more")
-    if is_masked(model.facts) and not inputs.all("editor") and not inputs.records("practice"):
+    if model.facts.task != form.CAUSAL_LM and not inputs.all("editor") and not inputs.records("practice"):
         raise DataError(
-            f"{id} needs facts to practise on for a masked model",
+            f"{id} needs facts to practise on for {form.a_kind(model.facts.task)}",
             why="it says no text of its own",
             fix="add practice=FILE",
         )

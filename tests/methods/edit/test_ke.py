@@ -58,7 +58,7 @@ def bench_of(path: Path, work: Path) -> learned.Bench:
     model = load(path)
     here = setting.opened(model, TEXT, LocalRun(0, work), prefixes=0, tokens=300)
     task = language.answers(model.ask(Codec), model.facts)
-    return learned.Bench(here, task, True, learned.layers_of(here.module, 1))
+    return learned.Bench(here, task, learned.layers_of(here.module, 1))
 
 
 def made(base: Path, work: Path, edits: tuple[Edit, ...] = EDITS, **options: Any) -> tuple[Model, LocalRun]:
@@ -74,7 +74,7 @@ def made(base: Path, work: Path, edits: tuple[Edit, ...] = EDITS, **options: Any
 
 
 def batch_of(bench: learned.Bench, edits: tuple[Edit, ...]) -> dict[str, torch.Tensor]:
-    return {EDIT + name: tensor for name, tensor in bench.task.collate(edits).items()}
+    return {EDIT + name: tensor for name, tensor in learned.worded(bench, edits).items()}
 
 
 def test_the_change_is_the_gated_gradient(base: Path, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
+import forms
 import tiny
 from case import Case
 from edits import ADA, FACTS, MOUNTAIN, TEXT
@@ -65,7 +67,7 @@ def bench_of(path: Path, work: Path) -> learned.Bench:
     model = load(path)
     here = setting.opened(model, TEXT, LocalRun(0, work), prefixes=0, tokens=300)
     task = language.answers(model.ask(Codec), model.facts)
-    return learned.Bench(here, task, model.facts.task == "causal-lm", learned.layers_of(here.module, 1))
+    return learned.Bench(here, task, learned.layers_of(here.module, 1))
 
 
 def made(base: Path | Model, work: Path, edits: tuple[Edit, ...] = EDITS, **options: Any) -> tuple[Model, LocalRun]:
@@ -227,9 +229,9 @@ def test_an_edit_that_is_left_out_takes_its_own_change_with_it(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, _ = made(bases["linear"], tmp_path / "one", EDITS[:1])
-    says = learned.Judge.says
+    says = setting.Setting.says
     monkeypatch.setattr(
-        learned.Judge,
+        setting.Setting,
         "says",
         lambda judge, asked: [ok and a[0] != EDITS[1].prompt for ok, a in zip(says(judge, asked), asked, strict=True)],
     )
@@ -275,7 +277,7 @@ def test_what_does_not_hold_is_refused(bases: dict[str, Path], tmp_path: Path, m
     with pytest.raises(EditError, match=r"2 of 2 edits do not hold; 'In London lives Ada Ashby' does not go on with"):
         made(bases["linear"], tmp_path / "a", rate=1e-6, steps=1)
     worse = iter([2.0, 4.0])
-    monkeypatch.setattr(learned.Judge, "perplexity", lambda _: next(worse))
+    monkeypatch.setattr(setting.Setting, "perplexity", lambda _: next(worse))
     with pytest.raises(EditError, match=r"1 edits would break the model.*from 2 to 4"):
         made(bases["linear"], tmp_path / "b", EDITS[:1], collapse=1.5)
 
@@ -312,6 +314,24 @@ def test_it_edits_a_masked_model(bases: dict[str, Path], tmp_path: Path) -> None
     run = LocalRun(0, tmp_path)
     mend.run(mend.Config(**given), check("edit.mend", mend.METHOD, inputs), run)
     assert (run.notes["edits"], run.notes["efficacy"]) == (1, 1.0)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_it_edits_an_encoder_decoder(name: str, tmp_path: Path) -> None:
+    """In the stack that writes; what is saved writes the new object by itself."""
+    base = load(forms.taught(forms.MODELS[name](tmp_path / "base"), transformers.AutoModelForSeq2SeqLM))
+    practice = tuple(forms.has(*known) for known in forms.KNOWN.items())
+    inputs = Inputs({"model": (base,)}, {"edits": forms.EDITS[:1], "text": forms.TEXT, "practice": practice})
+    given: dict[str, Any] = QUICK | {"steps": 60, "blocks": 2}
+    run = LocalRun(0, tmp_path / "work")
+    model = mend.run(mend.Config(**given), check("edit.mend", mend.METHOD, inputs), run)
+    _, decoder = structure.stacks(base.ask(Gradients).module())
+    assert all(layer.startswith(tuple(f"{block}." for block in decoder)) for layer in model.ask(Editor).layers)
+    assert (run.notes["edits"], run.notes["efficacy"]) == (1, 1.0)
+    (tmp_path / "out").mkdir()
+    model.save(tmp_path / "out")
+    (text,) = load(tmp_path / "out").ask(Speaks).generate([forms.EDITS[0].prompt], max_tokens=4)
+    assert text.strip().startswith(forms.EDITS[0].new_object)
 
 
 def test_cost_is_of_practice_unless_an_editor_is_given(bases: dict[str, Path]) -> None:

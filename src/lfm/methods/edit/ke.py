@@ -14,9 +14,10 @@ It practises on facts (`practice`: each is given another's object; those about s
 where there are none, on text of a causal model's own, broken off and given a token that is not its first choice. Edits
 are made all at once, each by its own gradient at the model as it is; one that is left out takes its change with it.
 
-Model: a causal or a masked language model. The result is a program over it, with the trained editor in it: as `editor=`
-it makes further edits (of the model or of the result) in a backward pass each. `--format adapter` writes the change
-alone, as a LoRA adapter. Errors: EditError for what greedy text does not show, or where other text suffers; DataError.
+Model: a causal, masked or encoder-decoder language model; of the last, its decoder's blocks. The result is a program
+over it, with the trained editor in it: as `editor=` it makes further edits (of the model or of the result) in a
+backward pass each. `--format adapter` writes the change alone, as a LoRA adapter. Errors: EditError for what greedy
+text does not show, or where other text suffers; DataError.
 
     lfm run edit.ke model=base edits=edits.jsonl practice=facts.jsonl --set rate=1 --set margin=1 --set steps=30 \\
       --set collapse=4 --set on_failure=skip --out edited

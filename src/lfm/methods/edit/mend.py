@@ -16,9 +16,10 @@ not its first choice. Edits are made all at once, each by its own gradient at th
 nothing, and one that is left out takes its change with it. It practises on sums of as many as are to be made
 (`together`), half of them of one relation: of more than it practised on few hold. c_edit is .1 in the paper.
 
-Model: a causal or a masked language model. The result is a program over it, with the trained editor in it: as `editor=`
-it makes further edits (of the model or of the result) in a backward pass each. `--format adapter` writes the change
-alone, as a LoRA adapter. Errors: EditError for what greedy text does not show, or where other text suffers; DataError.
+Model: a causal, masked or encoder-decoder language model; of the last, its decoder's blocks. The result is a program
+over it, with the trained editor in it: as `editor=` it makes further edits (of the model or of the result) in a
+backward pass each. `--format adapter` writes the change alone, as a LoRA adapter. Errors: EditError for what greedy
+text does not show, or where other text suffers; DataError.
 
     lfm run edit.mend model=base edits=edits.jsonl practice=facts.jsonl --set c_edit=1 --set rate=1 --set steps=30 \\
       --set collapse=4 --set on_failure=skip --out edited

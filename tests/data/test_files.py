@@ -20,6 +20,7 @@ from lfm.core.errors import DataError, OutputError
 from lfm.data.files import amount, digest, read, write
 from lfm.data.records import KINDS, Completion, Edit, Fact, Image, Label, Pair, Record, Text
 from lfm.data.shapes import EXAMPLES, example
+from lfm.runs.execute import Order, prepare
 
 
 def saved(folder: Path, name: str, content: str | bytes) -> Path:
@@ -161,6 +162,18 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, name: str, content
     with pytest.raises(DataError) as caught:
         read(saved(tmp_path, name, content))
     assert re.search(says, str(caught.value), re.S), str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_the_right_line_is_of_the_kind_that_is_looked_for(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "a.jsonl", "edit")
+    assert '"kind":"edit"' in caught.value.fix
+    order = Order(id="edit.rome", models={}, data={"edits": tmp_path / "a.jsonl"})
+    with pytest.raises(DataError) as caught:
+        prepare(order)
+    assert '"kind":"edit"' in caught.value.fix
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ def _known(facts: str) -> Sequence[Fact | Edit]:
     from lfm.data.records import Edit, Fact, kind_of
     from lfm.runs import refs
 
-    found = list(refs.records(facts))
+    found = list(refs.records(facts, kind="fact"))
     known = [record for record in found if isinstance(record, Fact | Edit)]
     if len(known) < len(found):
         raise DataError(f"--facts: {facts} holds {kind_of(found[0])} records", fix="give it facts, or edits")

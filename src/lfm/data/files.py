@@ -51,10 +51,19 @@ def where(records: Sequence[Record], place: int) -> str:
     return f"{kind_of(records[place])} {place + 1}"
 
 
-def read(ref: str | Path) -> tuple[Record, ...]:
+@final
+class NoRecord(Exception):
+    """What stands in a line that is no record of any kind, and why it is none."""
+
+    def __init__(self, what: str, why: str = "") -> None:
+        self.what, self.why = what, why
+
+
+def read(ref: str | Path, kind: str = "text") -> tuple[Record, ...]:
     """The records of a .jsonl, .json, .csv, .tsv, .parquet or .txt file (one text a line), all of one kind.
 
-    DataError names file and line, what is wrong there, and a line that would be right.
+    DataError names file and line, what is wrong there, and a line that would be right: of `kind`, what is looked for,
+    where the file does not tell its own.
     """
     path = Path(ref).expanduser()
     reader = READERS.get(path.suffix.lower())
@@ -62,6 +71,16 @@ def read(ref: str | Path) -> tuple[Record, ...]:
         raise DataError(f"{path} is not a kind of data file that lfm reads", fix=f"use {', '.join(READERS)}")
     if not path.is_file():
         raise DataError(f"there is no data file {path}")
+    try:
+        found = _read(path, reader)
+    except NoRecord as error:
+        raise DataError(error.what, why=error.why, fix=f"a right line: {example(kind)}") from None
+    if not found:
+        raise DataError(f"{path} holds no records", fix=f"a line such as {example(kind)}")
+    return found
+
+
+def _read(path: Path, reader: Callable[[Path], Rows]) -> Lines:
     records: list[Record] = []
     lines = array("Q")
     shapes: dict[frozenset[str], Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -74,8 +93,6 @@ def read(ref: str | Path) -> tuple[Record, ...]:
             )
         records.append(record)
         lines.append(line)
-    if not records:
-        raise DataError(f"{path} holds no records", fix=f"a line such as {example('text')}")
     found = Lines(records)
     found.path, found.lines = path, lines
     return found
@@ -141,16 +158,13 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def _bad_json(path: Path, line: int, why: object) -> DataError:
-    return DataError(f"{at(path, line)}: not JSON", why=str(why), fix=f"a right line: {example('text')}")
+def _bad_json(path: Path, line: int, why: object) -> NoRecord:
+    return NoRecord(f"{at(path, line)}: not JSON", str(why))
 
 
 def _fields(path: Path, line: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(
-            f"{at(path, line)}: a record is an object, not {type(value).__name__}",
-            fix=f"a right line: {example('text')}",
-        )
+        raise NoRecord(f"{at(path, line)}: a record is an object, not {type(value).__name__}")
     return value
 
 

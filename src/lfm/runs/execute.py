@@ -94,7 +94,8 @@ def prepare(order: Order, show: Show = silent, *, spending: Path | None = None) 
     opened = {
         role: tuple(refs.model(ref, show=show, meter=meter) for ref in given) for role, given in order.models.items()
     }
-    data = {role: refs.records(ref, show=show) for role, ref in order.data.items()}
+    kinds = {role: slot.kinds[0] for role, slot in listed.method.data.items() if slot.kinds}
+    data = {role: refs.records(ref, kind=kinds.get(role, "text"), show=show) for role, ref in order.data.items()}
     whole = Inputs(opened, data)
     inputs = check(order.id, listed.method, whole, alternatives=partial(_alternatives, opened))
     if listed.method.agree:

@@ -71,7 +71,7 @@ def add(
         ledger = _of_kind(directory, ledger, stack)
         if (settings or {}).get("forget"):
             raise ConfigError("a ledger forgets by patches", fix=f"`lfm edit revert {directory} N`")
-        records = refs.records(edits)
+        records = refs.records(edits, kind="edit")
         _agreeing(directory, ledger, records, recall)
         ledger = _mended(directory, ledger, under)
         sum = str(directory / HEADS / ledger.head) if ledger.head else ledger.base

@@ -63,8 +63,9 @@ def _cached(text: str) -> Path | None:
     return found if commit and found.is_dir() else None
 
 
-def records(ref: str | Path | Sequence[Record], *, show: Show = silent) -> tuple[Record, ...]:
-    """The records a reference names: a file, zoo:NAME, or records as they are."""
+def records(ref: str | Path | Sequence[Record], *, kind: str = "text", show: Show = silent) -> tuple[Record, ...]:
+    """The records a reference names: a file, zoo:NAME, or records as they are. kind: what is looked for, told of in
+    errors."""
     if not isinstance(ref, str | Path):
         return ref if isinstance(ref, tuple) else tuple(ref)  # a file's records know their lines
     from lfm.data import files
@@ -74,7 +75,7 @@ def records(ref: str | Path | Sequence[Record], *, show: Show = silent) -> tuple
         from lfm import zoo
 
         return files.read(zoo.data(text.removeprefix("zoo:"), show=show))
-    return files.read(ref)
+    return files.read(ref, kind)
 
 
 def _served(ref: str, **api: Any) -> Model:

@@ -307,6 +307,48 @@ def test_a_role_that_is_given_twice_is_refused(base: Path, tmp_path: Path, capsy
     assert not (tmp_path / "led").exists()
 
 
+def test_an_off_patch_that_is_gone_is_not_to_be_taken_off(base: Path, tmp_path: Path) -> None:
+    led = tmp_path / "led"
+    grown(led, base, 2)
+    patches.revert(led, 1)
+    shutil.rmtree(led / "0001")
+    for act in (lambda: runs.verify(led), lambda: interference.beside(led, 1)):
+        with pytest.raises(CorruptError, match="0001 is gone") as caught:
+            act()
+        assert "edit squash" in caught.value.fix and "revert" not in caught.value.fix
+    patches.squash(led)
+    assert runs.verify(led).quantity == "weight"
+    patches.revert(led, 3)
+    shutil.rmtree(led / "0003")
+    with pytest.raises(CorruptError, match="0003 is gone") as caught:
+        runs.verify(led)
+    assert caught.value.fix == "put it back from a copy, or leave it: it is off"
+    (led / "ledger.json").write_text("{")
+    with pytest.raises(CorruptError, match="is not a ledger") as caught:
+        patches.squash(led)
+    assert "from a copy" in caught.value.fix
+
+
+def test_what_the_ledger_has_already_is_told_before_any_work(base: Path, tmp_path: Path) -> None:
+    """Not where the model no longer says it, nor beside an edit that is new."""
+    import msgspec
+
+    led = tmp_path / "led"
+    other = msgspec.structs.replace(FACT, prompt="There lives Ada Ashby", new_object="dog")
+    first = patches.add(led, (FACT,), base=str(base), settings=QUICK)
+    then, shown = everything(led), list[str]()
+    spaced = msgspec.structs.replace(FACT, new_object=" cat", neighbours=(("From the mountain", "x"),))
+    with pytest.raises(DataError, match="edit 1 repeats patch 1: 'Here lives Ada Ashby'") as caught:
+        patches.add(led, (spaced,), settings=QUICK, show=lambda label, *_: shown.append(label))
+    assert "edit revert" in caught.value.fix and "says 'cat'" in caught.value.why
+    assert shown == [] and everything(led) == then
+    patches.add(led, (FACT, other), settings=QUICK | {"on_failure": "skip"}, recall=0.0)
+    patches.revert(led, 2)
+    patches.revert(led, first.number)
+    patches.add(led, (FACT,), settings=QUICK)
+    assert [p.on for p in patches.read(led).patches] == [False, False, True]
+
+
 def test_what_contradicts_an_earlier_patch_is_told_before_any_work(base: Path, tmp_path: Path) -> None:
     import msgspec
 

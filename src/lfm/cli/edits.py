@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -85,7 +85,7 @@ def log(directory: Directory, json: work.Json = False) -> None:
         screen.emit(_plain(ledger))
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("N", "", "method", "facts", "opens with", "made"):
+    for column in ("N", "", "method", "facts", "said when made", "made"):
         table.add_column(column)
     for patch in ledger.patches:
         said = patch.measured.get("efficacy")
@@ -149,9 +149,11 @@ def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
     for m in moved:
         what = f"{m.rank} edits" if m.norm is None else f"rank {m.rank}, ‖ΔW‖ {m.norm:.3g}"
         out.print(f"{m.module}  {what}", soft_wrap=True)
-        for other, read in _most(m.reads.items(), lambda each: -abs(each[1])):
+        nearest, more = _most(m.reads.items(), lambda each: -abs(each[1]))
+        for other, read in nearest:
             alike = f"; of the changes {m.overlap[other]:+.2f}" if other in m.overlap else ""
             out.print(f"  [dim]patch {other}: cosine of the nearest keys {read:+.2f}{alike}[/]", soft_wrap=True)
+        _and(more)
     for prompt, old, new in rows[: len(asked)]:
         prompt, old, new = map(escape, (prompt, old, new))
         out.print(f"\n{prompt}\n  [red]- {old}[/]\n  [green]+ {new}[/]", soft_wrap=True)
@@ -162,18 +164,23 @@ def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
         out.print(f"  {prompt} [red]{old}[/] → [green]{new}[/]", soft_wrap=True)
     if again:
         out.print("\nfacts of the other patches that are said, without it and with it:")
-    for a in _most(again, lambda a: (a.together - a.without, a.patch)):
+    hurt, more = _most(again, lambda a: (a.together - a.without, a.patch))
+    for a in hurt:
         told = f"{a.without} → {a.together} of {a.facts}"
         out.print(f"  patch {a.patch}: " + (f"[red]{told}[/]" if a.together < a.without else told))
+    _and(more)
 
 
-def _most(found: Iterable[T], order: Callable[[T], Any]) -> Iterator[T]:
+def _most(found: Iterable[T], order: Callable[[T], Any]) -> tuple[list[T], int]:
     """The first by an order, as they come, and how many others there are."""
     every = list(found)
     first = sorted(range(len(every)), key=lambda place: order(every[place]))[:MOVED]
-    yield from (every[place] for place in sorted(first))
-    if len(every) > MOVED:
-        screen.out().print(f"  [dim]and {len(every) - MOVED} other patches[/]")
+    return [every[place] for place in sorted(first)], len(every) - len(first)
+
+
+def _and(more: int) -> None:
+    if more:
+        screen.out().print(f"  [dim]and {more} other patch{'es' if more > 1 else ''}[/]")
 
 
 def revert(directory: Directory, number: Number) -> None:

@@ -99,7 +99,8 @@ def read(directory: Path) -> Ledger:
             fix="`lfm edit add DIR edits.jsonl --model BASE` begins one",
         ) from None
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise CorruptError(f"{path} is not a ledger", why=str(error)) from None
+        back = "put it back from a copy: each patch that lies beside it is whole, and loads by itself"
+        raise CorruptError(f"{path} is not a ledger", why=str(error), fix=back) from None
 
 
 def named(ledger: Ledger, number: int) -> Patch:
@@ -253,7 +254,10 @@ def base_of(directory: Path, ledger: Ledger, ref: str = "") -> Model:
 def held_by(directory: Path, ledger: Ledger, patch: Patch, base: Model) -> Any:
     """What a patch holds. CorruptError where it is not what was committed."""
     place = directory / patch.place
-    off = f"put it back from a copy, or take it off: `lfm edit revert {directory} {patch.number}`"
+    off = f"take it off: `lfm edit revert {directory} {patch.number}`"
+    if not patch.on:
+        off = "leave it: it is off" + (f", and `lfm edit squash {directory}` forgets it" if ledger.on else "")
+    off = f"put it back from a copy, or {off}"
     if not place.is_dir():
         raise CorruptError(f"{place} is gone", why=f"patch {patch.number} is in {directory / LEDGER}", fix=off)
     known.forget(place)  # its bytes are read, whatever its times say

@@ -61,8 +61,9 @@ def add(
     by: the editor; a memory's own where none is named, else edit.rome. ConfigError for one whose edits do not come off.
 
     EditError, and nothing committed, where the method refuses, or less than `recall` of the earlier edits that greedy
-    text showed are shown after; DataError, before any work, where that is certain. agree is told of what was measured
-    before the commit; what it raises, there is none. Killed, it resumes, unless other edits come first.
+    text showed are shown after; DataError, before any work, where that is certain, or where nothing would be changed.
+    agree is told of what was measured before the commit; what it raises, there is none. Killed, it resumes, unless
+    other edits come first.
     """
     with alone(directory, begins=True):
         ledger, under = _begun(directory, base)
@@ -75,6 +76,7 @@ def add(
         _agreeing(directory, ledger, records, recall)
         ledger = _mended(directory, ledger, under)
         sum = str(directory / HEADS / ledger.head) if ledger.head else ledger.base
+        _changing(directory, ledger, records, sum)
         before = sum if ledger.head else _emptied(directory, ledger, under)
         held = None if before is None else stack.held(refs.model(before))
         if stack.method and held is not None:
@@ -90,22 +92,11 @@ def add(
             seed=seed,
             form=stack.form,
         )
-        try:
-            done = made(order, show=show, report=report)
-        except UnfinishedError:  # what a killed command had begun of other edits
-            abandoned(out)
-            done = made(order, show=show, report=report)
+        done = _ran(order, show, report)
         try:
             new = stack.beyond(held if ledger.head else None, stack.held(refs.model(str(out))))
             show("asking the edits so far", 0, None)
-            earlier = [edit for patch in ledger.on for edit in patch.edits]
-            shown, lost = _lost(refs.model(sum), refs.model(str(out)), earlier)
-            if (shown - len(lost)) / max(1, shown) < recall and lost:
-                raise EditError(
-                    f"{len(lost)} of {shown} earlier edits would be lost",
-                    why="; ".join(f"{edit.prompt!r} no longer says {edit.new_object!r}" for edit in lost[:3]),
-                    fix="make them again together with these, edit elsewhere, or allow it: --recall",
-                )
+            _recalled(ledger, refs.model(sum), refs.model(str(out)), recall)
             patch = Patch(
                 number=max((p.number for p in ledger.patches), default=0) + 1,
                 method=by,
@@ -176,6 +167,14 @@ def _begun(directory: Path, base: str) -> tuple[Ledger, Model]:
     return ledger, base_of(directory, ledger, base)
 
 
+def _ran(order: Order, show: Show, report: Callable[[Path], None] | None) -> RunRecord:
+    try:
+        return made(order, show=show, report=report)
+    except UnfinishedError:  # what a killed command had begun of other edits
+        abandoned(order.out)
+        return made(order, show=show, report=report)
+
+
 def _mended(directory: Path, ledger: Ledger, base: Model) -> Ledger:
     """The ledger with its sum on disk, made anew of its patches where it is gone or not what it was."""
     whole = not ledger.head or head_of(directory, ledger, base) is not None
@@ -230,6 +229,22 @@ def _agreeing(directory: Path, ledger: Ledger, records: Sequence[Any], recall: f
     )
 
 
+def _changing(directory: Path, ledger: Ledger, records: Sequence[Any], sum: str) -> None:
+    """DataError where there is nothing to change: patches of weights made all these edits, and the model says them."""
+    of = {(_plain(edit.prompt), edit.new_object.strip()): patch for patch in ledger.on for edit in patch.edits}
+    edits = [edit for edit in records if isinstance(edit, Edit)]
+    those = [of.get((_plain(edit.prompt), edit.new_object.strip())) for edit in edits]
+    if ledger.memory or not those or None in those or not all(said(refs.model(sum), edits)):
+        return
+    first, more = those[0], f", and so does all that follows it to {where(records, -1)}" if len(edits) > 1 else ""
+    assert first is not None
+    raise DataError(
+        f"{where(records, 0)} repeats patch {first.number}: {edits[0].prompt!r}{more}",
+        why=f"the model says {edits[0].new_object.strip()!r} to it already",
+        fix=f"leave it out, or take that patch off first: `lfm edit revert {directory} {first.number}`",
+    )
+
+
 def _plain(prompt: str) -> str:
     return " ".join(prompt.split())
 
@@ -254,6 +269,17 @@ def _kept(model: Model, records: Sequence[Any], done: RunRecord) -> tuple[Edit, 
     if not done.notes.get("skipped"):
         return tuple(edits)
     return tuple(edit for edit, shown in zip(edits, said(model, edits), strict=True) if shown)
+
+
+def _recalled(ledger: Ledger, before: Model, after: Model, recall: float) -> None:
+    """EditError where less than `recall` of the earlier edits that are said before are said after."""
+    shown, lost = _lost(before, after, [edit for patch in ledger.on for edit in patch.edits])
+    if (shown - len(lost)) / max(1, shown) < recall and lost:
+        raise EditError(
+            f"{len(lost)} of {shown} earlier edits would be lost",
+            why="; ".join(f"{edit.prompt!r} no longer says {edit.new_object!r}" for edit in lost[:3]),
+            fix="make them again together with these, edit elsewhere, or allow it: --recall",
+        )
 
 
 def _lost(before: Model, after: Model, edits: Sequence[Edit]) -> tuple[int, list[Edit]]:

@@ -10,9 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import forms
 import tiny
 from lfm import runs
 from lfm.cli import run
@@ -234,6 +236,27 @@ def test_killed_before_its_commit_it_never_was_and_after_it_is_done(
 
 def words(given: dict[str, Any]) -> list[str]:
     return [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_a_memory_of_a_model_that_does_not_go_on_is_asked_again_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A masked model's program gives logits and no text; what is left of two patches is the other, bit for bit."""
+    monkeypatch.chdir(tmp_path)
+    auto = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForSeq2SeqLM
+    base = forms.taught(forms.MODELS[name](tmp_path / "base"), auto)
+    write(list(forms.TEXT), Path("text.jsonl"))
+    for number, fact in enumerate(forms.EDITS):
+        write([fact], Path(f"{number}.jsonl"))
+    how = ["text=text.jsonl", *words(QUICK | {"collapse": 1e4, "steps": 100})]
+    how[how.index("layer=0")] = f"layer={1 if name == 'bert' else 2}"
+    assert run(["edit", "add", "led", "0.jsonl", "--model", str(base), "--by", "edit.grace", *how]) == 0
+    one = load(Path("led/head")).digest
+    assert run(["edit", "add", "led", "1.jsonl", *how]) == 0
+    assert patches.said(load(Path("led/head")), forms.EDITS) == [True, True]
+    assert run(["edit", "revert", "led", "2"]) == 0
+    assert load(Path("led/head")).digest == one
 
 
 def test_facts_go_into_a_memory_are_shown_and_come_off(

@@ -12,7 +12,7 @@ import transformers
 import tiny
 from lfm.core import Codec, Gradients
 from lfm.data.records import Edit
-from lfm.editing import behind, resume, rows, value
+from lfm.editing import behind, keys, resume, rows, value
 from lfm.models import forward, load, structure
 
 EDITS = [
@@ -141,3 +141,20 @@ def test_subjects_at_other_places_change_nothing_for_an_edit(
         assert alone.steps > 0
         torch.testing.assert_close(found.before, alone.before, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.delta, alone.delta, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [mpt, opt, short])
+def test_keys_of_many_are_those_of_whole_rows(
+    kind: Callable[[int], transformers.PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny.byte_bpe()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    module = load(tmp_path / "base").ask(Gradients).module().requires_grad_(False)
+    reads = [rows.rows(tokenizer, edit, ["", "Birds sing. "]) for edit in EDITS]
+    whole = keys.of_all(module, 1, ("ffn_out", 1), reads)
+    monkeypatch.setattr(keys, "MANY", 1)
+    for one, other in zip(whole, keys.of_all(module, 1, ("ffn_out", 1), reads), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import torch
 from lfm.core.model import Batch
-from lfm.editing.resume import asked_at
+from lfm.editing.resume import asked_at, stopped
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,9 +40,12 @@ class Behind(NamedTuple):
         )
 
 
-def cut(module: nn.Module, joined: Joined) -> Behind | None:
+def cut(module: nn.Module, joined: Joined, upto: int | None = None) -> Behind | None:
     """The rows cut, and nothing after what is asked of them; None for a module that keeps nothing of what it has read,
-    or keeps it otherwise. What the edits' rows of one context begin with alike is read once for all of them."""
+    or keeps it otherwise. What the edits' rows of one context begin with alike is read once for all of them.
+
+    upto: read by the blocks before this one alone, and nothing after the subject's last token.
+    """
     ids, start = joined.batch["input_ids"], joined.subject
     context = torch.arange(len(start), device=ids.device) - joined.bare[joined.owner]
     alike = torch.stack(
@@ -50,11 +53,11 @@ def cut(module: nn.Module, joined: Joined) -> Behind | None:
     )
     first = torch.stack([(context == each).int().argmax() for each in range(len(alike))])
     kept: _Kept | None = _Kept((), (), torch.zeros(len(alike), 0, dtype=torch.long, device=ids.device))
-    kept = _read(module, kept, ids[first], torch.zeros_like(alike), alike)
-    kept = kept and _read(module, kept.of(context), ids, alike[context], start)
+    kept = _read(module, kept, ids[first], torch.zeros_like(alike), alike, upto)
+    kept = kept and _read(module, kept.of(context), ids, alike[context], start, upto)
     if kept is None or not kept.keys:
         return None
-    last = joined.last
+    last = joined.last if upto is None else start
     reach = start[:, None] + torch.arange(int((last - start).max()) + 1, device=ids.device)
     after = torch.minimum(reach, last[:, None])  # padding is at no place of its own: a model may have no more
     batch = {
@@ -82,8 +85,8 @@ class _Kept(NamedTuple):
         )
 
 
-def _read(module: nn.Module, kept: _Kept, ids: Tensor, begin: Tensor, end: Tensor) -> _Kept | None:
-    """Each row read on, from one place (R,) to another (R,)."""
+def _read(module: nn.Module, kept: _Kept, ids: Tensor, begin: Tensor, end: Tensor, upto: int | None) -> _Kept | None:
+    """Each row read on, from one place (R,) to another (R,), by the blocks before one."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -95,20 +98,20 @@ def _read(module: nn.Module, kept: _Kept, ids: Tensor, begin: Tensor, end: Tenso
     )  # in the row; what lies before begin is padding
     there = place >= begin[:, None]
     seen = torch.cat([kept.seen, there.long()], 1)
-    told = {"past_key_values": _cache(kept.keys, kept.values)} if kept.keys else {}
+    cache: Any = _cache(kept.keys, kept.values) if kept.keys or upto else None
     nothing = torch.zeros(1, dtype=torch.long, device=ids.device)
-    with torch.no_grad(), asked_at(module, nothing, nothing):
+    with torch.no_grad(), asked_at(module, nothing, nothing), stopped(module, upto):
         try:
             out: Any = module(
                 input_ids=ids.gather(1, place.clamp(min=0)),
                 attention_mask=seen,
                 position_ids=place.clamp(min=0),
+                past_key_values=cache,
                 use_cache=True,
-                **told,
             )
+            cache = getattr(out, "past_key_values", None)
         except TypeError:  # it takes none of these
             return None
-    cache = getattr(out, "past_key_values", None)
     if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
     layers: list[Any] = list(cache.layers)

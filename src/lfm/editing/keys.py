@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.heavy import torch
 from lfm.core.model import LowRank
+from lfm.editing.behind import continued, cut
 from lfm.editing.form import at
-from lfm.editing.resume import activations
-from lfm.editing.rows import Rows, groups, together
+from lfm.editing.resume import activations, agrees
+from lfm.editing.rows import Rows, brief, groups, together, unlike
 from lfm.models import structure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from lfm.editing.behind import Behind
+    from lfm.editing.rows import Joined
+
+MANY = 8
+"""Edits from which on it pays to see whether their rows can be cut."""
 
 
 def projection(module: nn.Module, block: int) -> tuple[str, Any]:
@@ -78,15 +85,33 @@ def at_blocks(module: nn.Module, blocks: Sequence[int], reads: Sequence[Rows]) -
 def _at(module: nn.Module, sites: list[tuple[str, int]], reads: Sequence[Rows]) -> list[list[Tensor]]:
     """Of each site, of each edit, (contexts, width) at the subject's last token."""
     home = next(module.parameters()).device
+    where = [at(module, *site) for site in sites]
+    upto = 1 + max(block for _, block in sites)
     found: list[dict[int, Tensor]] = [{} for _ in sites]
-    for group in groups(reads):
+    parted = len(reads) >= MANY and _agree(module, where, upto, together([*map(brief, unlike(reads))], home))
+    for group in groups(reads, parted=parted):
         joined = together([reads[i] for i in group], home)
-        seen = activations(module, joined.batch, [at(module, *site) for site in sites])
+        seen = _there(module, where, joined, cut(module, joined, upto) if parted else None)
         spans = list(zip(group, joined.bare.tolist(), joined.essence.tolist(), strict=True))
         for each, values in zip(found, seen, strict=True):
-            here = values.to(home)[torch.arange(len(joined.subject), device=home), joined.subject].cpu().double()
-            each.update({number: here[first:last] for number, first, last in spans})
+            each.update({number: values[first:last].cpu().double() for number, first, last in spans})
     return [[each[i] for i in range(len(reads))] for each in found]
+
+
+def _there(module: nn.Module, where: Any, joined: Joined, behind: Behind | None) -> list[Tensor]:
+    """Of each site (R, width) at the subjects' last tokens."""
+    place = torch.zeros_like(joined.subject) if behind else joined.subject
+    with continued(module, behind):
+        seen = activations(module, behind.batch if behind else joined.batch, where)
+    return [values.to(place.device)[torch.arange(len(place), device=place.device), place] for values in seen]
+
+
+def _agree(module: nn.Module, where: Any, upto: int, joined: Joined) -> bool:
+    """Whether rows that are cut give what whole ones do."""
+    behind = cut(module, joined, upto) if joined.causal else None
+    if behind is None:
+        return False
+    return all(map(agrees, _there(module, where, joined, None), _there(module, where, joined, behind)))
 
 
 def mean(keys: Tensor) -> Tensor:

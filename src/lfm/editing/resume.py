@@ -104,6 +104,21 @@ class _Enough(Exception):
     """All that was asked for is there."""
 
 
+@contextmanager
+def stopped(module: nn.Module, upto: int | None) -> Iterator[None]:
+    """What is within ends where that block would begin. None: it does not."""
+
+    def enough(*_: Any) -> None:
+        raise _Enough
+
+    names = structure.all_blocks(module) if upto is not None else []
+    held = ExitStack()
+    if upto is not None and upto < len(names):
+        held.callback(module.get_submodule(names[upto]).register_forward_pre_hook(enough).remove)
+    with suppress(_Enough), held:
+        yield
+
+
 def activations(module: nn.Module, batch: Batch, sites: Sequence[tuple[str, int | str]]) -> list[Tensor]:
     """What stands at the sites, without gradients. The module reads no further than the last of them."""
     with torch.no_grad(), structure.watch(module, sites) as seen, ExitStack() as held:

@@ -210,6 +210,23 @@ def alike(reads: Sequence[Rows]) -> list[list[int]]:
     return list(found.values())
 
 
+def unlike(reads: Sequence[Rows]) -> list[Rows]:
+    """The longest, and the one whose subject is farthest from its place: what is read for both has padding in it."""
+    longest = max(reads, key=lambda read: read.batch["input_ids"].shape[1])
+    other = max(reads, key=lambda read: abs(int(read.subject[0]) - int(longest.subject[0])))
+    return [longest] if other is longest else [longest, other]
+
+
+def brief(read: Rows) -> Rows:
+    """The bare prompt, one context and the last row."""
+    some = torch.tensor(sorted({0, read.contexts - 1, read.contexts}))
+    return read._replace(
+        batch={name: each[some] for name, each in read.batch.items()},
+        labels=read.labels[some],
+        subject=read.subject[some],
+    )
+
+
 def groups(
     reads: Sequence[Rows], *, parted: bool = False, units: Sequence[Sequence[int]] | None = None
 ) -> list[list[int]]:

@@ -11,7 +11,7 @@ from lfm.core.model import Batch
 from lfm.editing.behind import Behind, continued, cut
 from lfm.editing.form import at, in_decoder
 from lfm.editing.resume import Begun, activations, agrees, logits_at, recording, resumed
-from lfm.editing.rows import IGNORED, Joined, Rows, alike, groups, together
+from lfm.editing.rows import IGNORED, Joined, Rows, alike, brief, groups, together, unlike
 from lfm.models import structure
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def search_all(
     """
     if not reads:
         return []
-    tried = [[_brief(read)] for read in _unlike(reads)]
+    tried = [[brief(read)] for read in unlike(reads)]
     spared = next(w for w in WAYS if w == WAYS[-1] or _Together(module, block, tried, settings, sites, w).agrees())
     found: dict[int, Found] = {}
     units = alike(reads)
@@ -137,23 +137,6 @@ class Spared(NamedTuple):
 
 WAYS = (Spared(True, True), Spared(False, True), Spared(True, False), Spared(False, False))
 """The most first; the first that changes nothing is taken, as is tried on two edits."""
-
-
-def _unlike(reads: Sequence[Rows]) -> list[Rows]:
-    """The longest, and the one whose subject is farthest from its place: what is read for both has padding in it."""
-    longest = max(reads, key=lambda read: read.batch["input_ids"].shape[1])
-    other = max(reads, key=lambda read: abs(int(read.subject[0]) - int(longest.subject[0])))
-    return [longest] if other is longest else [longest, other]
-
-
-def _brief(read: Rows) -> Rows:
-    """The bare prompt, one context and the last row."""
-    some = torch.tensor(sorted({0, read.contexts - 1, read.contexts}))
-    return read._replace(
-        batch={name: each[some] for name, each in read.batch.items()},
-        labels=read.labels[some],
-        subject=read.subject[some],
-    )
 
 
 class _View(NamedTuple):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
+from lfm import runs
 from lfm.cli import run
 from lfm.core import Adaptation, Weights
 from lfm.core.errors import ConfigError, CorruptError, EditError, MismatchError, ModelError, OutputError
@@ -22,6 +23,7 @@ from lfm.data.records import Edit
 from lfm.models import load
 from lfm.record import RunRecord
 from lfm.runs import committing, interference, patches
+from lfm.runs.execute import Order
 from methods.reuse.lora import adapter_over
 from runs.ledgers import MODULES, change, grown, patch
 
@@ -231,10 +233,47 @@ def test_what_costs_earlier_edits_is_refused_and_nothing_is_committed(
     write([contrary], Path("1.jsonl"))
     patches.add(Path("led"), "0.jsonl", base=str(base), settings=QUICK)
     then = Path("led/ledger.json").read_bytes()
-    with pytest.raises(EditError, match="1 of 1 earlier edits would be lost") as caught:
+    with pytest.raises(EditError, match="no longer say an earlier edit about it: 'Here lives Ada Ashby'"):
+        patches.add(Path("led"), "1.jsonl", settings=QUICK)
+    with monkeypatch.context() as unminded, pytest.raises(EditError, match="1 of 1 earlier edits would") as caught:
+        unminded.setattr(patches, "_standing", lambda *_: {})
         patches.add(Path("led"), "1.jsonl", settings=QUICK)
     assert "no longer says 'cat'" in caught.value.why
     assert Path("led/ledger.json").read_bytes() == then and not Path("led/0002").exists()
+    patches.add(Path("led"), "1.jsonl", settings=QUICK, recall=0.0)
+    assert patches.said(patches.model(Path("led")), (contrary,)) == [True]
+
+
+@pytest.mark.parametrize("by", ["edit.rome", "edit.memit"])
+def test_the_editor_is_given_what_the_ledger_has_of_its_subjects(
+    by: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more: what is made otherwise now, what the model no longer says, and other subjects are not minded."""
+    led, quick = tmp_path / "led", {key: value for key, value in QUICK.items() if key != "layer"}
+    quick |= {"layers": [0]} if by == "edit.memit" else {"layer": 0}
+    patches.add(led, FACTS, base=str(base), by=by, settings=quick)
+    second = msgspec.structs.replace(FACTS[0], new_object="dog", prompt="Now there stood a house of Ada Ashby")
+    patches.add(led, (second,), by=by, settings=quick)
+    given = {each.role: each for each in runs.read(led / "0002").data}
+    assert given["earlier"].records == 1 and given["edits"].records == 1
+    assert all(patches.said(patches.model(led), (*FACTS, second)))
+    asked: list[dict[str, object]] = []
+
+    def stops(order: Order, **_: object) -> RunRecord:
+        asked.append(dict(order.data))
+        raise EditError("no")
+
+    monkeypatch.setattr(patches, "made", stops)
+    otherwise = msgspec.structs.replace(FACTS[0], new_object="x")
+    elsewhere = msgspec.structs.replace(FACTS[1], new_object="x", prompt="To the mountain")
+    for edit, recall in ((otherwise, 0.5), (elsewhere, 1.0), (elsewhere, 0.5)):
+        with pytest.raises(EditError):
+            patches.add(led, (edit,), by=by, settings=quick, recall=recall)
+    assert [found.get("earlier") for found in asked] == [(second,), (FACTS[1],), None]  # the last may be lost
+    monkeypatch.setattr(patches, "said", lambda model, edits: [False] * len(edits))
+    with pytest.raises(EditError):
+        patches.add(led, (second,), by=by, settings=quick)
+    assert "earlier" not in asked[-1]
 
 
 def test_patches_of_a_base_that_has_changed_since_are_not_taken_for_its_own(tmp_path: Path) -> None:

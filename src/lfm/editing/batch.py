@@ -120,9 +120,10 @@ def apply(
     guard: sequence.Guard,
     run: Run,
     size: int | None = None,
+    earlier: Sequence[Edit] = (),
 ) -> None:
     """Put all edits that hold into the projections, `size` at a time; none: all at once. Within a batch their order
-    does not matter.
+    does not matter. earlier: edits that the model holds already, and is to go on holding.
 
     EditError where one failed (on_failure "refuse"), or all did. Notes and curves say what was measured.
     """
@@ -138,7 +139,7 @@ def apply(
         batch = sorted(edits[start : start + size], key=lambda edit: (edit.prompt, edit.new_object))
         if isinstance(how, Shifter):
             how.begin([here.read(edit, projections.blocks[-1]) for edit in batch], batch)
-        kept = run.step(f"batch {number}", partial(_try, here, projections, batch, made, now, how, guard))
+        kept = run.step(f"batch {number}", partial(_try, here, projections, batch, [*earlier, *made], now, how, guard))
         failures += kept["failures"]
         held = [batch[i] for i in kept["held"]]
         projections.keep({int(block): (each["b"], each["a"]) for block, each in kept["changes"].items()})
@@ -357,7 +358,8 @@ def edit(
         modules=", ".join(projections.names.values()),
         **notes(matrices.text[block] for block in blocks),
     )
-    apply(here, projections, edits, editor(here, matrices.get), config, run, config.batch_size)
+    how, earlier = editor(here, matrices.get), inputs.records("earlier")
+    apply(here, projections, edits, how, config, run, config.batch_size, earlier)
     return edited(model, here, projections)
 
 
@@ -418,4 +420,5 @@ MODELS = {"model": Slot((Gradients, Weights, Codec), help="the language model to
 DATA = {
     "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change"),
     "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text, whose keys should not change"),
+    "earlier": sequence.EARLIER,
 }

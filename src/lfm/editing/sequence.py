@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lfm.core.config import Meta
 from lfm.core.errors import EditError
-from lfm.core.method import Run
+from lfm.core.method import Data, DataSlot, Run
 from lfm.editing import keys, outcome
 from lfm.editing.setting import Setting
 from lfm.editing.value import Found, Search
@@ -22,6 +22,8 @@ CHECKS = 16
 """Points along the edits at which all those made so far are asked again."""
 
 Least = Annotated[float, Meta(ge=0, le=1, description="least share of them that must be said, or no edit is kept")]
+
+EARLIER = DataSlot(Data.FEW_SHOT, ("edit",), optional=True, help="edits that the model holds already, to be kept")
 
 Solve = Callable[["Edit", "Sequence[Edit]"], "tuple[Found, tuple[Tensor, Tensor]]"]
 """An edit, those made before → its value, and the (b, a) that makes it in the module as it is now."""
@@ -60,9 +62,18 @@ def enough(told: Mapping[str, float], guard: Guard) -> Mapping[str, float]:
 
 
 def apply(
-    setting: Setting, block: int, edits: Sequence[Edit], solve: Solve, guard: Guard, dtype: torch.dtype, run: Run
+    setting: Setting,
+    block: int,
+    edits: Sequence[Edit],
+    solve: Solve,
+    guard: Guard,
+    dtype: torch.dtype,
+    run: Run,
+    earlier: Sequence[Edit] = (),
 ) -> list[tuple[Tensor, Tensor]]:
     """The (b, a) of each edit that held, all of them in the module, which is rounded to dtype as it will be stored.
+
+    earlier: edits that the model holds already, and is to go on holding.
 
     EditError where one failed (on_failure "refuse"), or all did. Notes and curves say what was measured.
     """
@@ -77,7 +88,8 @@ def apply(
     run.curve("perplexity by edit", first)
     for number, edit in enumerate(run.track(edits, "editing"), start=1):
         kept = run.step(
-            f"edit {number}", lambda edit=edit: _try(setting, layer, base, changes, edit, made, solve, dtype)
+            f"edit {number}",
+            lambda edit=edit: _try(setting, layer, base, changes, edit, [*earlier, *made], solve, dtype),
         )
         reason = failure(edit, block, kept, now, guard)
         if reason and guard.on_failure == "refuse":

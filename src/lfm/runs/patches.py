@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from lfm.core import registry
 from lfm.core.errors import ConfigError, CorruptError, DataError, EditError, UnfinishedError
 from lfm.core.model import Codec, Logits, Model, Text
 from lfm.data.files import where
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from lfm.record import RunRecord
 
 NEXT = ".next"
+
+EARLIER = "earlier"
+"""The role by which an editor is given what the ledger has of its subjects."""
 
 USUAL = "edit.rome"
 """The editor where none is named."""
@@ -86,7 +90,7 @@ def add(
         order = Order(
             id=by,
             models=stack.models(ledger.base, before),
-            data={**(data or {}), "edits": records},
+            data={**_standing(by, ledger, records, sum, recall), **(data or {}), "edits": records},
             settings=settings or {},
             out=out,
             seed=seed,
@@ -165,6 +169,22 @@ def _begun(directory: Path, base: str) -> tuple[Ledger, Model]:
         return Ledger(base=under.ref, base_digest=under.digest), under
     ledger = read(directory)
     return ledger, base_of(directory, ledger, base)
+
+
+def _standing(by: str, ledger: Ledger, records: Sequence[Any], sum: str, recall: float) -> dict[str, Sequence[Edit]]:
+    """Earlier edits of the same subjects that the model says, for an editor that refuses to lose any: the last of each
+    prompt, none that is made again or otherwise. None where all of them may be lost."""
+    from lfm.editing.sequence import near
+
+    edits = [edit for edit in records if isinstance(edit, Edit)]
+    own = {_plain(prompt) for edit in edits for prompt in (edit.prompt, *edit.paraphrases)}
+    told = {_plain(edit.prompt): edit for patch in ledger.on for edit in patch.edits}
+    rest = [edit for prompt, edit in told.items() if prompt not in own]
+    found = near(rest, edits)
+    if EARLIER not in registry.get(by).method.data or len(rest) - len(found) >= recall * len(told):
+        return {}
+    left = tuple(edit for edit, shown in zip(found, said(refs.model(sum), found), strict=True) if shown)
+    return {EARLIER: left} if left else {}
 
 
 def _ran(order: Order, show: Show, report: Callable[[Path], None] | None) -> RunRecord:

@@ -91,6 +91,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         config,
         stored.dtype if stored else torch.float32,
         run,
+        inputs.records("earlier"),
     )
     if stored is None:  # its files hold this weight under another name
         return gradients.rewrap(here.module)
@@ -171,6 +172,7 @@ METHOD = Method(
     data={
         "edits": DataSlot(Data.FEW_SHOT, ("edit",), help="facts to change"),
         "text": DataSlot(Data.UNLABELED, ("text",), optional=True, help="running text, whose keys should not change"),
+        "earlier": sequence.EARLIER,
     },
     run=run,
     cost=cost,

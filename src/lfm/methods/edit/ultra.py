@@ -71,7 +71,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     run.note(layers=", ".join(map(str, blocks)), modules=", ".join(projections.names.values()))
     guard = sequence.Guard(collapse=config.collapse, on_failure=config.on_failure)
     how = shifter(config, here, projections, run)
-    batch.apply(here, projections, list(inputs.records("edits")), how, guard, run, config.batch_size)
+    edits, earlier = list(inputs.records("edits")), inputs.records("earlier")
+    batch.apply(here, projections, edits, how, guard, run, config.batch_size, earlier)
     return batch.edited(model, here, projections)
 
 

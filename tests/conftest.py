@@ -20,9 +20,10 @@ settings.load_profile("lfm")
 
 @pytest.fixture(scope="session", autouse=True)
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Kept where all the workers find it, whatever home a test has."""
+    """Kept in this run's own directory, where all its workers find it, whatever home a test has."""
     with pytest.MonkeyPatch.context() as patch:
-        shared = tmp_path_factory.getbasetemp().parent
+        own = tmp_path_factory.getbasetemp()
+        shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
         (shared / "compiled").mkdir(exist_ok=True)
         patch.setattr(compiled, "home", lambda: shared)
         yield

@@ -41,6 +41,20 @@ def test_an_edit_is_told_by_what_was_said_before_and_after(tmp_path: Path) -> No
     assert text.count("<figcaption>The capital of Veldoria is … Marn: hidden") == 1
 
 
+def test_what_was_left_out_is_marked_and_a_subject_is_asked_once(tmp_path: Path) -> None:
+    found = edited()
+    (one,) = found.told
+    two = msgspec.structs.replace(one, new_object="Ulm")
+    found = msgspec.structs.replace(found, told=(one, two))
+    prompt = next(each.prompt for each in one.answers if each.of == "edit")
+    notes = {"skipped": 1, "skipped_because": f"{prompt!r} cannot be made to say 'Ulm' in block 0"}
+    text = page([made(tmp_path / "r", found, notes=notes)])
+    shown = view.shown(record.read(tmp_path / "r"))
+    assert shown is not None and [card.left_out for card in shown.cards] == [False, True]
+    assert [sum(line.label == "the subject" for line in card.lines) for card in shown.cards] == [1, 0]
+    assert text.count("(left out)") == 1 and "1 edit left out" in text
+
+
 def test_an_answer_is_new_lost_other_or_the_same() -> None:
     def kind(before: str, after: str, object: str = "Rome") -> str:
         return view.line(answer("fact", "", object, before, after)).kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -36,12 +37,13 @@ class Line(NamedTuple):
 
 
 class Card(NamedTuple):
-    """One edit."""
+    """One edit. left_out: it failed, and what is said after is said without it."""
 
     subject: str
     object: str
     new_object: str
     lines: list[Line]
+    left_out: bool
 
 
 class Picture(NamedTuple):
@@ -67,10 +69,16 @@ def shown(run: RunRecord) -> Shown | None:
     edited = run.edited
     if edited is None:
         return None
-    cards = [
-        Card(told.subject, told.object, told.new_object, [line(answer) for answer in told.answers])
-        for told in edited.told
-    ]
+    because, known, cards = str(run.notes.get("skipped_because", "")), set[str](), list[Card]()
+    for told in edited.told:
+        answers = [answer for answer in told.answers if answer.of != "subject" or answer.prompt not in known]
+        known |= {answer.prompt for answer in answers if answer.of == "subject"}
+        left_out = any(
+            re.search(f"{re.escape(repr(a.prompt))} [^;]*{re.escape(repr(told.new_object))}", because)
+            for a in told.answers
+            if a.of == "edit"
+        )
+        cards.append(Card(told.subject, told.object, told.new_object, [line(a) for a in answers], left_out))
     return Shown(
         cards,
         edited.edits - len(cards),

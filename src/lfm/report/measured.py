@@ -95,6 +95,8 @@ def sentence(run: RunRecord, finding: Finding | None, made: Mapping[str, str] | 
     told = f"From {', '.join(models)}" if models else "From nothing"
     if data:
         told += f", with {words.listed(data)}"
+    if isinstance(left := run.notes.get("skipped"), float | int) and left:
+        told += f", {words.number(int(left))} edit{'s' if left > 1 else ''} left out"
     if finding is not None:
         numbers = [f"{words.metric(k)} {words.number(v)}" for k, v in list(finding.metrics.items())[:3]]
         return told + (f": {words.listed(numbers)}." if numbers else f": {finding.title}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def test_what_was_left_out_is_marked_and_a_subject_is_asked_once(tmp_path: Path)
     assert shown is not None and [card.left_out for card in shown.cards] == [False, True]
     assert [sum(line.label == "the subject" for line in card.lines) for card in shown.cards] == [1, 0]
     assert text.count("(left out)") == 1 and "1 edit left out" in text
+
+
+def test_gains_are_drawn_by_the_blocks_that_were_tried(tmp_path: Path) -> None:
+    gains = {"gain by block tried": (0.1, 0.3, 0.2)}
+    text = page([made(tmp_path / "r", edited(), curves=gains, notes={"blocks_tried": "4, 6, 8"})])
+    (drawn,) = re.findall(r"<figcaption>gain by block tried</figcaption>(.*?)</svg>", text, re.DOTALL | re.IGNORECASE)
+    assert ">block<" in drawn and ">4<" in drawn and ">8<" in drawn and ">step<" not in drawn
 
 
 def test_an_answer_is_new_lost_other_or_the_same() -> None:

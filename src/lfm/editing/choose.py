@@ -72,6 +72,7 @@ def block(setting: Setting, edits: Sequence[Edit], run: Run, solve: Solve, how: 
 def most(blocks: Sequence[int], gain: Callable[[int], float], run: Run) -> int:
     """The block that gains most, of equals the first."""
     gains: dict[int, float] = {}
+    run.note(blocks_tried=", ".join(map(str, blocks)))
     for index in run.track(blocks, "trying blocks"):
         gains[index] = run.step(f"block {index}", lambda index=index: gain(index))
         run.curve("gain by block tried", gains[index])

@@ -267,7 +267,10 @@ def figures(run: RunRecord, finding: Finding | None) -> list[Figure]:
     """The finding's maps and graphs, the run's curves, then the finding's."""
     made = [_heat(chart) for chart in finding.maps] if finding else []
     made += [Figure(graph.name, network.draw(graph)) for graph in finding.graphs] if finding else []
-    made += [Figure(words.metric(name), plots.line(ys, name=name)) for name, ys in run.curves.items()]
+    for name, ys in run.curves.items():
+        blocks = str(run.notes.get("blocks_tried", "")).split(", ") if name.endswith("by block tried") else []
+        xs, label = ([float(block) for block in blocks], "block") if len(blocks) == len(ys) > 1 else ([], "")
+        made.append(Figure(words.metric(name), plots.line(ys, xs, name=name, x_label=label)))
     for curve in finding.curves if finding else ():
         svg = plots.line(curve.y, curve.x, name=curve.name, x_label=curve.x_label, y_label=curve.y_label)
         made.append(Figure(curve.name + (f" ({curve.y_label})" if curve.y_label else ""), svg))

@@ -13,9 +13,9 @@ at random. The block is found by trying: the last in which edits have values, an
 less than another subject does.
 
 Model: a causal, masked or encoder-decoder language model; the last two with `text`, for they say none of their own. A
-masked one has a key and a value for each blank that the new object fills; in an encoder an edit is kept at the subject's last
-token (the authors' T5: at the prompt's), in a decoder where it says the object's first: a change there is read by all
-that follow. The result is a program, which stores keys, values and radii.
+masked one has a key and a value for each blank that the new object fills; in an encoder an edit is kept at the
+subject's last token (the authors' T5: at the prompt's), in a decoder where it says the object's first: a change there
+is read by all that follow. The result is a program, which stores keys, values and radii.
 `memory=` adds to an earlier one; with `forget=true` the edits go out of it. Notes are of greedy text. Errors: EditError
 for an edit that does not hold (refused or, with on_failure=skip, left out), and where other text suffers; DataError.
 

@@ -15,7 +15,7 @@ in that greedy text does not show, or whose batch makes perplexity jump.
 
 On the zoo's language model it is no better than edit.memit, whose C⁻¹ also weighs directions within U: of fifty facts
 edited one by one in block 1, then all asked again, .94 are said (edit.memit: all); of twenty, .95 of the paraphrases
-and .73 of other people's facts (1.00 and .83; docs/areas/edit.md). The paper's gains are on sequences of thousands,
+and .75 of other people's facts (1.00 and .85; docs/areas/edit.md). The paper's gains are on sequences of thousands,
 with keys of 14336 dimensions.
 
 Model: a causal or a masked language model, or an encoder-decoder, as in edit.memit. The result saves as a checkpoint or

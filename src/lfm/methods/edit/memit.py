@@ -13,22 +13,23 @@ keys there, and A is the least squares between what they ask and what other keys
 - pmet: δ of the attention's and of the feed-forward layer's output are found together, the latter alone is written;
   R_l is divided by √(L − l + 1). These outputs are short beside h: `reach` is better 4, as in edit.rome.
 
-Paper: MEMIT, arXiv 2210.07229; EMMET, 2403.14236; PMET, 2308.08742. What differs: rate and decay are relative to ‖h‖;
-the best δ met is kept; the blocks are found by trying; C is of ten tokens a dimension with `ridge` added, of the
-model's own text if none is given; EMMET's regulariser is left out. And what failed does not go in: facts whose δ was
-not found, or that greedy text does not show afterwards, are refused, or skipped, told of, and the others solved anew.
+Paper: MEMIT, arXiv 2210.07229; EMMET, 2403.14236; PMET, 2308.08742. What differs: rate and decay are relative to ‖h‖,
+and steps go along the gradient, where Adam's go along its signs; the best δ met is kept; the blocks are found by
+trying; C is of ten tokens a dimension with `ridge` added, of the model's own text if none is given; EMMET's regulariser
+is left out. And what failed does not go in: facts whose δ was not found, or that greedy text does not show afterwards,
+are refused, or skipped, told of, and the others solved anew.
 
 On the zoo's language model, twenty facts of twenty people at once in block 1: all are said in greedy text, in all of
-their paraphrases too, and .83 of other people's facts stay. edit.rome takes three times as long, and fifteen of its
+their paraphrases too, and .85 of other people's facts stay. edit.rome takes nine times as long, and seventeen of its
 edits hold (docs/areas/edit.md).
 
 Model: a causal or a masked language model, or an encoder-decoder (blocks numbered through, the encoder's first; a
 change is spread over blocks of one of them), its layers found by structure; `token` as in edit.rome. Where a norm
 follows what a block adds up, as in BERT, values are of the feed-forward layer's output. `batch_size` facts are edited
-at a time, all of them unless told; within a batch their order does not matter. Two facts of one subject whose prompts
-begin alike have one key: they share what they ask; so do those of one wording where the object is told. The result
-saves as a checkpoint or as a LoRA adapter, one rank a fact and block. Errors: EditError; DataError where a prompt does
-not name its subject, or for want of text.
+at a time, all of them unless told; within a batch their order does not matter. Facts of one subject whose prompts begin
+alike have one key: they share one value that says them all (the paper's would be found apart, and the solve take their
+mean), earlier batches' facts among them. The result saves as a checkpoint or as a LoRA adapter, one rank a fact and
+block. Errors: EditError; DataError where a prompt does not name its subject, or for want of text.
 
     lfm run edit.memit model=base edits=edits.jsonl --out edited
 """

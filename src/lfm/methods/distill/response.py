@@ -21,142 +21,55 @@ kept. Errors: MismatchError before any weight is read; ConfigError where a class
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import msgspec
+from typing import TYPE_CHECKING, Annotated
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
-from lfm.core.errors import ConfigError, MismatchError
-from lfm.core.heavy import F, nn, torch
-from lfm.data import task as tasks
-from lfm.models import forward, layers
-from lfm.train import Fit, fit, once, seeded, training
-from lfm.train.losses import Divergence, kd
+from lfm.core.heavy import F, nn
+from lfm.distilling import lesson as lessons
+from lfm.distilling.student import Taught, formed, smaller
+from lfm.distilling.telling import gap
+from lfm.models import forward
+from lfm.train import fit, training
+from lfm.train.losses import Divergence
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lfm.core.model import Batch
-    from lfm.data.records import Record
-
-LIMIT = 2**28
-"""Bytes of a teacher's answers that are kept."""
 
 
-class Config(Fit, frozen=True):
+class Config(Taught, frozen=True):
     temperature: Annotated[float, Meta(gt=0, description="T, of both models' answers")] = 4.0
     alpha: Annotated[float, Meta(ge=0, le=1, description="weight of the teacher's answers against the labels'")] = 0.9
     divergence: Annotated[Divergence, Meta(description="forward, reverse, or jsd between the two answers")] = "forward"
-    layers: Annotated[int, Meta(ge=0, description="blocks of the student to keep, evenly spaced; 0: all")] = 0
-    start: Annotated[
-        Literal["weights", "random"], Meta(description="whether the student begins with its weights or new ones")
-    ] = "weights"
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher, student = inputs.model("teacher"), inputs.model("student")
-    codec = student.ask(Codec)
-    records = tasks.fit(_with_classes(config, inputs.records("train"), student), codec, student.facts)
-    task = tasks.task_for(records, codec, student.facts)
+    records = lessons.classed(inputs.records("train"), student, unread=config.alpha == 1)
+    lesson = lessons.lesson(records, teacher, student)
     gradients = student.ask(Gradients)
-    module = _student(gradients.module(), config, run)
-    numbers, collate = once(records, task.collate)
-    answers = _answers(teacher, student, records, task, run)
-
-    def with_answers(chosen: Sequence[int]) -> Batch:
-        batch = collate(chosen)
-        return {**batch, "teacher": answers(chosen, batch)}
+    module = formed(gradients.module(), config, run)
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
-        logits, labels = task.scored(forward(module, batch), batch)
-        theirs = batch["teacher"]
-        width = min(logits.shape[-1], theirs.shape[-1])  # a vocabulary may be padded to a round number
-        told = kd(logits[:, :width], theirs[:, :width], config.temperature, config.divergence)
+        logits, labels = lesson.task.scored(forward(module, batch), batch)
+        told = gap(logits, batch, config.temperature, config.divergence)
         if config.alpha == 1:
             return told
         return (1 - config.alpha) * F.cross_entropy(logits, labels) + config.alpha * told
 
-    losses = fit(module, numbers, with_answers, loss, config, run)
+    losses = fit(module, lesson.numbers, lessons.told(lesson, teacher, run), loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)
 
 
-def _student(module: nn.Module, config: Config, run: Run) -> nn.Module:
-    if config.layers:
-        module = layers.shallower(module, config.layers)
-    if config.start == "weights":
-        return module
-    settings: Any = getattr(module, "config", None)
-    if settings is None:
-        raise ConfigError("start=random needs an architecture of transformers", why="this module names no config")
-    with seeded(run.seed_for("student")):
-        return type(module)(settings).requires_grad_(True)
-
-
-def _answers(
-    teacher: Model, student: Model, records: Sequence[Record], task: tasks.Task, run: Run
-) -> Callable[[Sequence[int], Batch], Tensor]:
-    """(records' numbers, their batch) → the teacher's logits at the places that are scored."""
-    ask = teacher.ask(Logits).logits
-    if student.facts.task in tasks.LANGUAGE:
-        return lambda chosen, batch: task.scored(ask(batch), batch)[0].clone()  # what is inferred takes no part in grad
-    own = tasks.task_for(records, teacher.ask(Codec), teacher.facts)
-    order = [teacher.facts.labels.index(name) for name in student.facts.labels]
-
-    def asked(chosen: Sequence[int]) -> Tensor:
-        return ask(own.collate([records[i] for i in chosen])).cpu()[:, order].clone()
-
-    if 4 * len(records) * len(order) > LIMIT:
-        return lambda chosen, batch: asked(chosen)
-    parts = [range(i, min(i + 64, len(records))) for i in range(0, len(records), 64)]
-    kept = run.step("teacher", lambda: torch.cat([asked(part) for part in run.track(parts, "teacher")]))
-    return lambda chosen, batch: kept[list(chosen)]
-
-
-def _with_classes(config: Config, records: Sequence[Any], student: Model) -> Sequence[Any]:
-    """Records without a class get any class where alpha leaves the classes unread."""
-    if all(getattr(record, "label", "none asked") for record in records):
-        return records
-    if config.alpha < 1:
-        raise ConfigError("records have no class", why=f"alpha={config.alpha} also learns from classes", fix="alpha=1")
-    any_class = student.facts.labels[0]
-    return [r if r.label else msgspec.structs.replace(r, label=any_class) for r in records]
-
-
 def agree(config: Config, inputs: Inputs) -> None:
-    teacher, student = inputs.model("teacher"), inputs.model("student")
-    t, s = teacher.facts, student.facts
-    if t.task != s.task:
-        raise MismatchError(
-            f"a {s.task or 'model without a task'} cannot learn the answers of a {t.task or 'model without a task'}",
-            why=f"{student.ref} and {teacher.ref} answer different questions",
-        )
-    if s.task in tasks.LANGUAGE:
-        if t.vocabulary_digest != s.vocabulary_digest and _vocabulary(teacher) != _vocabulary(student):
-            raise MismatchError(
-                "teacher and student have different vocabularies",
-                why=f"{teacher.ref} has {t.vocabulary} tokens, {student.ref} {s.vocabulary}",
-                fix="give a student that was made with the teacher's tokenizer",
-            )
-    elif set(t.labels) != set(s.labels) or not s.labels:
-        shown = ["; ".join(labels[:5]) or "none" for labels in (t.labels, s.labels)]
-        raise MismatchError(
-            "teacher and student have different classes",
-            why=f"the teacher's: {shown[0]}; the student's: {shown[1]}",
-            fix="rename the classes in one config (id2label)",
-        )
-
-
-def _vocabulary(model: Model) -> dict[str, int]:
-    return model.ask(Codec).tokenizer.get_vocab()
+    lessons.agree(inputs.model("teacher"), inputs.model("student"))
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     teacher, student = sizes.model("teacher"), sizes.model("student")
-    part = config.layers / student.layers if config.layers and student.layers else 1.0
-    smaller = student._replace(parameters=int(student.parameters * part), layers=int(student.layers * part))
-    whole = training(config, smaller, sizes.data["train"], forwards=teacher.parameters)
+    whole = training(config, smaller(config, student), sizes.data["train"], forwards=teacher.parameters)
     return whole._replace(memory=whole.memory + 4 * student.parameters)
 
 

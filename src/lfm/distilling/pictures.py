@@ -1,0 +1,80 @@
+"""The space of pictures that a model reads: their size, and the values that black and white have in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from lfm.core.errors import ConfigError
+from lfm.core.heavy import F, np, torch
+from lfm.core.model import Codec, Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Frame(NamedTuple):
+    """shape: (C, H, W). low, high: what black and white are as pixel values, (C, 1, 1)."""
+
+    shape: tuple[int, int, int]
+    low: Tensor
+    high: Tensor
+
+    def to(self, device: torch.device) -> Frame:
+        return Frame(self.shape, self.low.to(device), self.high.to(device))
+
+    def clamp(self, images: Tensor) -> Tensor:
+        """Pixel values (B, C, H, W) no darker than black, no lighter than white."""
+        return torch.minimum(torch.maximum(images, self.low), self.high)
+
+    def unit(self, images: Tensor) -> Tensor:
+        """Pixel values to 0 … 1."""
+        return (images - self.low) / (self.high - self.low)
+
+    def scaled(self, unit: Tensor) -> Tensor:
+        """0 … 1 to pixel values."""
+        return self.low + unit * (self.high - self.low)
+
+    def noise(self, many: int, generator: torch.Generator | None = None) -> Tensor:
+        """(many, C, H, W) normal pixel values of mean 0 and deviation 1, clamped: where optimised pictures begin."""
+        return self.clamp(torch.randn(many, *self.shape, generator=generator).to(self.low.device))
+
+
+def frame_of(
+    model: Model, image: tuple[int, ...] = (), mean: tuple[float, ...] = (), std: tuple[float, ...] = ()
+) -> Frame:
+    """What the model's codec makes of a black and of a white picture; without a codec, what the settings say.
+
+    image: (C, H, W). mean, std: of each channel, in units of white. ConfigError where neither tells.
+    """
+    if model.can(Codec):
+        side = image[-1] if image else 64
+        flat = [np.full((side, side, 3), value, dtype=np.uint8) for value in (0, 255)]
+        black, white = model.ask(Codec).images(flat)["pixel_values"].float()
+        shape = (int(black.shape[0]), int(black.shape[1]), int(black.shape[2]))
+        return Frame(shape, black.amin((1, 2))[:, None, None], white.amax((1, 2))[:, None, None])
+    if len(image) != 3:
+        raise ConfigError(
+            f"the size of the pictures that {model.ref} reads is not known",
+            why="it has no image processor",
+            fix="image=[3,32,32] (channels, height, width), with mean and std of its inputs",
+        )
+    centre = torch.tensor(mean or (0.0,)).expand(image[0])[:, None, None]
+    spread = torch.tensor(std or (1.0,)).expand(image[0])[:, None, None]
+    return Frame((image[0], image[1], image[2]), -centre / spread, (1 - centre) / spread)
+
+
+def same(one: Frame, other: Frame) -> bool:
+    """Whether pictures of the one are pictures of the other as they are."""
+    return one.shape == other.shape and torch.equal(one.low, other.low) and torch.equal(one.high, other.high)
+
+
+def seen(images: Tensor, made: Frame, read: Frame) -> Tensor:
+    """Pictures made in one frame as a model of another frame reads them: resized, its own black and white."""
+    if same(made, read):
+        return images
+    unit = made.unit(images)
+    if made.shape[0] != read.shape[0]:
+        unit = unit.mean(1, keepdim=True).expand(-1, read.shape[0], -1, -1)
+    if made.shape[1:] != read.shape[1:]:
+        unit = F.interpolate(unit, read.shape[1:], mode="bilinear", align_corners=False, antialias=True)
+    return read.scaled(unit)

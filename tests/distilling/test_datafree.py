@@ -1,0 +1,142 @@
+"""The loop without data: its bank, the teacher's count, another model's pictures, kills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+import tiny
+from lfm.core import Gradients, Model
+from lfm.core.errors import ConfigError, MismatchError
+from lfm.distilling.bank import Bank
+from lfm.distilling.datafree import PIXELS, DataFree, agree, distil, optimizer_of, scene
+from lfm.distilling.pictures import frame_of, seen
+from lfm.distilling.telling import TOLD
+from lfm.models import forward, load
+from lfm.runs.run import LocalRun
+from lfm.train import state_of
+
+QUICK: dict[str, Any] = {"steps": 6, "batch_size": 4, "bank": 8, "checkpoint_every": 0.0}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
+    from transformers import ViTImageProcessor
+
+    root = tmp_path_factory.mktemp("models")
+    small = tiny.vit(root / "small", seed=1, labels=tiny.DIGITS[::-1], image_size=16)
+    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.2] * 3, image_std=[0.4] * 3).save_pretrained(
+        small
+    )
+    return load(tiny.vit(root / "big")), load(small)
+
+
+def test_a_bank_keeps_the_newest_and_comes_back_from_its_aids() -> None:
+    bank = Bank(5, torch.device("cpu"))
+    for first in range(0, 12, 3):
+        bank.add({PIXELS: torch.arange(first, first + 3).float()[:, None]})
+    assert sorted(bank.draw(5)[PIXELS].flatten().tolist()) == [7, 8, 9, 10, 11]
+    again = Bank(5, torch.device("cpu"))
+    again.load(bank.aids())
+    for one in (bank, again):
+        one.add({PIXELS: torch.tensor([[12.0], [13.0]])})
+    assert torch.equal(again.rows[PIXELS], bank.rows[PIXELS])
+    bank.add({PIXELS: torch.arange(20.0, 30.0)[:, None]})
+    assert sorted(bank.draw(9)[PIXELS].flatten().tolist()) == [25, 26, 27, 28, 29]
+
+
+def test_a_frame_is_what_the_processor_makes_of_black_and_white(models: tuple[Model, Model]) -> None:
+    frame = frame_of(models[0])
+    assert frame.shape == (3, 8, 8)
+    assert torch.allclose(frame.low, torch.full((3, 1, 1), -1.0)) and torch.allclose(frame.high, torch.ones(3, 1, 1))
+    wild = torch.randn(2, 3, 8, 8) * 5
+    assert frame.clamp(wild).abs().max() <= 1
+    assert torch.allclose(frame.scaled(frame.unit(wild)), wild, atol=1e-5)
+
+
+def test_a_picture_keeps_its_tones_in_another_models_frame() -> None:
+    bare = Model("bare", "module", {}, identify=str)
+    one = frame_of(bare, (3, 8, 8), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    other = frame_of(bare, (1, 6, 6), (0.5,), (0.5,))
+    grey = one.scaled(torch.full((2, 3, 8, 8), 0.25))
+    assert torch.allclose(seen(grey, one, other), torch.full((2, 1, 6, 6), (0.25 - 0.5) / 0.5), atol=1e-6)
+    with pytest.raises(ConfigError, match="size of the pictures"):
+        frame_of(bare)
+
+
+def trained(models: tuple[Model, Model], work: Path, stop: int = -1, told: bool = False) -> Any:
+    """A generator of one bias trained beside; the run is cut off before step `stop`."""
+    config = DataFree(**QUICK)
+    run = LocalRun(0, work)
+    stage = scene(config, *models, run)
+    generator = torch.nn.Linear(2, 3 * 8 * 8)
+    with torch.no_grad():
+        generator.weight.fill_(0.1)
+        generator.bias.zero_()
+    moments = optimizer_of(generator, config)
+    done: list[int] = []
+
+    def synthesise(step: int, bank: Bank) -> dict[str, torch.Tensor]:
+        if step == stop:
+            raise KeyboardInterrupt
+        done.append(step)
+        images = generator(torch.randn(4, 2)).view(4, 3, 8, 8).tanh()
+        loss = (stage.asked(images) - stage.answer(images)).abs().mean()
+        generator.zero_grad()
+        (-loss).backward()
+        moments.step()
+        rows = {PIXELS: images.detach()}
+        return rows | {TOLD: stage.asked(rows[PIXELS])} if told else rows
+
+    losses = distil(stage, synthesise, config, run, beside={"generator": state_of(generator, "", moments)})
+    return losses, {**stage.student.state_dict(), **generator.state_dict()}, stage.asked.queries, done
+
+
+def test_killed_it_ends_in_the_same_bytes_and_counts_the_same(models: tuple[Model, Model], tmp_path: Path) -> None:
+    whole = trained(models, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(models, tmp_path / "cut", stop=3)
+    resumed = trained(models, tmp_path / "cut")
+    assert resumed[3] == [3, 4, 5]
+    assert whole[0] == resumed[0] and whole[2] == resumed[2] == 6 * (4 + 4)
+    assert all(torch.equal(tensor, resumed[1][name]) for name, tensor in whole[1].items())
+    assert trained(models, tmp_path / "cut")[2] == 48  # done already: nothing is asked again
+
+
+def test_answers_beside_the_pictures_are_not_asked_again(models: tuple[Model, Model], tmp_path: Path) -> None:
+    asked, kept = trained(models, tmp_path / "asked"), trained(models, tmp_path / "kept", told=True)
+    assert kept[2] == asked[2] == 48  # once for each picture in place of once for each use
+    assert kept[0] == pytest.approx(asked[0], rel=1e-5)
+
+
+def test_the_student_answers_by_the_teachers_classes_and_is_left_alone_while_pictures_are_made(
+    models: tuple[Model, Model], tmp_path: Path
+) -> None:
+    config = DataFree(**QUICK)
+    stage = scene(config, *models, LocalRun(0, tmp_path))
+    images = stage.frame.noise(3, torch.Generator().manual_seed(0))
+    own = models[1].ask(Gradients).module()
+    told = forward(own, {PIXELS: stage.view(images)})
+    assert stage.view(images).shape == (3, 3, 16, 16)
+    assert torch.allclose(stage.answer(images), told.flip(1), atol=1e-6)
+
+    def synthesise(step: int, bank: Bank) -> dict[str, torch.Tensor]:
+        assert not stage.student.training and not any(p.requires_grad for p in stage.student.parameters())
+        return {PIXELS: images}
+
+    distil(stage, synthesise, replace(config, steps=1), LocalRun(0, tmp_path / "run"))
+    assert all(p.requires_grad for p in stage.student.parameters())
+
+
+def test_what_does_not_go_together_is_told_before_a_weight_is_read(tmp_path: Path) -> None:
+    big = load(tiny.vit(tmp_path / "big"))
+    with pytest.raises(MismatchError, match="different classes"):
+        agree(DataFree(), big, load(tiny.vit(tmp_path / "few", labels=("a", "b"))))
+    with pytest.raises(MismatchError, match="does not classify images"):
+        agree(DataFree(), big, load(tiny.classifier(tmp_path / "text")))
+    with pytest.raises(ConfigError, match="no batch of 64"):
+        agree(DataFree(bank=8), big, big)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from lfm.fusing import compiled
+from lfm.tensors import compiled
 
 settings.register_profile("lfm", deadline=None)
 settings.load_profile("lfm")

@@ -17,10 +17,10 @@ import tiny
 from lfm.core.errors import CorruptError
 from lfm.core.home import home
 from lfm.core.model import LazyTensor
-from lfm.fusing import Each, Rule, compiled, engine, fuse, gram, kernel, kth_largest, kth_largest_each, sums, threshold
+from lfm.fusing import Each, Rule, engine, fuse, gram, kernel, kth_largest, kth_largest_each, sums, threshold
 from lfm.fusing.joins import change, dropped, magnitude, weighted
 from lfm.fusing.rows import ranks, row_width, uniform
-from lfm.tensors import lazy
+from lfm.tensors import compiled, lazy
 from lfm.tensors.lazy import Held
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

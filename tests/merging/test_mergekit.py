@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import tiny
 from lfm.cli import run
-from lfm.fusing import compiled
+from lfm.tensors import compiled
 from merging.reference import RECIPES, checkpoints, told, weights
 
 RECORDED = json.loads(Path(__file__).with_name("mergekit.json").read_text())

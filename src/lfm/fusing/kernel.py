@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from types import FunctionType
 from typing import Any, final
 
-from lfm.fusing import compiled
+from lfm.tensors import compiled
 
 Each = tuple[float, ...]
 """A formula's parameter that has one value a model."""

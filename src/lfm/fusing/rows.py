@@ -100,7 +100,7 @@ def by_column(base: LazyTensor | None, model: LazyTensor, factors: Any) -> LazyT
 
 
 def uniform(seed: int, model: int, name: str, start: int, count: int) -> Any:
-    """The numbers in [0, 1) that a kernel's `random` has for these elements (lfm.fusing.bits.uniform)."""
+    """The numbers in [0, 1) that a kernel's `random` has for these elements (lfm.tensors.bits.uniform)."""
     with np.errstate(over="ignore"):
         z = np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z += np.uint64(key_of(seed, model, name))

@@ -6,7 +6,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import np
-from lfm.fusing import compiled, kernel
+from lfm.fusing import kernel
+from lfm.tensors import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ from threading import Lock
 from typing import Any
 
 from lfm.core.home import home, keep
-from lfm.fusing import bits
+from lfm.tensors import bits
 
 ENTRY = "kernel"
 SIGNATURE = (

@@ -57,6 +57,23 @@ def blocks(module: nn.Module) -> list[str]:
     return best
 
 
+def levels(module: nn.Module) -> list[str]:
+    """Names of what follows one another in depth: the blocks, or, where there are none (a convolutional network), the
+    entries of all outermost lists and sequences of layers of one type. ModelError where there is neither."""
+    try:
+        return blocks(module)
+    except ModelError:
+        found: list[str] = []
+        for name, child in module.named_modules():
+            if not isinstance(child, nn.ModuleList | nn.Sequential) or len({type(c) for c in child}) != 1:
+                continue
+            if not any(name.startswith(f"{level}.") for level in found) and next(child.parameters(), None) is not None:
+                found += [f"{name}.{i}" for i in range(len(child))]
+        if not found:
+            raise
+        return found
+
+
 def stacks(module: nn.Module) -> list[list[str]]:
     """Names of the blocks, stack by stack, in the order that a text passes them: an encoder's and a decoder's, or the
     one stack there is."""
@@ -158,20 +175,20 @@ def _width(inside: list[tuple[str, int, int]]) -> int:
 
 
 def site(module: nn.Module, where: tuple[str, int | str]) -> tuple[str, bool]:
-    """(submodule's name, whether its *input* is meant) of a block's site: hidden, ffn_in, ffn_key, ffn_out or
-    attention_out. The block by its place in `blocks`, or by name."""
+    """(submodule's name, whether its *input* is meant) of a block's site: hidden, before, ffn_in, ffn_key, ffn_out,
+    attention_key or attention_out. The block by its place in `blocks`, or by name. level: hidden, among `levels`."""
     kind, index = where
     if isinstance(index, str):
         block = index
     else:
-        stack = blocks(module)
+        stack = levels(module) if kind == "level" else blocks(module)
         if not -len(stack) <= index < len(stack):
             raise ModelError(f"no block {index}", why=f"the model has {len(stack)}")
         block = stack[index]
-    if kind == "hidden":
-        return block, False
-    if kind == "attention_out":
-        return attention_out(module, block), False
+    if kind in ("hidden", "before", "level"):
+        return block, kind == "before"
+    if kind in ("attention_out", "attention_key"):
+        return attention_out(module, block), kind == "attention_key"
     ffn = feed_forward(module, block)
     if kind == "ffn_in":
         return ffn.up, True
@@ -179,7 +196,7 @@ def site(module: nn.Module, where: tuple[str, int | str]) -> tuple[str, bool]:
         return ffn.down, True
     if kind == "ffn_out":
         return ffn.down, False
-    raise ModelError(f"no site {kind!r}", fix="sites: hidden, ffn_in, ffn_key, ffn_out, attention_out")
+    raise ModelError(f"no site {kind!r}", fix="sites: hidden, ffn_in, ffn_key, ffn_out, attention_out, level")
 
 
 def in_rows(activations: Tensor, rows: int) -> Tensor:

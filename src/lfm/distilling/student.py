@@ -23,8 +23,11 @@ class Taught(Fit, frozen=True):
     ] = "weights"
 
 
-def formed(module: nn.Module, config: Taught, run: Run) -> nn.Module:
-    """The student that these settings make of a module, changed in place or new. ConfigError, ModelError."""
+def formed(module: nn.Module, config: Taught, run: Run, *key: object) -> nn.Module:
+    """The student that these settings make of a module, changed in place or new. ConfigError, ModelError.
+
+    key: of new weights, where one run makes several students.
+    """
     if config.layers:
         module = layers.shallower(module, config.layers)
     if config.start == "weights":
@@ -32,7 +35,7 @@ def formed(module: nn.Module, config: Taught, run: Run) -> nn.Module:
     settings: Any = getattr(module, "config", None)
     if settings is None:
         raise ConfigError("start=random needs an architecture of transformers", why="this module names no config")
-    with seeded(run.seed_for("student")):
+    with seeded(run.seed_for("student", *key)):
         return type(module)(settings).requires_grad_(True)
 
 

@@ -12,6 +12,7 @@ from lfm.editing.behind import Behind, continued, cut
 from lfm.editing.form import at, in_decoder
 from lfm.editing.rows import IGNORED, Joined, Rows, alike, brief, groups, together, unlike
 from lfm.models import structure
+from lfm.models.activations import in_one_step
 from lfm.models.resume import Begun, activations, agrees, ending_at, logits_at, recording, resumed
 
 if TYPE_CHECKING:
@@ -99,14 +100,15 @@ def search_all(
     """
     if not reads:
         return []
-    tried = [[brief(read)] for read in unlike(reads)]
-    spared = next(w for w in WAYS if w == WAYS[-1] or _Together(module, block, tried, settings, sites, w).agrees())
     found: dict[int, Found] = {}
     units = alike(reads)
-    for group in groups(reads, parted=spared.behind, units=units):
-        searched = _Together(module, block, [[reads[i] for i in units[u]] for u in group], settings, sites, spared)
-        for unit, each in zip(group, searched.run(), strict=True):
-            found |= zip(units[unit], each, strict=True)
+    with in_one_step(module):
+        tried = [[brief(read)] for read in unlike(reads)]
+        spared = next(w for w in WAYS if w == WAYS[-1] or _Together(module, block, tried, settings, sites, w).agrees())
+        for group in groups(reads, parted=spared.behind, units=units):
+            searched = _Together(module, block, [[reads[i] for i in units[u]] for u in group], settings, sites, spared)
+            for unit, each in zip(group, searched.run(), strict=True):
+                found |= zip(units[unit], each, strict=True)
     return [found[i] for i in range(len(reads))]
 
 

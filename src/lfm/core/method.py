@@ -135,6 +135,9 @@ class Inputs:
 METRICS = "metrics.jsonl"
 """What trainings tell of their steps, in a run's scratch directory, and then in what it makes."""
 
+RECORDS = "records.jsonl"
+"""What a method made to learn from, in a run's scratch directory, and then in what it makes: data for other methods."""
+
 
 class Run(Protocol):
     """What a run hands to a method: randomness, progress, journalled steps."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
+
+EDGES = " \t\r\n.,;:!?\"'“”()[]*`"
+"""What does not count at the ends of an answer."""
 
 
 def begins_with(said: str, answer: str) -> bool:
@@ -30,3 +35,20 @@ def same(said: str, answer: str) -> bool:
 def room(answers: Sequence[str]) -> int:
     """Tokens enough for any of the answers under any tokenizer (a token is a byte at least), and one to stop at."""
     return max((len(answer.encode()) for answer in answers), default=0) + 1
+
+
+def final_answer(said: str, pattern: str) -> str:
+    """What the pattern finds last, or the last line; empty where there is none."""
+    if not pattern:
+        return next((line.strip() for line in reversed(said.splitlines()) if line.strip(EDGES)), "")
+    matches = list(re.finditer(pattern, said, re.MULTILINE))
+    return (matches[-1].group(1 if matches[-1].re.groups else 0) or "").strip() if matches else ""
+
+
+def elected(answers: Sequence[str]) -> str:
+    """The answer given most often, in the words in which it was given first; empty where there is none."""
+    votes = Counter(answer.strip(EDGES).casefold() for answer in answers if answer.strip(EDGES))
+    if not votes:
+        return ""
+    winner, _ = max(votes.items(), key=lambda pair: pair[1])  # the first of equals, as dicts keep order
+    return next(answer for answer in answers if answer.strip(EDGES).casefold() == winner)

@@ -21,7 +21,7 @@ from lfm.core import finding, launched, registry
 from lfm.core.config import Config, configure, values
 from lfm.core.errors import ConfigError, DataError, LfmError, OutputError
 from lfm.core.finding import Finding
-from lfm.core.method import METRICS, Inputs, check
+from lfm.core.method import METRICS, RECORDS, Inputs, check
 from lfm.core.model import Model
 from lfm.data import files
 from lfm.data.records import Record, kind_of
@@ -208,8 +208,9 @@ def made(order: Order, *, show: Show = silent, report: Callable[[Path], None] | 
         card.write(done, artefact, prepared.listed.method.paper)
         if (work / directory.SCRATCH / finding.FILE).exists():
             finding.read(work / directory.SCRATCH).save(artefact)
-        if (told := work / directory.SCRATCH / METRICS).exists():
-            shutil.copy(told, artefact / METRICS)
+        for name in (METRICS, RECORDS):
+            if (told := work / directory.SCRATCH / name).exists():
+                shutil.copy(told, artefact / name)
         if report:
             report(artefact)
         directory.publish(work, artefact, order.out)

@@ -18,7 +18,6 @@ in the same order. Errors: ConfigError for an `answer` that is no regular expres
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, final
 
@@ -29,7 +28,7 @@ from lfm.core import Cost, Data, DataSlot, Inputs, Meta, Method, Model, Parts, R
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import np
 from lfm.core.model import Classes
-from lfm.data.answers import begins_with
+from lfm.data.answers import EDGES, begins_with, elected, final_answer
 from lfm.data.records import Label
 from lfm.data.wording import spaced
 from lfm.models.language import cut
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ID = "prompt.self_consistency"
-EDGES = " \t\r\n.,;:!?\"'“”()[]*`"
-"""What does not count at the ends of an answer."""
 
 
 class Config(lfm.core.Config, frozen=True):
@@ -129,23 +126,6 @@ class VotedClasses:
                 if (place := named(answer, words)) is not None:
                     counts[row, place] += 1
         return np.log((counts + 1) / (counts + 1).sum(1, keepdims=True))
-
-
-def final_answer(said: str, pattern: str) -> str:
-    """What the pattern finds last, or the last line; empty where there is none."""
-    if not pattern:
-        return next((line.strip() for line in reversed(said.splitlines()) if line.strip(EDGES)), "")
-    matches = list(re.finditer(pattern, said, re.MULTILINE))
-    return (matches[-1].group(1 if matches[-1].re.groups else 0) or "").strip() if matches else ""
-
-
-def elected(answers: Sequence[str]) -> str:
-    """The answer given most often, in the words in which it was given first; empty where there is none."""
-    votes = Counter(answer.strip(EDGES).casefold() for answer in answers if answer.strip(EDGES))
-    if not votes:
-        return ""
-    winner, _ = max(votes.items(), key=lambda pair: pair[1])  # the first of equals, as dicts keep order
-    return next(answer for answer in answers if answer.strip(EDGES).casefold() == winner)
 
 
 def named(answer: str, words: Sequence[Sequence[str]]) -> int | None:

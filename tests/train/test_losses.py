@@ -112,3 +112,17 @@ def test_completed_top_k_is_a_distribution_that_agrees_where_the_teacher_spoke(s
     torch.testing.assert_close(whole.gather(-1, ids).exp(), told.exp(), rtol=1e-5, atol=1e-6)
     if k >= 6:  # the one left over is determined
         torch.testing.assert_close(whole.exp(), t.exp(), rtol=1e-5, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000), beta=st.floats(0.01, 0.99))
+def test_the_generalised_jsd_is_written_out_and_its_ends_are_the_two_divergences(seed: int, beta: float) -> None:
+    s, t = (logits(seed + i).double().log_softmax(-1) for i in (0, 1))
+    m = beta * t.exp() + (1 - beta) * s.exp()
+    expected = (beta * t.exp() * (t - m.log()) + (1 - beta) * s.exp() * (s - m.log())).sum(-1)
+    torch.testing.assert_close(losses.jsd(s, t, beta), expected)
+    torch.testing.assert_close(losses.jsd(s, t, beta), losses.jsd(t, s, 1 - beta))
+    for end, near, share in ((0.0, 1e-6, 1e-6), (1.0, 1 - 1e-6, 1e-6)):
+        torch.testing.assert_close(losses.jsd(s, t, end), losses.jsd(s, t, near) / share, rtol=1e-3, atol=1e-5)
+    assert torch.equal(losses.jsd(s, t, 0.0), losses.divergence(s, t, "forward"))
+    assert torch.equal(losses.jsd(s, t, 1.0), losses.divergence(s, t, "reverse"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from lfm.core.heavy import F, torch
@@ -29,8 +30,18 @@ def divergence(student: Tensor, teacher: Tensor, kind: Divergence = "forward") -
         return kl(teacher, student)
     if kind == "reverse":
         return kl(student, teacher)
-    middle = torch.logaddexp(student, teacher) - torch.log(torch.tensor(2.0))
-    return (kl(teacher, middle) + kl(student, middle)) / 2
+    return jsd(student, teacher)
+
+
+def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+    """β KL(t ‖ m) + (1 − β) KL(s ‖ m), m = β t + (1 − β) s, of log-probabilities (…, V), one number a row (2306.13649).
+
+    Of β = 0 and 1 it is the limit after division by β or 1 − β: KL(t ‖ s) (forward) and KL(s ‖ t) (reverse).
+    """
+    if beta in (0, 1):
+        return kl(student, teacher) if beta else kl(teacher, student)
+    middle = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -52,10 +63,14 @@ def entropy(logits: Tensor, diversity: float = 0.0) -> Tensor:
     """
     told = F.log_softmax(logits.float(), -1)
     unsure = -(told.exp() * told).sum(-1).mean()
-    if not diversity:
-        return unsure
+    return unsure + diversity * balance(logits) if diversity else unsure
+
+
+def balance(logits: Tensor) -> Tensor:
+    """Σ p̄ log p̄ of the mean p̄ of softmax(logits) over rows, in nats: −log V where all answers are as frequent."""
+    told = F.log_softmax(logits.float(), -1)
     mean = torch.logsumexp(told.reshape(-1, told.shape[-1]), 0) - torch.log(torch.tensor(float(told[..., 0].numel())))
-    return unsure + diversity * (mean.exp() * mean).sum()
+    return (mean.exp() * mean).sum()
 
 
 def complete(ids: Tensor, logprobs: Tensor, vocabulary: int) -> Tensor:
@@ -64,9 +79,9 @@ def complete(ids: Tensor, logprobs: Tensor, vocabulary: int) -> Tensor:
     Of all completions it has the most entropy, and with it `kd` works at any temperature. k = V gives the teacher back.
     """
     k = ids.shape[-1]
-    logprobs = logprobs.float()
+    logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
     rest = torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
-    even = rest - torch.log(torch.tensor(float(max(vocabulary - k, 1))))
+    even = rest - math.log(max(vocabulary - k, 1))
     return F.log_softmax(even.expand(*ids.shape[:-1], vocabulary).scatter(-1, ids, logprobs), -1)
 
 

@@ -1,0 +1,130 @@
+"""One modality teaches another: whose records are read by whom, and what it is worth without labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import tiny
+from case import Case
+from lfm.core import Gradients, Logits, Model
+from lfm.core.errors import ConfigError, DataError, MismatchError
+from lfm.core.method import Inputs
+from lfm.data import records as data
+from lfm.data.files import write
+from lfm.methods.distill import cross_modal, response
+from lfm.models import load
+from teaching import answers, made, still, written
+
+
+def images(count: int, seed: int = 0) -> list[data.Image]:
+    draw = np.random.default_rng(seed)
+    return [data.Image(image=draw.integers(0, 255, (8, 8), np.uint8), label=str(i % 10)) for i in range(count)]
+
+
+def case(here: Path) -> Case:
+    tiny.vit(here / "sees")
+    tiny.classifier(here / "reads", labels=tiny.DIGITS)
+    seen = images(12)
+    write(seen, here / "images.jsonl")
+    write([written(image) for image in seen], here / "texts.jsonl")
+    settings = {"steps": 6, "batch_size": 4, "checkpoint_every": 0.0}
+    models = {"teacher": ("sees",), "student": ("reads",)}
+    return Case(models, {"seen": "images.jsonl", "train": "texts.jsonl"}, settings)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    still(tiny.vit(root / "sees"))
+    still(tiny.classifier(root / "reads", labels=tiny.DIGITS))
+    still(tiny.hearer(root / "hears"))
+    still(tiny.classifier(root / "words", labels=tiny.TONES))
+    tiny.causal(root / "speaks")
+    return root
+
+
+def taught(teacher: Model, student: Model, seen: Any, read: Any, work: Path, **settings: Any) -> Any:
+    models = {"teacher": [teacher], "student": [student]}
+    return made(cross_modal.METHOD, models, {"seen": seen, "train": read}, work, **settings)
+
+
+def test_the_first_loss_is_between_the_two_views_of_each_thing(root: Path, tmp_path: Path) -> None:
+    seen = images(4)
+    read = [written(image) for image in seen]
+    teacher, student = load(root / "sees"), load(root / "reads")
+    _, run = taught(teacher, student, seen, read, tmp_path / "a", steps=1, alpha=0.6, temperature=3.0)
+    (t, _), (s, labels) = answers(teacher, seen), answers(student, read)
+    p, q = t.div(3).double().log_softmax(-1), s.div(3).double().log_softmax(-1)
+    expected = 0.4 * F.cross_entropy(s, labels).item() + 0.6 * 9 * (p.exp() * (p - q)).sum(-1).mean().item()
+    assert run.notes["loss_before"] == pytest.approx(expected, rel=1e-4)
+    shifted, _ = [*seen[1:], seen[0]], read
+    _, other = taught(teacher, student, shifted, read, tmp_path / "b", steps=1, alpha=0.6, temperature=3.0)
+    assert other.notes["loss_before"] != pytest.approx(expected, rel=1e-3)
+
+
+def test_of_one_modality_it_is_response_distillation(root: Path, tmp_path: Path) -> None:
+    teacher, student = load(root / "sees"), load(tiny.vit(tmp_path / "small", seed=1))
+    records, models = images(12), {"teacher": [teacher], "student": [student]}
+    settings: dict[str, Any] = {"alpha": 0.7, "temperature": 2.0}
+    one, _ = taught(teacher, student, records, records, tmp_path / "a", **settings)
+    other, _ = made(response.METHOD, models, {"train": records}, tmp_path / "b", **settings)
+    assert one.digest == other.digest
+
+
+def test_a_sound_teaches_a_text_and_no_class_is_read(root: Path, tmp_path: Path) -> None:
+    sounds = tiny.tones(2)
+    words = [data.Label(text=f"a {record.label} tone", label="") for record in sounds]
+    nameless = [replace_label(record) for record in sounds]
+    teacher, student = load(root / "hears"), load(root / "words")
+    one, run = taught(teacher, student, nameless, words, tmp_path / "a")
+    other, _ = taught(teacher, student, sounds, words, tmp_path / "b")
+    assert one.digest == other.digest and run.notes["loss_after"] < run.notes["loss_before"]
+    with pytest.raises(ConfigError, match="no class"):
+        taught(teacher, student, nameless, words, tmp_path / "c", alpha=0.5)
+
+
+def replace_label(record: Any) -> Any:
+    import msgspec
+
+    return msgspec.structs.replace(record, label="")
+
+
+def test_classes_are_matched_by_name(root: Path, tmp_path: Path) -> None:
+    seen = images(8)
+    read = [written(image) for image in seen]
+    teacher, student = load(root / "sees"), load(root / "reads")
+    turned, order = teacher.ask(Gradients).module(), [*range(1, 10), 0]
+    with torch.no_grad():
+        for parameter in turned.classifier.parameters():  # type: ignore[union-attr]
+            parameter.copy_(parameter[order].clone())
+    names = [tiny.DIGITS[i] for i in order]
+    turned.config.id2label, turned.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    moved = teacher.ask(Gradients).rewrap(turned)
+    notes = [taught(t, student, seen, read, tmp_path / str(i))[1].notes for i, t in enumerate((teacher, moved))]
+    assert notes[0] == pytest.approx(notes[1], rel=1e-3)
+
+
+def test_what_cannot_go_together_is_said_before_a_weight_is_read(root: Path, tmp_path: Path) -> None:
+    seen = images(4)
+    read = [written(image) for image in seen]
+    sees, reads, speaks, hears = (load(root / name) for name in ("sees", "reads", "speaks", "hears"))
+    for teacher, student, first, second, error, what in (
+        (speaks, reads, read, read, MismatchError, "no classifier"),
+        (sees, hears, seen, tiny.tones(2)[:4], MismatchError, "different classes"),
+        (sees, reads, seen[:3], read, DataError, "3 records for the teacher"),
+        (sees, reads, read, read, DataError, "label records set no task"),
+    ):
+        blind = [
+            replace(model, gives={k: v for k, v in model.gives.items() if k is not Logits})
+            for model in (teacher, student)
+        ]
+        inputs = Inputs({"teacher": (blind[0],), "student": (blind[1],)}, {"seen": first, "train": second})
+        with pytest.raises(error, match=what):
+            cross_modal.agree(cross_modal.Config(), inputs)

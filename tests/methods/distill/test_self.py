@@ -1,0 +1,95 @@
+"""Born-again networks: who teaches whom, new weights each time, and what the generations come to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import tiny
+from case import Case
+from lfm.core import Gradients, Model
+from lfm.core.errors import ConfigError
+from lfm.data import records as data
+from lfm.data.files import write
+from lfm.distilling.student import formed
+from lfm.methods.distill import response, self
+from lfm.models import load
+from lfm.runs.run import LocalRun
+from teaching import QUICK, answers, made, still
+
+LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
+TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
+
+
+def case(here: Path) -> Case:
+    tiny.classifier(here / "base")
+    write(LABELS, here / "texts.jsonl")
+    settings = {"steps": 4, "batch_size": 4, "generations": 2, "checkpoint_every": 0.0}
+    return Case({"model": ("base",)}, {"train": "texts.jsonl"}, settings)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    still(tiny.classifier(root / "classifier", num_hidden_layers=3))
+    tiny.causal(root / "causal")
+    return root
+
+
+def born(model: Model, records: Any, work: Path, **settings: Any) -> Any:
+    return made(self.METHOD, {"model": [model]}, {"train": records}, work, **settings)
+
+
+def students(model: Model, work: Path, generations: int) -> list[Model]:
+    """The generations before they learn: new weights keyed by their number."""
+    config = self.Config(**QUICK)
+    gradients, run = model.ask(Gradients), LocalRun(0, work)
+    return [gradients.rewrap(formed(gradients.module(), config, run, g)) for g in range(1, generations + 1)]
+
+
+@pytest.mark.parametrize("name", ["classifier", "causal"])
+def test_the_first_loss_is_the_papers_written_out(name: str, root: Path, tmp_path: Path) -> None:
+    """½ (CE + KL(teacher ‖ student)) at T = 1, of a student with new weights."""
+    records, model = LABELS[:4] if name == "classifier" else TEXTS[:4], load(root / name)
+    _, run = born(model, records, tmp_path / "a", steps=1)
+    (student,) = students(model, tmp_path / "b", 1)
+    (t, _), (s, labels) = answers(model, records), answers(student, records)
+    apart = F.kl_div(s.log_softmax(-1), t.log_softmax(-1), log_target=True, reduction="batchmean").item()
+    assert run.notes["loss_1"] == pytest.approx((F.cross_entropy(s, labels).item() + apart) / 2, rel=1e-4)
+
+
+def test_every_generation_begins_anew_and_learns_from_the_last(root: Path, tmp_path: Path) -> None:
+    """Two generations are a response distillation from the first one's result, into the second one's new weights."""
+    model = load(root / "classifier")
+    first, second = students(model, tmp_path / "w", 2)
+    assert not torch.equal(answers(first, LABELS)[0], answers(second, LABELS)[0])
+    one, _ = born(model, LABELS, tmp_path / "a")
+    _, run = born(model, LABELS, tmp_path / "b", generations=2)
+    settings: dict[str, Any] = {"temperature": 1.0, "alpha": 0.5, "batch_size": len(LABELS)}
+    _, taught = made(
+        response.METHOD, {"teacher": [one], "student": [second]}, {"train": LABELS}, tmp_path / "c", **settings
+    )
+    _, again = born(model, LABELS, tmp_path / "d", generations=2, steps=20, batch_size=len(LABELS))
+    assert run.notes["loss_1"] != run.notes["loss_2"]
+    assert taught.notes["loss_after"] < taught.notes["loss_before"]
+    assert again.notes["loss_2"] < 1.0
+
+
+def test_a_generation_from_the_models_own_weights_has_no_more_to_hear(root: Path, tmp_path: Path) -> None:
+    _, run = born(load(root / "classifier"), LABELS, tmp_path, start="weights", alpha=1.0, steps=1)
+    assert run.notes["loss_1"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_nameless_net_cannot_be_born_again(tmp_path: Path) -> None:
+    from lfm.core import Inputs
+
+    nameless = [data.Label(text=record.text, label="") for record in LABELS]
+    model = load(tiny.classifier(tmp_path / "m"))
+    with pytest.raises(ConfigError, match="no class"):
+        born(model, nameless, tmp_path / "a")
+    born(model, nameless, tmp_path / "b", alpha=1.0, steps=1)
+    self.agree(self.Config(), Inputs({"model": (model,)}, {"train": LABELS}))

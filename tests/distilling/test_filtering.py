@@ -34,7 +34,8 @@ def test_rouge_l_is_the_papers_example() -> None:
 def test_new_is_what_is_far_from_everything_before_it() -> None:
     """As by asking every pair, which the bound on what they share only shortens."""
     draw = random.Random(1)
-    texts = [" ".join(draw.choice("red blue green one two three".split()) for _ in range(6)) for _ in range(60)]
+    vocabulary = ["red", "blue", "green", "one", "two", "three"]
+    texts = [" ".join(draw.choice(vocabulary) for _ in range(6)) for _ in range(60)]
     known, taken = texts[:5], list[int]()
     for i, text in enumerate(texts[5:]):
         pool = [*known, *(texts[5:][j] for j in taken)]

@@ -39,7 +39,7 @@ def case(here: Path) -> Case:
 
 
 class Script:
-    """A teacher that answers by a function of the prompt and of how often it was asked that; counts what it is asked."""
+    """A teacher that answers by a function of the prompt and of how often it was asked that."""
 
     def __init__(self, answer: Callable[[str, int], str]) -> None:
         self.answer, self.asked = answer, list[str]()

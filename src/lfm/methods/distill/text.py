@@ -1,6 +1,6 @@
 """Train a student on what a teacher says: text is all that the teacher tells.
 
-    L = −mean over kept (x, y) of log p(y | x),   y ~ teacher(· | x) at T, or its greedy answer,   x given or synthesised
+    L = −mean over kept (x, y) of log p(y | x),   y ~ teacher(· | x) at T, or its greedy answer;  x given or synthesised
 
 Papers: Sequence-level knowledge distillation, arXiv 1606.07947 (the teacher's own answers as targets; there by beam
 search, here greedy or sampled); Self-Instruct, 2212.10560 (`synthesise`: the teacher is shown a list of 8 prompts, 2 of

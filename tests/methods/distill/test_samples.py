@@ -1,0 +1,179 @@
+"""distill.samples: a student of a teacher's own words, and of what the teacher makes of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from case import Case
+from lfm import runs
+from lfm.core import Codec, Gradients, Inputs, Logits, Model, Text
+from lfm.core.errors import AccessError, DataError, MismatchError
+from lfm.core.method import RECORDS
+from lfm.core.model import Top
+from lfm.data import records as data
+from lfm.data.files import read
+from lfm.data.task import task_for
+from lfm.distilling import filtering
+from lfm.evals import evaluate
+from lfm.methods.distill import samples
+from lfm.models import forward, load
+from lfm.runs.run import LocalRun
+from lfm.train import Fit, fit
+
+SMALL: dict[str, Any] = {"steps": 3, "batch_size": 4, "samples": 8, "max_tokens": 6}
+
+
+def case(here: Path) -> Case:
+    tiny.causal(here / "big", num_hidden_layers=3)
+    tiny.causal(here / "small", seed=1)
+    settings = SMALL | {"checkpoint_every": 0.0, "first": 4, "greedy": 1}
+    return Case({"teacher": ("big",), "student": ("small",)}, {}, settings)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
+    here = tmp_path_factory.mktemp("models")
+    return load(tiny.causal(here / "big", num_hidden_layers=3)), load(tiny.causal(here / "small", seed=1))
+
+
+def taught(
+    teacher: Model, student: Model, work: Path, seed: int = 0, **settings: Any
+) -> tuple[Model, LocalRun, list[str]]:
+    inputs = Inputs({"teacher": (teacher,), "student": (student,)}, {})
+    config = samples.Config(**(SMALL | settings))
+    samples.agree(config, inputs)
+    work.mkdir(exist_ok=True)
+    run = LocalRun(seed, work)
+    made = samples.run(config, inputs, run)
+    assert isinstance(made, Model)
+    return made, run, [r.text for r in read(work / "scratch" / RECORDS)]  # type: ignore[attr-defined]
+
+
+class Script:
+    """Says the next of these each time; tells that A, B and C are the likeliest first tokens."""
+
+    def __init__(self, said: Sequence[str]) -> None:
+        self.said, self.prompts = said, list[str]()
+
+    def generate(self, prompts: Sequence[str], *, temperature: float = 0.0, **_: Any) -> list[str]:
+        if temperature == 0:
+            return [" greedy" for _ in prompts]
+        first = len(self.prompts)
+        self.prompts += prompts
+        return [self.said[(first + i) % len(self.said)] for i in range(len(prompts))]
+
+    def top(self, prompts: Sequence[str], k: int, *_: Any) -> list[Any]:
+        return [[(token, -1.0) for token in "ABCDE"[:k]] for _ in prompts]
+
+    def model(self, *kinds: type) -> Model:
+        return Model("a script", "api", {kind: lambda: self for kind in kinds}, lambda: "")
+
+
+def test_the_first_loss_is_the_divergence_over_the_samples(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    """KL(teacher ‖ student) at every place of all samples in one batch, written out from both models' logits."""
+    teacher, student = pair
+    _, run, texts = taught(teacher, student, tmp_path, steps=1, batch_size=8, precision="fp32")
+    records = [data.Text(text=text) for text in texts]
+    task = task_for(records, student.ask(Codec), student.facts)
+    batch = task.collate(records)
+    p, q = (task.scored(m.ask(Logits).logits(batch), batch)[0].double().log_softmax(-1) for m in pair)
+    assert run.notes["loss_before"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_samples_are_the_teachers_distribution(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    """First words of 400 samples of one token against the teacher's own probabilities, by total variation.
+
+    The expected distance of n draws is at most ½ √(K / n) over K outcomes (Jensen); a distribution other than the
+    teacher's (greedy, or at twice the temperature) is further off.
+    """
+    teacher, student = pair
+    batch = teacher.ask(Codec).texts([""])
+    p = teacher.ask(Logits).logits(batch)[0, -1].softmax(-1).numpy()
+    tokenizer = teacher.ask(Codec).tokenizer
+    n = 400
+    drawn = teacher.ask(Text).generate([""] * n, max_tokens=1, temperature=1.0, seed=3)
+    spelled: dict[str, float] = Counter()
+    for token, mass in enumerate(p):
+        spelled[tokenizer.decode([token], skip_special_tokens=True)] += float(mass)
+    said = Counter(drawn)
+    apart = sum(abs(said[text] / n - mass) for text, mass in spelled.items()) / 2
+    assert apart < 1.2 * 0.5 * np.sqrt(len(spelled) / n)
+    del student, tmp_path
+
+
+def test_openings_are_spread_and_copies_left_out(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    """Each of the likeliest first tokens begins as many; then the greedy token, then the draw; no two near copies."""
+    script = Script([f" say {word} and be quiet" for word in ("one", "two", "three", "four", "five", "six", "seven")])
+    teacher = script.model(Text, Top)
+    _, _, texts = taught(teacher, pair[1], tmp_path / "a", alpha=0.0, first=3, greedy=1, samples=6)
+    assert [text[0] for text in texts] == ["A", "B", "C"] * 2
+    assert texts[0] == "A greedy say one and be quiet"
+    # 6 of the 7 words of two of these are the same: ROUGE-L is 6/7 or 5/7, above .7
+    _, run, texts = taught(script.model(Text, Top), pair[1], tmp_path / "b", alpha=0.0, samples=6, alike=0.7)
+    assert len(texts) == 1 and run.notes["samples"] == 1
+    assert len(script.prompts) <= 6 + samples.ROUNDS * samples.asking.CHUNK
+
+
+def test_what_a_teacher_does_not_tell_is_said_before_anything_is_asked(
+    pair: tuple[Model, Model], tmp_path: Path
+) -> None:
+    script = Script(["on and on and on and on and on"])
+    text_alone = script.model(Text)
+    with pytest.raises(AccessError, match="does not give logits") as caught:
+        taught(text_alone, pair[1], tmp_path / "a")
+    assert "alpha=0" in str(caught.value)
+    with pytest.raises(AccessError, match="tells no next tokens"):
+        taught(text_alone, pair[1], tmp_path / "a", alpha=0.0, first=2)
+    tokenizer = tiny.byte_bpe()
+    tokenizer.add_tokens(["<new>"])
+    longer = tiny.causal(tmp_path / "words", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(longer)
+    with pytest.raises(MismatchError, match="different vocabularies"):
+        taught(load(longer), pair[1], tmp_path / "a")
+    with pytest.raises(MismatchError, match="running text"):
+        taught(pair[0], load(tiny.masked(tmp_path / "masked")), tmp_path / "a")
+    assert not script.prompts
+    with pytest.raises(DataError, match="nothing to learn from"):
+        taught(text_alone, pair[1], tmp_path / "b", alpha=0.0, repeats=0.2)
+
+
+def supervised(student: Model, records: Sequence[Any], config: Any, work: Path, seed: int) -> Model:
+    """The student alone: next tokens of these records, from new weights, in as many steps."""
+    task = task_for(records, student.ask(Codec), student.facts)
+    module = samples.formed(student.ask(Gradients).module(), config, LocalRun(seed, work))
+    fit(module, records, task.collate, lambda m, b: task.loss(forward(m, b), b), config, LocalRun(seed, work))
+    return student.ask(Gradients).rewrap(module)
+
+
+@pytest.mark.slow
+def test_without_data_it_comes_near_what_data_gives(tmp_path: Path) -> None:
+    """zoo:lm into one block with new weights: held-out stories, 3 seeds. See docs/distilling.md."""
+    teacher = runs.model("zoo:lm")
+    held = list(runs.records("zoo:stories-test"))[:100]
+    real = list(runs.records("zoo:stories"))[:256]
+
+    def loss(model: Model) -> float:
+        return evaluate(model, held).metrics["loss"].value
+
+    scores: dict[str, list[float]] = {"samples": [], "alone": []}
+    for seed in range(3):
+        settings: dict[str, Any] = {"samples": 256, "max_tokens": 64, "steps": 150, "batch_size": 16, "lr": 3e-3}
+        settings |= {"layers": 1, "start": "random"}
+        made, _, texts = taught(teacher, teacher, tmp_path / f"{seed}", seed, **settings)
+        assert filtering.distinct(texts) > 0.1
+        scores["samples"].append(loss(made))
+        config = samples.Config(**settings)
+        scores["alone"].append(loss(supervised(teacher, real, config, tmp_path / f"a{seed}", seed)))
+    untaught = samples.formed(teacher.ask(Gradients).module(), config, LocalRun(0, tmp_path))
+    nothing = loss(teacher.ask(Gradients).rewrap(untaught))
+    best = loss(teacher)
+    assert best < np.mean(scores["samples"]) < (best + nothing) / 2, (best, scores, nothing)
+    assert isinstance(torch.tensor(scores["alone"]).mean().item(), float)

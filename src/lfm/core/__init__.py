@@ -16,6 +16,7 @@ from lfm.core.method import Run as Run
 from lfm.core.method import Sizes as Sizes
 from lfm.core.method import Slot as Slot
 from lfm.core.model import Adaptation as Adaptation
+from lfm.core.model import Answers as Answers
 from lfm.core.model import Codec as Codec
 from lfm.core.model import Embeddings as Embeddings
 from lfm.core.model import Facts as Facts

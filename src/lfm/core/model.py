@@ -113,6 +113,26 @@ class Codec(Protocol):
         ...
 
 
+class Answers(Protocol):
+    """What a model told of questions, kept: nothing is computed, and nobody is asked."""
+
+    @property
+    def k(self) -> int:
+        """How many answers are told at each place: the likeliest, or all that there are."""
+        ...
+
+    def find(self, questions: Sequence[bytes]) -> NDArray[Any]:
+        """(n,) by what number `told` knows each question; −1 for one that was never asked."""
+        ...
+
+    def told(self, numbers: Sequence[int]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(N, k) ids and natural-log probabilities at all places of these questions, one question after another.
+
+        What they leave out of 1 is all other answers' together. CorruptError where it is not what was written.
+        """
+        ...
+
+
 class Logits(Protocol):
     """A forward pass without gradients."""
 
@@ -291,6 +311,7 @@ INTERFACES: Mapping[str, type] = {
     "vectors": Vectors,
     "top": Top,
     "logprobs": Logprobs,
+    "answers": Answers,
     "codec": Codec,
     "logits": Logits,
     "embeddings": Embeddings,

@@ -96,6 +96,10 @@ def _directory(path: Path, module: Any, find: Find | None, rest: dict[str, Any])
         from lfm.models.adapter import open_adapter
 
         return open_adapter(path, part)
+    if "answers.json" in names:
+        from lfm.models.answers import open_answers
+
+        return open_answers(path)
     from lfm.models.checkpoint import CONFIG, open_bare, open_checkpoint
 
     if CONFIG in names and module is None:

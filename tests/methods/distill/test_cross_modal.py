@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tiny
 from case import Case
-from lfm.core import Gradients, Logits, Model
+from lfm.core import Codec, Gradients, Model
 from lfm.core.errors import ConfigError, DataError, MismatchError
 from lfm.core.method import Inputs
 from lfm.data import records as data
@@ -64,8 +64,7 @@ def test_the_first_loss_is_between_the_two_views_of_each_thing(root: Path, tmp_p
     p, q = t.div(3).double().log_softmax(-1), s.div(3).double().log_softmax(-1)
     expected = 0.4 * F.cross_entropy(s, labels).item() + 0.6 * 9 * (p.exp() * (p - q)).sum(-1).mean().item()
     assert run.notes["loss_before"] == pytest.approx(expected, rel=1e-4)
-    shifted, _ = [*seen[1:], seen[0]], read
-    _, other = taught(teacher, student, shifted, read, tmp_path / "b", steps=1, alpha=0.6, temperature=3.0)
+    _, other = taught(teacher, student, [*seen[1:], seen[0]], read, tmp_path / "b", steps=1, alpha=0.6, temperature=3.0)
     assert other.notes["loss_before"] != pytest.approx(expected, rel=1e-3)
 
 
@@ -81,7 +80,7 @@ def test_of_one_modality_it_is_response_distillation(root: Path, tmp_path: Path)
 def test_a_sound_teaches_a_text_and_no_class_is_read(root: Path, tmp_path: Path) -> None:
     sounds = tiny.tones(2)
     words = [data.Label(text=f"a {record.label} tone", label="") for record in sounds]
-    nameless = [replace_label(record) for record in sounds]
+    nameless = [unnamed(record) for record in sounds]
     teacher, student = load(root / "hears"), load(root / "words")
     one, run = taught(teacher, student, nameless, words, tmp_path / "a")
     other, _ = taught(teacher, student, sounds, words, tmp_path / "b")
@@ -90,9 +89,7 @@ def test_a_sound_teaches_a_text_and_no_class_is_read(root: Path, tmp_path: Path)
         taught(teacher, student, nameless, words, tmp_path / "c", alpha=0.5)
 
 
-def replace_label(record: Any) -> Any:
-    import msgspec
-
+def unnamed(record: Any) -> Any:
     return msgspec.structs.replace(record, label="")
 
 
@@ -121,10 +118,7 @@ def test_what_cannot_go_together_is_said_before_a_weight_is_read(root: Path, tmp
         (sees, reads, seen[:3], read, DataError, "3 records for the teacher"),
         (sees, reads, read, read, DataError, "label records set no task"),
     ):
-        blind = [
-            replace(model, gives={k: v for k, v in model.gives.items() if k is not Logits})
-            for model in (teacher, student)
-        ]
-        inputs = Inputs({"teacher": (blind[0],), "student": (blind[1],)}, {"seen": first, "train": second})
+        blind = {"teacher": (teacher.only((Codec,)),), "student": (student.only((Codec,)),)}
+        inputs = Inputs(blind, {"seen": first, "train": second})
         with pytest.raises(error, match=what):
             cross_modal.agree(cross_modal.Config(), inputs)

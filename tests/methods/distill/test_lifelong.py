@@ -18,7 +18,8 @@ from lfm.data import records as data
 from lfm.data.files import write
 from lfm.methods.distill import lifelong
 from lfm.models import load
-from teaching import answers, made, still, supervised
+from lfm.runs.run import LocalRun
+from teaching import QUICK, answers, made, still, supervised
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 NEW = [data.Label(text=f"{w} is the capital of France", label=w) for w in ("paris", "rome") * 4]
@@ -50,7 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_fine_tuning_where_nothing_is_kept(root: Path, tmp_path: Path) -> None:
     model = load(root / "classifier")
     one, _ = learned(model, LABELS, tmp_path / "a", keep=0.0)
-    assert one.digest == supervised(model, LABELS, tmp_path / "b").digest
+    assert one.digest == supervised(model, LABELS, tmp_path / "b", name="task-0").digest
 
 
 @pytest.mark.parametrize("name", ["classifier", "causal"])
@@ -109,9 +110,8 @@ def test_tasks_in_turn_are_runs_in_turn(root: Path, tmp_path: Path) -> None:
     first, _ = learned(model, LABELS, tmp_path / "a")
     both, run = learned(model, [*LABELS, *grouped], tmp_path / "b")
     assert both.facts.labels == (*tiny.LABELS, "paris", "rome") and run.notes["new_classes_0"] == 0
-    _, alone = learned(first, grouped, tmp_path / "c")
-    # only the new rows and the order of the records are drawn by other names
-    assert run.notes["loss_1"] == pytest.approx(alone.notes["loss_0"], rel=0.5)
+    then = lifelong.learned(lifelong.Config(**QUICK), first, grouped, LocalRun(0, tmp_path / "c"), 1)
+    assert both.digest == then.digest
 
 
 def test_what_cannot_be_learned_is_said(root: Path, tmp_path: Path) -> None:

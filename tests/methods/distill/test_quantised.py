@@ -57,13 +57,13 @@ def test_the_step_found_is_no_worse_than_the_largest_weights(rows: torch.Tensor,
     most = 2 ** (bits - 1) - 1
     step, naive = quantising.best_step(rows, most), rows.abs().amax(-1, keepdim=True) / most
     missed, worse = ((quantising.on_grid(rows, s, most) - rows).square().sum(-1) for s in (step, naive))
-    assert bool((missed <= worse * (1 + 1e-6)).all())
+    assert bool((missed <= worse * (1 + 1e-4)).all())
     places = quantising.on_grid(rows, step, most) / step
     assert bool((places.round() - places).abs().max() < 1e-4) and float(places.abs().max()) <= most + 1e-4
 
 
 def test_the_slopes_of_rounding_are_lsqs() -> None:
-    """∂ŵ/∂w is 1 inside and 0 where cut off; ∂ŵ/∂s is round(w/s) − w/s inside and ±q where cut off (1902.08153, eq. 3)."""
+    """∂ŵ/∂w is 1 inside, 0 where cut off; ∂ŵ/∂s is round(w/s) − w/s inside, ±q where cut off (1902.08153, eq. 3)."""
     weight = torch.tensor([[0.2, -0.7, 1.4, 9.0, -9.0]], requires_grad=True)
     step = torch.tensor([[0.5]], requires_grad=True)
     made = quantising.on_grid(weight, step, 3)
@@ -126,8 +126,8 @@ def test_eight_bits_change_little_and_two_bits_much(tmp_path: Path) -> None:
 
     lost = [apart(only_rounded(model, bits)) for bits in (8, 4, 2)]
     assert lost[0] < 0.01 < lost[1] < lost[2]
-    made, run = rounded(model, TEXTS, tmp_path / "w", bits=4, steps=60)
-    assert apart(made) < 0.7 * lost[1], (apart(made), lost)
+    trained, _ = rounded(model, TEXTS, tmp_path / "w", bits=4, steps=60)
+    assert apart(trained) < 0.7 * lost[1], (apart(trained), lost)
 
 
 def test_the_first_loss_is_what_rounding_costs(tmp_path: Path) -> None:

@@ -67,16 +67,15 @@ def test_every_generation_begins_anew_and_learns_from_the_last(root: Path, tmp_p
     model = load(root / "classifier")
     first, second = students(model, tmp_path / "w", 2)
     assert not torch.equal(answers(first, LABELS)[0], answers(second, LABELS)[0])
-    one, _ = born(model, LABELS, tmp_path / "a")
-    _, run = born(model, LABELS, tmp_path / "b", generations=2)
-    settings: dict[str, Any] = {"temperature": 1.0, "alpha": 0.5, "batch_size": len(LABELS)}
-    _, taught = made(
-        response.METHOD, {"teacher": [one], "student": [second]}, {"train": LABELS}, tmp_path / "c", **settings
+    whole: dict[str, Any] = {"batch_size": len(LABELS)}  # so that the order of the records is no matter
+    one, _ = born(model, LABELS, tmp_path / "a", **whole)
+    two, run = born(model, LABELS, tmp_path / "b", generations=2, **whole)
+    models = {"teacher": [one], "student": [second]}
+    by_response, taught = made(
+        response.METHOD, models, {"train": LABELS}, tmp_path / "c", temperature=1.0, alpha=0.5, **whole
     )
-    _, again = born(model, LABELS, tmp_path / "d", generations=2, steps=20, batch_size=len(LABELS))
-    assert run.notes["loss_1"] != run.notes["loss_2"]
-    assert taught.notes["loss_after"] < taught.notes["loss_before"]
-    assert again.notes["loss_2"] < 1.0
+    assert run.notes["loss_2"] == pytest.approx(taught.notes["loss_after"], rel=1e-3)
+    torch.testing.assert_close(answers(two, LABELS)[0], answers(by_response, LABELS)[0], rtol=1e-2, atol=1e-2)
 
 
 def test_a_generation_from_the_models_own_weights_has_no_more_to_hear(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.errors import ConfigError
@@ -61,6 +62,68 @@ def frame_of(
     centre = torch.tensor(mean or (0.0,)).expand(image[0])[:, None, None]
     spread = torch.tensor(std or (1.0,)).expand(image[0])[:, None, None]
     return Frame((image[0], image[1], image[2]), -centre / spread, (1 - centre) / spread)
+
+
+def roughness(images: Tensor) -> Tensor:
+    """Σ of the norms of a batch's differences across, down and along both diagonals: TV by DeepInversion's code."""
+    across = images[..., :-1] - images[..., 1:]
+    down = images[..., :-1, :] - images[..., 1:, :]
+    rising = images[..., 1:, :-1] - images[..., :-1, 1:]
+    falling = images[..., :-1, :-1] - images[..., 1:, 1:]
+    return torch.stack([torch.linalg.vector_norm(part) for part in (across, down, rising, falling)]).sum()
+
+
+def variation(images: Tensor) -> Tensor:
+    """Mean |difference| between neighbours down, and the same across, added."""
+    down, across = images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
+    return down.abs().mean() + across.abs().mean()
+
+
+def jittered(images: Tensor, most: float, flip: bool) -> Tensor:
+    """The batch rolled by up to that share of its sides (a pixel at least, unless 0), and mirrored half of the time."""
+    sides = images.shape[-2:]
+    reach = [max(1, round(most * side)) if most else 0 for side in sides]
+    moves = [int(torch.randint(-r, r + 1, ())) for r in reach]
+    moved = torch.roll(images, moves, (-2, -1)) if any(moves) else images
+    return moved.flip(-1) if flip and torch.rand(()) < 0.5 else moved
+
+
+def descended(
+    images: Tensor,
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    loss: Callable[[Tensor], Tensor],
+    steps: int,
+    after: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Pictures that so many steps down a loss make of these. after: what each step's pictures become (clamped, say)."""
+    made = images.clone().requires_grad_(True)
+    moved = optimizer([made])
+    for _ in range(steps):
+        moved.zero_grad(set_to_none=True)
+        loss(made).backward()
+        moved.step()
+        with torch.no_grad():
+            made.copy_(after(made))
+    return made.detach()
+
+
+def leaves(frame: Frame, many: int, layers: int = 40, least: float = 0.08) -> Tensor:
+    """(many, C, H, W) dead leaves (Mumford & Gidas 2001; 2106.05963): discs of random tones that hide one another.
+
+    Radii are spread as r⁻³ between `least` and 1 of the side, so that the pictures look alike at every scale. Drawn
+    from torch's own generator.
+    """
+    channels, height, width = frame.shape
+    place = frame.low.device
+    y = torch.linspace(0, 1, height)[None, :, None]
+    x = torch.linspace(0, 1, width)[None, None, :]
+    made = torch.rand(many, channels, 1, 1).expand(many, *frame.shape).clone()
+    for _ in range(layers):
+        radius = (least**-2 - torch.rand(many, 1, 1) * (least**-2 - 1)) ** -0.5
+        centre = torch.rand(2, many, 1, 1)
+        inside = ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2)[:, None]
+        made = torch.where(inside, torch.rand(many, channels, 1, 1), made)
+    return frame.scaled(made.to(place))
 
 
 def same(one: Frame, other: Frame) -> bool:

@@ -1,0 +1,89 @@
+"""CAKE: the contrast as the paper writes it, the boundary that pictures end at, and what a student learns there."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from case import Case
+from lfm.core import Codec, Gradients, Inputs, Model
+from lfm.core.method import check
+from lfm.data.task import task_for
+from lfm.distilling.datafree import PIXELS, Scene, Teacher, scene
+from lfm.distilling.pictures import Frame
+from lfm.distilling.telling import TOLD
+from lfm.methods.distill import cake
+from lfm.models import forward, load
+from lfm.runs.run import LocalRun
+
+SMALL: dict[str, Any] = {"steps": 6, "batch_size": 8, "every": 3, "iterations": 2, "groups": 4}
+
+
+def case(here: Path) -> Case:
+    tiny.vit(here / "big", hidden_size=48)
+    tiny.vit(here / "small", seed=1)
+    return Case({"teacher": ("big",), "student": ("small",)}, {}, SMALL | {"checkpoint_every": 0.0})
+
+
+def test_the_contrast_is_the_sum_over_pairs() -> None:
+    told = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pairs = itertools.combinations(range(4), 2)
+    written = sum(nn.functional.mse_loss(told[:, i], told[:, j]) for i, j in pairs)
+    assert torch.allclose(cake.contrast(told), torch.as_tensor(written))
+    # as the authors' code has it: a mean over all ordered pairs, a picture with itself too, by half of groups squared
+    whole = nn.functional.mse_loss(told.unsqueeze(1).expand(3, 4, 4, 5), told.unsqueeze(2).expand(3, 4, 4, 5))
+    assert torch.allclose(cake.contrast(told), whole * 0.5 * 4**2)
+
+
+def test_the_rate_falls_by_its_decades() -> None:
+    config = cake.Config(steps=400, every=100, decades=4.0, picture_lr=0.1)
+    assert [cake.pace(config, step) for step in (0, 99, 100, 300)] == pytest.approx([1e-1, 1e-1, 1e-2, 1e-4])
+
+
+def test_pictures_end_at_the_boundary_where_the_contrast_pulls_and_far_from_it_where_not() -> None:
+    """Of a linear teacher of two classes: the margin is the distance to its boundary, times the weight's length."""
+    torch.manual_seed(0)
+    linear = nn.Linear(3 * 4 * 4, 2)
+    frame = Frame((3, 4, 4), torch.full((3, 1, 1), -1.0), torch.ones(3, 1, 1))
+    tell = Teacher(lambda images: linear(images.flatten(1)))
+    stage = Scene(frame, 2, tell, linear, lambda images: images, ())
+    margins: dict[float, float] = {}
+    for attract in (0.0, 10.0):
+        config = cake.Config(batch_size=16, groups=2, iterations=200, classify=1.0, attract=attract, tv=0.0)
+        torch.manual_seed(1)
+        told = cake.pictures(config, stage, 1.0)[TOLD]
+        assert len(told) == 16
+        margins[attract] = (told[:, 0] - told[:, 1]).abs().mean().item()
+    assert margins[10.0] < 0.2 * margins[0.0], margins
+
+
+def test_every_picture_asked_is_counted(tmp_path: Path) -> None:
+    model = load(tiny.vit(tmp_path / "big"))
+    config = cake.Config(**SMALL)
+    stage = scene(config, model, model, LocalRun(0, tmp_path / "run"))
+    rows = cake.pictures(config, stage, 0.1)
+    assert len(rows[PIXELS]) == 8 and stage.asked.queries == 8 * (2 + 1)
+
+
+@pytest.mark.slow
+def test_a_student_learns_the_zoos_digits_from_pictures_of_nothing(tmp_path: Path) -> None:
+    """A one-block student with new weights, of the zoo's ViT; 3 000 pictures, none of them real."""
+    from lfm import zoo
+    from lfm.zoo import vision
+
+    teacher = load(zoo.model("vit"))
+    config = cake.Config(steps=1000, every=20, iterations=40, batch_size=60, lr=3e-3, layers=1, start="random")
+    inputs = check("distill.cake", cake.METHOD, Inputs({"teacher": (teacher,), "student": (teacher,)}, {}))
+    made = cake.run(config, inputs, LocalRun(0, tmp_path))
+    assert isinstance(made, Model)
+    records = vision.images("identity", "test")
+    batch = task_for(records, teacher.ask(Codec), teacher.facts).collate(records)
+    with torch.no_grad():
+        right = (forward(made.ask(Gradients).module(), batch).argmax(-1) == batch["labels"]).double().mean()
+    assert right > 0.5, right

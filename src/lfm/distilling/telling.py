@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lfm.core.heavy import F
+from lfm.models import forward
+from lfm.models.headless import Headless, headless
+from lfm.train.headed import Best, headed
 from lfm.train.losses import Divergence, complete, kd, kd_topk
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
 
     from lfm.core.model import Batch
+    from lfm.distilling.lesson import Lesson
 
 TOLD = "teacher"
 """The name in a batch of what a teacher tells of its N scored places: logits (N, V); log-probabilities beside IDS."""
 IDS = "teacher.ids"
 """The name of its k likeliest tokens or classes (N, k), where it tells no others; TOLD is then (N, k), and the
 probability that it leaves out is of all others together."""
+HEAD, BIAS = "teacher.head", "teacher.bias"
+"""The names of its head's weight (V, d) and bias (V,), where it tells what that reads: TOLD is then (N, d)."""
 
 
 def gap(logits: Tensor, batch: Batch, temperature: float = 1.0, kind: Divergence = "forward") -> Tensor:
@@ -32,3 +41,36 @@ def gap(logits: Tensor, batch: Batch, temperature: float = 1.0, kind: Divergence
         return kd(logits, complete(ids, theirs, logits.shape[-1]), temperature, kind)
     width = min(logits.shape[-1], theirs.shape[-1])  # a vocabulary may be padded to a round number
     return kd(logits[:, :width], theirs[:, :width], temperature, kind)
+
+
+def taught(
+    lesson: Lesson, module: nn.Module, alpha: float, temperature: float = 1.0, kind: Divergence = "forward"
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """(module or a copy of it, batch) → (1 − α) CE(y, p) + α T² D, the mean over what the task scores, a scalar.
+
+    A language model's head reads only the places that are scored, a few at a time, where it is a plain linear layer
+    that ends in the logits: these are then never whole (`headed`), and neither are those of a teacher that tells HEAD.
+    """
+    batch = lesson.collate(lesson.numbers[:1])
+    body = headless(module, batch) if batch["labels"].ndim == 2 else None
+
+    def whole(module: nn.Module, batch: Batch) -> Tensor:
+        logits, labels = lesson.task.scored(forward(module, batch), batch)
+        if HEAD in batch:
+            batch = {**batch, TOLD: F.linear(batch[TOLD], batch[HEAD], batch.get(BIAS))}
+        soft = gap(logits, batch, temperature, kind)
+        return soft if alpha == 1 else (1 - alpha) * F.cross_entropy(logits, labels) + alpha * soft
+
+    if body is None:
+        return whole
+
+    def part(module: nn.Module, batch: Batch) -> Tensor:
+        answering = body(module, batch)
+        # what is scored of hidden states is what is scored of the logits that they would give
+        hidden, labels = lesson.task.scored(answering.hidden, batch)
+        student, theirs = answering._replace(hidden=hidden), batch[TOLD]
+        teacher = Best(batch[IDS], theirs) if IDS in batch else theirs
+        teacher = Headless(theirs, batch[HEAD], batch.get(BIAS)) if HEAD in batch else teacher
+        return headed(student, teacher, labels, alpha=alpha, temperature=temperature, kind=kind)
+
+    return part

@@ -11,7 +11,9 @@ The defaults (T = 4, α = .9) suit classifiers. For a language model begin with 
 the 5 blocks of a 0.26 M story model, 150 steps, seed 0) the loss on other stories was 2.59 by labels alone, 2.61 with
 T = 1, 2.80 with T = 4.
 
-Models: teacher (Logits, Codec), student (Gradients, Codec). Two language models must share kind and vocabulary; two
+Models: teacher (Logits and Codec; or answers kept by `lfm distill cache`; or classes; or, by an endpoint, its likeliest
+tokens: one query a place, paid once), student (Gradients, Codec). Of the k likeliest alone T = 1 is exact over k + 1
+outcomes; else what they leave is spread evenly. Two language models must share kind and vocabulary; two
 classifiers the names of their classes, in any order; each then reads the records its own way. Data: every kind; with
 alpha=1 the classes of records may be empty. A classifying teacher is asked once a record; its answers (N, classes) are
 kept. Errors: MismatchError before any weight is read; ConfigError where a class is empty and alpha < 1; DivergedError.
@@ -21,21 +23,15 @@ kept. Errors: MismatchError before any weight is read; ConfigError where a class
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
-from lfm.core.heavy import F, nn
+from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot
 from lfm.distilling import lesson as lessons
+from lfm.distilling.answers import ACCESS, queries
 from lfm.distilling.student import Taught, formed, smaller
-from lfm.distilling.telling import gap
-from lfm.models import forward
+from lfm.distilling.telling import taught
 from lfm.train import fit, training
 from lfm.train.losses import Divergence
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lfm.core.model import Batch
 
 
 class Config(Taught, frozen=True):
@@ -49,15 +45,9 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     records = lessons.classed(inputs.records("train"), student, unread=config.alpha == 1)
     lesson = lessons.lesson(records, teacher, student)
     gradients = student.ask(Gradients)
-    module = formed(gradients.module(), config, run)
+    module = formed(gradients.module(), config, run, lesson=lesson)
 
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        logits, labels = lesson.task.scored(forward(module, batch), batch)
-        told = gap(logits, batch, config.temperature, config.divergence)
-        if config.alpha == 1:
-            return told
-        return (1 - config.alpha) * F.cross_entropy(logits, labels) + config.alpha * told
-
+    loss = taught(lesson, module, config.alpha, config.temperature, config.divergence)
     losses = fit(module, lesson.numbers, lessons.told(lesson, teacher, run), loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)
@@ -70,14 +60,15 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     teacher, student = sizes.model("teacher"), sizes.model("student")
     whole = training(config, smaller(config, student), sizes.data["train"], forwards=teacher.parameters)
-    return whole._replace(memory=whole.memory + 4 * student.parameters)
+    asked = queries(sizes)
+    return whole._replace(memory=whole.memory + 4 * student.parameters, queries=asked[0], tokens=asked[1])
 
 
 METHOD = Method(
     paper="arXiv:1503.02531",
     config=Config,
     models={
-        "teacher": Slot((Logits, Codec), help="the model whose answers are learned"),
+        "teacher": Slot((), any_of=ACCESS, also=(Codec,), help="the model whose answers are learned, or its answers"),
         "student": Slot((Gradients, Codec), help="the model that learns them"),
     },
     data={

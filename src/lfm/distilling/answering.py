@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from lfm.core import Logits, Meta, Model
 from lfm.core.errors import AccessError
 from lfm.core.heavy import F
+from lfm.distilling.objective import mixed
 from lfm.distilling.student import Taught
 from lfm.distilling.telling import gap
 
@@ -31,8 +32,7 @@ def learned(config: Answering, lesson: Lesson, logits: Tensor, batch: Batch) -> 
     scored, labels = lesson.task.scored(logits, batch)
     if config.alpha == 0:
         return F.cross_entropy(scored, labels)
-    told = gap(scored, batch, config.temperature)
-    return told if config.alpha == 1 else (1 - config.alpha) * F.cross_entropy(scored, labels) + config.alpha * told
+    return mixed(scored, labels, gap(scored, batch, config.temperature), config.alpha)
 
 
 def agree(config: Answering, teacher: Model) -> None:

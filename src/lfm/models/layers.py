@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lfm.core.errors import ModelError
@@ -107,6 +108,14 @@ def shallower(module: nn.Module, count: int) -> nn.Module:
 
     ModelError where it has fewer blocks, several stacks of them, or a config that does not say their number.
     """
+    held = len(countable(module))
+    if not 1 <= count <= held:
+        raise ModelError(f"{count} blocks cannot be kept of {held}")
+    return with_blocks(module, [round(i * (held - 1) / max(count - 1, 1)) for i in range(count)])
+
+
+def countable(module: nn.Module) -> list[str]:
+    """Names of its blocks, one stack whose number its config says, so that fewer can be kept. ModelError if not."""
     names = all_blocks(module)
     stacks = {name.rsplit(".", 1)[0] for name in names}
     config: Any = getattr(module, "config", None)
@@ -115,19 +124,22 @@ def shallower(module: nn.Module, count: int) -> nn.Module:
             f"blocks cannot be taken out of {type(module).__name__}",
             why=f"it has {len(stacks)} stacks of blocks" if len(stacks) != 1 else "its config does not count them",
         )
-    if not 1 <= count <= len(names):
-        raise ModelError(f"{count} blocks cannot be kept of {len(names)}")
-    chosen = [round(i * (len(names) - 1) / max(count - 1, 1)) for i in range(count)]
-    stack = stacks.pop()
+    return names
+
+
+def with_blocks(module: nn.Module, chosen: Sequence[int]) -> nn.Module:
+    """The module, changed in place, with these of its `countable` blocks alone, in their order."""
+    names = countable(module)
+    config: Any = module.config
     blocks = [module.get_submodule(names[i]) for i in chosen]
     for place, block in enumerate(blocks):
         for child in block.modules():
             if isinstance(getattr(child, "layer_idx", None), int):
                 child.layer_idx = place  # type: ignore[assignment]
-    parent, _, attribute = stack.rpartition(".")
+    parent, _, attribute = names[0].rsplit(".", 1)[0].rpartition(".")
     setattr(module.get_submodule(parent), attribute, nn.ModuleList(blocks))
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == len(names) and key.endswith("layer_types"):
             setattr(config, key, [value[i] for i in chosen])
-    config.num_hidden_layers = count
+    config.num_hidden_layers = len(chosen)
     return module

@@ -73,7 +73,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     records = lessons.classed(inputs.records("train"), student, unread=config.alpha == 1)
     lesson = lessons.lesson(records, teacher, student)
     gradients = student.ask(Gradients)
-    module = formed(gradients.module(), config, run)
+    module = formed(gradients.module(), config, run, lesson=lesson)
     own, theirs = inside.paired(module, teacher, config.places)
     collate = lessons.told(lesson, teacher, run) if config.alpha else lesson.collate
     collate = inside.shown(lesson, teacher, theirs, collate, run)

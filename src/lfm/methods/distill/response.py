@@ -48,7 +48,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     module = formed(gradients.module(), config, run, lesson=lesson)
 
     loss = taught(lesson, module, config.alpha, config.temperature, config.divergence)
-    losses = fit(module, lesson.numbers, lessons.told(lesson, teacher, run), loss, config, run)
+    losses = fit(module, lesson.numbers, lessons.behind(lesson, teacher, run), loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)
 
@@ -59,7 +59,8 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     teacher, student = sizes.model("teacher"), sizes.model("student")
-    whole = training(config, smaller(config, student), sizes.data["train"], forwards=teacher.parameters)
+    # logits are made a few places at a time, of teacher and student
+    whole = training(config, smaller(config, student), sizes.data["train"], forwards=teacher.parameters, logits=0)
     asked = queries(sizes)
     return whole._replace(memory=whole.memory + 4 * student.parameters, queries=asked[0], tokens=asked[1])
 

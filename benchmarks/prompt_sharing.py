@@ -1,4 +1,6 @@
-"""What it saves to read words after one text with that text once: CPU seconds of `score`, with and without, same run.
+"""What it saves to read once what is read again: words after one text, and demonstrations before many texts.
+
+CPU seconds of `score`, with and without, in turn in one run.
 
 OMP_NUM_THREADS=1 python benchmarks/prompt_sharing.py --model zoo:lm --data zoo:moods
 """
@@ -8,11 +10,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 
 from lfm import runs
-from lfm.core.model import Codec, Logits
+from lfm.core.model import Codec, Logits, Logprobs, Model, Score
 from lfm.data.wording import wording
 from lfm.models.language import CausalLogprobs
 
@@ -30,24 +33,43 @@ def main() -> None:
     torch.set_num_threads(1)
     model = runs.model(given.model)
     texts = [wording(record).prompt for record in runs.records(given.data)[: given.records]]
-    logits, codec = model.ask(Logits).logits, model.ask(Codec)
-    print("words  alone      shared     times faster (median, least to most)  largest difference")
+    print("what is read                     alone      shared     times faster (least, most)  apart by")
     for count in (2, 4, 16):
         prompts = [text for text in texts for _ in range(count)]
         words = [f" {word}" for _ in texts for word in WORDS[:count]]
-        taken: dict[bool, list[float]] = {False: [], True: []}
-        found = {}
-        for _ in range(given.rounds):
-            for shares in (False, True):  # one after the other, so that both meet the same machine
-                began = time.process_time()
-                found[shares] = CausalLogprobs(logits, codec, shares=shares).score(prompts, words)
-                taken[shares].append(time.process_time() - began)
-        ratios = [a / b for a, b in zip(taken[False], taken[True], strict=True)]
-        gap = max(abs(a.total - b.total) for a, b in zip(found[False], found[True], strict=True))
-        print(
-            f"{count:5}  {statistics.median(taken[False]):7.3f} s  {statistics.median(taken[True]):7.3f} s  "
-            f"{statistics.median(ratios):5.1f} ({min(ratios):.1f} to {max(ratios):.1f})  {gap:.1e}"
+        said(f"{count} words after each text", model, prompts, words, given.rounds)
+    for count in (2, 8):
+        shown = "".join(f"{text} {word}. " for text, word in zip(texts, WORDS[:count]))
+        rest = texts[count:]
+        prompts = [shown + text for text in rest for _ in WORDS[:2]]
+        said(
+            f"{count} demonstrations before each",
+            model,
+            prompts,
+            [f" {w}" for _ in rest for w in WORDS[:2]],
+            given.rounds,
         )
+
+
+def said(name: str, model: Model, prompts: list[str], words: list[str], rounds: int) -> None:
+    apart = CausalLogprobs(model.ask(Logits).logits, model.ask(Codec))
+    taken: list[tuple[float, float]] = []
+    gap = 0.0
+    for _ in range(rounds):  # one after the other, so that both meet the same machine
+        (a, alone), (b, shared) = (timed(reader, prompts, words) for reader in (apart, model.ask(Logprobs)))
+        gap = max(abs(x.total - y.total) for x, y in zip(alone, shared, strict=True))
+        taken.append((a, b))
+    ratios = [a / b for a, b in taken]
+    print(
+        f"{name:32}  {statistics.median(a for a, _ in taken):7.3f} s  {statistics.median(b for _, b in taken):7.3f} s  "
+        f"{statistics.median(ratios):5.1f} ({min(ratios):.1f} to {max(ratios):.1f})  {gap:.1e}"
+    )
+
+
+def timed(reader: Any, prompts: list[str], words: list[str]) -> tuple[float, list[Score]]:
+    began = time.process_time()
+    found = reader.score(prompts, words)
+    return time.process_time() - began, found
 
 
 if __name__ == "__main__":

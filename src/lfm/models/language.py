@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import ConfigError, DataError
 from lfm.core.heavy import torch
 from lfm.core.model import Batch, Codec, Ranked, Score
+from lfm.models.beginnings import Alike, alike
 from lfm.models.codec import pad, pad_id
 
 if TYPE_CHECKING:
@@ -189,14 +190,22 @@ class CausalLogprobs:
     """Log-probabilities of continuations under next-token logits. Suffixes are ignored.
 
     shares: what precedes a token decides its logits, and nothing else does, so that rows which begin another are read
-    with it: of many single-token words after a prompt, once. Programs may look at all that they are given. context: the
-    model's, in tokens (0: not known): of what is longer, the prompt's beginning is left out.
+    with it: of many single-token words after a prompt, once. Programs may look at all that they are given. begun: what
+    reads on from what rows begin with alike (lfm.models.beginnings). context: the model's, in tokens (0: not known): of
+    what is longer, the prompt's beginning is left out.
     """
 
     def __init__(
-        self, logits: LogitsFn, codec: Codec, *, shares: bool = False, context: Callable[[], int] = lambda: 0
+        self,
+        logits: LogitsFn,
+        codec: Codec,
+        *,
+        shares: bool = False,
+        begun: Callable[[Sequence[int], Sequence[int]], LogitsFn | None] = lambda ids, following: None,
+        context: Callable[[], int] = lambda: 0,
     ) -> None:
         self._logits, self._codec, self._shares, self._context = logits, codec, shares, context
+        self._begun = begun
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
         tokenizer = self._codec.tokenizer
@@ -216,14 +225,14 @@ class CausalLogprobs:
         for i, place in enumerate(places):
             spoken.setdefault(place, []).append(i)
         values: list[list[float]] = [[]] * len(rows)
-        for group in batches([len(ids) for ids in kept]):
-            logits = self._logits(pad([kept[k] for k in group], pad_id(tokenizer)))
+        firsts = [min(rows[i][1] for i in spoken[k]) - 1 for k in range(len(kept))]
+        for group, begin, logits in self._read(kept, firsts):
             for row, k in enumerate(group):
                 told: dict[tuple[int, int], Tensor] = {}
                 for i in spoken[k]:
                     ids, first, last = rows[i]
                     if (first, last) not in told:
-                        told[first, last] = logits[row, first - 1 : last - 1].float().log_softmax(-1)
+                        told[first, last] = logits[row, first - 1 - begin : last - 1 - begin].float().log_softmax(-1)
                     wanted = torch.tensor(ids[first:last], device=logits.device)
                     values[i] = told[first, last].gather(1, wanted[:, None])[:, 0].tolist()
         return [
@@ -238,11 +247,26 @@ class CausalLogprobs:
         limit = limit_of(tokenizer, self._context())
         rows = [shorten(ids, len(ids), tokenizer, limit)[0] for ids in rows]
         found: list[Ranked] = [()] * len(rows)
-        for group in batches([len(row) for row in rows]):
-            logits = self._logits(pad([rows[i] for i in group], pad_id(tokenizer)))
+        for group, begin, logits in self._read(rows, [len(row) - 1 for row in rows]):
             for place, i in enumerate(group):
-                found[i] = ranked(tokenizer, logits[place, len(rows[i]) - 1], k)
+                found[i] = ranked(tokenizer, logits[place, len(rows[i]) - 1 - begin], k)
         return found
+
+    def _read(self, rows: Sequence[Sequence[int]], asked: Sequence[int]) -> Iterator[tuple[Sequence[int], int, Tensor]]:
+        """(rows' places, where their logits begin, those): each row once. asked: its first place that is asked for."""
+        fill = pad_id(self._codec.tokenizer)
+        apart: list[int] = []
+        for length, places in alike(rows, asked) if self._shares else [Alike(0, list(range(len(rows))))]:
+            read = self._begun(rows[places[0]][:length], rows[places[0]][length:]) if length else None
+            if read is None:
+                apart += places
+                continue
+            for group in batches([len(rows[i]) - length for i in places]):
+                some = [places[i] for i in group]
+                yield some, length, read(pad([rows[i][length:] for i in some], fill))
+        for group in batches([len(rows[i]) for i in apart]):
+            some = [apart[i] for i in group]
+            yield some, 0, self._logits(pad([rows[i] for i in some], fill))
 
 
 def ranked(tokenizer: Any, logits: Tensor, k: int, also: Sequence[str] = ()) -> Ranked:

@@ -20,8 +20,10 @@ from lfm.core.model import (
     Vectors,
 )
 from lfm.models import structure, virtual
+from lfm.models.beginnings import reading_on
 from lfm.models.codec import pad, pad_id
 from lfm.models.device import device, forward
+from lfm.models.headless import Headless, headless
 from lfm.models.language import (
     BATCH_TOKENS,
     CausalLogprobs,
@@ -50,6 +52,19 @@ class LocalLogits:
     def logits(self, batch: Batch) -> Tensor:
         with torch.no_grad():  # not inference mode: a distiller's loss may take these logits
             return forward(self._module(), batch)
+
+    def behind(self, batch: Batch) -> Callable[[Batch], Headless] | None:
+        """A language model's last hidden states and head in place of logits, found out on a batch; None where they are
+        not all that its logits are made of."""
+        body = headless(self._module(), batch)
+        if body is None:
+            return None
+
+        def states(batch: Batch) -> Headless:
+            with torch.no_grad():
+                return body(self._module(), batch)
+
+        return states
 
 
 @final
@@ -168,7 +183,9 @@ def interfaces(
         gives[Injection] = lambda: LocalInjection(reader)
     if task == "causal-lm":
         gives[Text] = lambda: LocalText(shared, codec())
-        gives[Logprobs] = lambda: CausalLogprobs(logits.logits, codec(), shares=True, context=context)
+        gives[Logprobs] = lambda: CausalLogprobs(
+            logits.logits, codec(), shares=True, begun=reading_on(shared), context=context
+        )
     elif task == "masked-lm":
         gives[Logprobs] = lambda: MaskedLogprobs(logits.logits, codec(), context=context)
     elif task == "seq2seq-lm":

@@ -87,3 +87,116 @@ def test_loss_and_gradients_are_those_of_autograd_on_whole_logits(
     for room in (1, 3 * 23 * 8, 0):  # a row at a time, three, and all at once
         found = headed(mine, theirs, labels, alpha=alpha, temperature=temperature, kind=kind, beta=beta, room=room)
         torch.testing.assert_close((found, *gradients(found, mine)), (expected, *slopes), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_answers_told_as_the_best_ones_are_the_whole_answers(kind: Divergence) -> None:
+    for temperature in (1.0, 2.0):
+        found, expected = (
+            headed(student(), teacher(of), temperature=temperature, kind=kind).item() for of in ("all", "logits")
+        )
+        assert found == pytest.approx(expected, rel=1e-6)  # 1e-7 is never left out of what is told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_longer_vocabulary_what_both_have_is_compared(kind: Divergence) -> None:
+    labels = torch.arange(7)
+    for mine, theirs in ((23, 19), (19, 23)):
+        one, other = student(vocabulary=mine), teacher("logits", vocabulary=theirs)
+        settings: Any = {"alpha": 0.6, "temperature": 1.0, "kind": kind, "beta": 0.5}
+        expected, found = plain(one, other, labels, **settings), headed(one, other, labels, **settings)
+        slopes = [gradients(loss, one) for loss in (found, expected)]
+        torch.testing.assert_close((found, *slopes[0]), (expected, *slopes[1]), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["forward", "jsd"])
+def test_an_answer_that_the_teacher_rules_out_costs_what_it_should(kind: Divergence) -> None:
+    mine, theirs = student(), teacher("logits")
+    theirs[:, 5] = -math.inf
+    found, near = headed(mine, theirs, kind=kind), headed(mine, theirs.clamp(min=-50.0), kind=kind)
+    slopes = [gradients(loss, mine) for loss in (found, near)]
+    torch.testing.assert_close((found, *slopes[0]), (near, *slopes[1]), rtol=1e-9, atol=1e-12)
+
+
+def test_a_sure_student_and_a_sure_teacher_have_finite_gradients() -> None:
+    """All but nothing is left out by either, to the last bit of fp32."""
+    mine = student(dtype=torch.float32)
+    mine = mine._replace(bias=torch.where(torch.arange(23) < 4, 200.0, -200.0).requires_grad_())
+    ids = torch.arange(4).expand(7, 4)
+    told = F.linear(*mine).detach()[:, :4].log_softmax(-1)
+    found = headed(mine, Best(ids, told))
+    assert found.item() == pytest.approx(0, abs=1e-4)
+    assert all(bool(torch.isfinite(slope).all()) for slope in gradients(found, mine))
+
+
+@pytest.mark.parametrize("of", ["logits", "head", "best"])
+def test_what_does_not_train_gets_no_gradient_and_costs_none(of: str) -> None:
+    mine = student()
+    expected = gradients(headed(mine, teacher(of)), mine)
+    frozen = Headless(mine.hidden, mine.weight.detach())
+    expected = gradients(headed(mine._replace(bias=None), teacher(of)), mine._replace(bias=None))
+    found = headed(frozen, teacher(of))
+    torch.testing.assert_close(torch.autograd.grad(found, mine.hidden)[0], expected[0])
+    with torch.no_grad():
+        assert not headed(mine, teacher(of)).requires_grad
+    assert headed(Headless(*(part.detach() for part in mine)), teacher(of)).grad_fn is None
+
+
+def test_no_places_lose_nothing() -> None:
+    mine = student(places=0)
+    found = headed(mine, torch.empty(0, 23), torch.empty(0, dtype=torch.long), alpha=0.5)
+    assert found.item() == 0 and all(not bool(slope.any()) for slope in gradients(found, mine))
+
+
+def test_gradients_are_scaled_by_what_comes_after() -> None:
+    mine = student()
+    whole = gradients(headed(mine, teacher("best")), mine)
+    for a, b in zip(gradients(headed(mine, teacher("best")) * 3 + 1, mine), whole):
+        torch.testing.assert_close(a, 3 * b)
+
+
+@pytest.mark.parametrize("of", ["logits", "head", "best"])
+def test_narrow_weights_are_summed_in_fp32(of: str) -> None:
+    """bf16 weights, and fp32 ones under autocast, in many chunks: as near as bf16 products are to the fp64 ones."""
+    labels = torch.arange(64) % 23
+    exact = student(places=64)
+    settings: Any = {"alpha": 0.5, "temperature": 1.0, "kind": "forward", "beta": 0.5}
+    expected = gradients(plain(exact, teacher(of, places=64), labels, **settings), exact)
+    theirs = teacher(of, places=64, dtype=torch.float32)
+    for dtype in (torch.bfloat16, torch.float32):
+        mine = Headless(*(part.detach().to(dtype).requires_grad_() for part in exact))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            found = headed(mine, theirs, labels, **settings, room=23 * 4 * 4)
+        assert found.dtype == torch.float32
+        for a, b, part in zip(gradients(found, mine), expected, mine):
+            assert a.dtype == part.dtype
+            assert float((a - b).norm() / b.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("of", ["logits", "head", "best"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_array_holds_all_places_and_words(of: str, kind: Divergence) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes: list[int] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(t))
+            return out
+
+    places, words = 256, 512
+    mine, theirs = student(places, 8, words, torch.float32), teacher(of, places, words, dtype=torch.float32)
+    room = 4 * words * 32
+    with Watching():
+        headed(mine, theirs, torch.arange(places), alpha=0.5, temperature=2.0, kind=kind, room=room).backward()
+    assert max(sizes) <= 32 * words
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    mine = student()
+    loss = headed(mine, teacher("logits"))
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="a backward pass for each loss"):
+        loss.backward()

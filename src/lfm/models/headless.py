@@ -48,7 +48,7 @@ def headless(module: nn.Module, batch: Batch) -> Body | None:
         return None
     few = {key: tensor[:1, :PROBED] if tensor.ndim == 2 else tensor[:1] for key, tensor in batch.items()}
     answers = torch.linspace(-100.0, 100.0, head.out_features)[torch.randperm(head.out_features, generator=_fixed())]
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout, of what is run for a look alone
         added, given = (_answered(module, head, few, answers * size) for size in (0.0, 1.0))
     if added.shape[-1] != head.out_features or not torch.equal(added, added[:1, :1].expand_as(added)):
         return None

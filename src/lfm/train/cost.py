@@ -16,8 +16,11 @@ LOGITS = 4
 """Numbers per token and word of the vocabulary: logits, their fp32 form, their log-probabilities, the gradient."""
 
 
-def training(config: Fit, facts: Facts, amount: Amount, *, share: float = 1.0, forwards: float = 0.0) -> Cost:
+def training(
+    config: Fit, facts: Facts, amount: Amount, *, share: float = 1.0, forwards: float = 0.0, logits: float = LOGITS
+) -> Cost:
     """Of `fit` on so many records. share: of the parameters that train. forwards: other models' parameters run beside.
+    logits: numbers that a language model keeps for each token and word; 0 where its loss makes them in parts.
 
     A forward pass is 2 operations a parameter and token, the backward pass 2 for activations and 2 for trained weights.
     """
@@ -30,12 +33,12 @@ def training(config: Fit, facts: Facts, amount: Amount, *, share: float = 1.0, f
     return Cost(
         flops=tokens * (4 * facts.parameters + 2 * trained + 2 * forwards + again),
         steps=steps * config.accumulate,
-        memory=memory(config, facts, rows * length, trained) + int(4 * forwards),
+        memory=memory(config, facts, rows * length, trained, logits) + int(4 * forwards),
         disk=int(12 * trained),
     )
 
 
-def memory(config: Fit, facts: Facts, tokens: float, trained: float) -> int:
+def memory(config: Fit, facts: Facts, tokens: float, trained: float, logits: float = LOGITS) -> int:
     """Bytes of a step at its peak: weights, gradients, AdamW's moments, activations of a batch of so many tokens.
 
     fp32: in bf16 the activations are about half. An average or the best weights so far are one more copy each.
@@ -44,7 +47,7 @@ def memory(config: Fit, facts: Facts, tokens: float, trained: float) -> int:
     deep = max(facts.layers, 1)
     kept = deep + ACTIVATIONS if config.activation_checkpointing else deep * ACTIVATIONS
     vocabulary = facts.vocabulary if facts.task.endswith("-lm") else 0
-    return int(4 * (facts.parameters + copies * trained + tokens * (kept * max(facts.width, 1) + LOGITS * vocabulary)))
+    return int(4 * (facts.parameters + copies * trained + tokens * (kept * max(facts.width, 1) + logits * vocabulary)))
 
 
 def smaller(config: Fit, needed: Callable[[Fit], int], limit: float) -> str:

@@ -1,0 +1,125 @@
+"""Acquire and retain: the composed loss's gradient, against its own written out, and what is remembered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from case import Case
+from lfm.core import Inputs, Model
+from lfm.core.method import check
+from lfm.methods.distill import adversarial
+from lfm.methods.distill.adversarial import retained
+from lfm.models import load
+from lfm.runs.run import LocalRun
+
+QUICK: dict[str, Any] = {"steps": 4, "batch_size": 4, "bank": 16, "width": 4, "latent": 8, "every": 2, "memorise": 2}
+
+
+def distill(teacher: Model, student: Model, work: Path, seed: int = 0, **settings: Any) -> tuple[Model, LocalRun]:
+    inputs = Inputs({"teacher": (teacher,), "student": (student,)})
+    config = adversarial.Config(**settings)
+    adversarial.agree(config, inputs)
+    run = LocalRun(seed, work)
+    made = adversarial.run(config, check("distill.adversarial", adversarial.METHOD, inputs), run)
+    assert isinstance(made, Model)
+    return made, run
+
+
+def case(here: Path) -> Case:
+    tiny.vit(here / "big", num_hidden_layers=1)
+    tiny.vit(here / "small", seed=1, num_hidden_layers=1)
+    return Case({"teacher": ("big",), "student": ("small",)}, {}, QUICK | {"checkpoint_every": 0.0})
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
+    root = tmp_path_factory.mktemp("models")
+    return load(tiny.vit(root / "big")), load(tiny.vit(root / "small", seed=1, num_hidden_layers=1))
+
+
+def test_the_gradient_is_that_of_quadratics_in_closed_form() -> None:
+    """Of ½ (w − a)ᵀA(w − a) and ½ (w − r)ᵀR(w − r) it is A(w − a) + (I − αA) R(w' − r); to first order without αA."""
+    draw = torch.Generator().manual_seed(0)
+
+    def quadratic(root: torch.Tensor) -> torch.Tensor:
+        return root @ root.T
+
+    a, r, w = (torch.randn(3, dtype=torch.float64, generator=draw) for _ in range(3))
+    A, R = (quadratic(torch.randn(3, 3, dtype=torch.float64, generator=draw)) for _ in range(2))
+    alpha = 0.1
+    moved = w - alpha * A @ (w - a)
+    expected = {
+        True: A @ (w - a) + (torch.eye(3).double() - alpha * A) @ R @ (moved - r),
+        False: A @ (w - a) + R @ (moved - r),
+    }
+    for exact, slope in expected.items():
+        theta = w.clone().requires_grad_()
+        first, then = retained(
+            lambda p: (p["w"] - a) @ A @ (p["w"] - a) / 2,
+            lambda p: (p["w"] - r) @ R @ (p["w"] - r) / 2,
+            {"w": theta},
+            alpha,
+            exact=exact,
+        )
+        assert then.item() == pytest.approx(((moved - r) @ R @ (moved - r) / 2).item())
+        (first + then).backward()
+        assert theta.grad is not None and torch.allclose(theta.grad, slope, atol=1e-12)
+    assert not torch.allclose(expected[True], expected[False], atol=1e-3)
+
+
+def test_the_exact_gradient_is_that_of_differences_through_a_network() -> None:
+    """Two layers and a batch norm in fp64, each weight moved by 1e-6 either way."""
+    from torch.func import functional_call
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 4),
+        torch.nn.BatchNorm1d(4, track_running_stats=False),
+        torch.nn.Tanh(),
+        torch.nn.Linear(4, 2),
+    ).double()
+    new, old, told = (torch.randn(6, n, dtype=torch.float64) for n in (3, 3, 2))
+
+    def loss(x: torch.Tensor, weights: Any) -> torch.Tensor:
+        return (functional_call(net, weights, (x,)) - told).square().mean()
+
+    def total(weights: Any) -> torch.Tensor:
+        return sum(retained(lambda p: loss(new, p), lambda p: loss(old, p), weights, 0.5), torch.zeros(()).double())
+
+    weights = dict(net.named_parameters())
+    total(weights).backward()
+    for name, parameter in weights.items():
+        assert parameter.grad is not None
+        for place in range(parameter.numel()):
+            sides = []
+            for step in (1e-6, -1e-6):
+                moved = {n: p.detach().clone().requires_grad_() for n, p in weights.items()}
+                with torch.no_grad():
+                    moved[name].view(-1)[place] += step
+                sides.append(total(moved).item())
+            slope = (sides[0] - sides[1]) / 2e-6
+            assert parameter.grad.view(-1)[place].item() == pytest.approx(slope, abs=1e-7), (name, place)
+
+
+def test_without_weight_memory_changes_nothing_and_with_it_does(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    made = {
+        key: distill(*pair, tmp_path / key, **(QUICK | settings))[0].digest
+        for key, settings in {
+            "off": {"retain": 0.0},
+            "off, other α": {"retain": 0.0, "inner": 0.5},
+            "on": {},
+            "first order": {"exact": False},
+        }.items()
+    }
+    assert made["off"] == made["off, other α"]
+    assert len(set(made.values())) == 3
+
+
+def test_what_is_remembered_is_not_asked_again(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    _, run = distill(*pair, tmp_path, **QUICK)
+    assert run.notes["queries"] == 4 * 4 + 2 * 4  # each step's pictures, and the generator's at two steps

@@ -169,7 +169,7 @@ def test_what_cannot_go_together_is_said_before_anything_is_asked(tmp_path: Path
         made(model(Classes, small), model(Text, large), [], tmp_path)
     with pytest.raises(MismatchError, match="the small model has no class 'cow'"):
         made(model(Classes, small), model(Text, large), [Label(text="x", label="cow")], tmp_path)
-    with pytest.raises(ConfigError, match="has no .text."):
+    with pytest.raises(ConfigError, match=r"has no .text."):
         made(model(Classes, small), model(Text, large), [], tmp_path, threshold=0.5, template="What is it?")
     causal = load(tiny.causal(tmp_path / "causal"))
     with pytest.raises(AccessError, match="tells no classes"):

@@ -86,7 +86,7 @@ def chosen(config: Config, small: Classes, large: Chooser, dev: Sequence[Label |
     seconds: list[int] = []
 
     def second(some: NDArray[Any]) -> list[int]:
-        shares = large.shares([dev[int(i)] for i in some], told[some], small.labels)
+        shares = large.shares([dev[i] for i in some.tolist()], told[some], small.labels)
         return reranked(told[some], shares).argmax(1).tolist()
 
     for first in run.track(range(0, len(least), CHUNK), "unsure"):
@@ -139,7 +139,7 @@ class Reranked:
         told = self._small.tell(records)
         unsure = np.flatnonzero(np.exp(told.max(1)) < self._parts.state["threshold"])
         if len(unsure):
-            shares = self._large.shares([records[i] for i in unsure], told[unsure], self.labels)
+            shares = self._large.shares([records[i] for i in unsure.tolist()], told[unsure], self.labels)
             told = told.copy()
             told[unsure] = reranked(told[unsure], shares)
         return told

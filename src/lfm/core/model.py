@@ -121,6 +121,10 @@ class Answers(Protocol):
         """How many answers are told at each place: the likeliest, or all that there are."""
         ...
 
+    def __len__(self) -> int:
+        """How many questions are answered; `told` knows them by the numbers below that."""
+        ...
+
     def find(self, questions: Sequence[bytes]) -> NDArray[Any]:
         """(n,) by what number `told` knows each question; −1 for one that was never asked."""
         ...

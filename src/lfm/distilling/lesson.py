@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from lfm.core import Codec, Logits, Model, Run
+from lfm.core import Answers, Codec, Logits, Model, Run
 from lfm.core.errors import ConfigError, MismatchError
-from lfm.core.heavy import torch
+from lfm.core.heavy import np, torch
 from lfm.data import task as tasks
 from lfm.data.records import Record
-from lfm.distilling.telling import TOLD
+from lfm.distilling import answers
+from lfm.distilling.telling import BIAS, HEAD, IDS, TOLD
 from lfm.train import once
 
 if TYPE_CHECKING:
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
 LIMIT = 2**28
 """Bytes of a teacher's answers that are kept."""
 
+K = 64
+"""Tokens that a teacher without logits is asked for at each place; most endpoints tell fewer."""
+
 
 @final
 @dataclass(frozen=True)
 class Lesson:
     """Records by number. task: the student's. collate: numbers → its batch. theirs: numbers → the teacher's batch,
     which is the student's where both are language models (of one vocabulary). order: the teacher's classes, by number,
-    in the student's order; empty for language models."""
+    in the student's order; empty for language models. codec: the student's."""
 
     records: Sequence[Record]
     numbers: Sequence[int]
@@ -38,6 +42,7 @@ class Lesson:
     collate: Callable[[Sequence[int]], Batch]
     theirs: Callable[[Sequence[int]], Batch]
     order: Sequence[int]
+    codec: Codec | None = None
 
 
 def lesson(records: Sequence[Record], teacher: Model, student: Model) -> Lesson:
@@ -47,17 +52,23 @@ def lesson(records: Sequence[Record], teacher: Model, student: Model) -> Lesson:
     task = tasks.task_for(read, codec, student.facts)
     numbers, collate = once(read, task.collate)
     if student.facts.task in tasks.LANGUAGE:
-        return Lesson(read, numbers, task, collate, collate, ())
-    own = tasks.task_for(read, teacher.ask(Codec), teacher.facts)
+        return Lesson(read, numbers, task, collate, collate, (), codec)
     order = [teacher.facts.labels.index(name) for name in student.facts.labels]
-    return Lesson(read, numbers, task, collate, lambda chosen: own.collate([read[i] for i in chosen]), order)
+    if not teacher.can(Logits):  # it is asked for no logits, and so reads no batch
+        return Lesson(read, numbers, task, collate, collate, order, codec)
+    own = tasks.task_for(read, teacher.ask(Codec), teacher.facts)
+    return Lesson(read, numbers, task, collate, lambda chosen: own.collate([read[i] for i in chosen]), order, codec)
 
 
 def told(taught: Lesson, teacher: Model, run: Run, name: str = "teacher") -> Callable[[Sequence[int]], Batch]:
     """Numbers → the student's batch with what the teacher tells beside it. name: of what is kept of it, in the run.
 
-    A classifying teacher is asked once a record, and its answers (records, classes) are kept, up to 256 MB.
+    By the most telling access that the teacher gives: logits; answers that were kept; classes; its likeliest tokens, up
+    to 64 at each place. A classifying teacher is asked once a record, and its answers (records, classes) are kept, up
+    to 256 MB; one that tells tokens is asked once a place, and all of that is kept.
     """
+    if not teacher.can(Logits):
+        return _likeliest(taught, teacher, run, name)
     ask = teacher.ask(Logits).logits
     if not taught.order:
 
@@ -78,6 +89,58 @@ def told(taught: Lesson, teacher: Model, run: Run, name: str = "teacher") -> Cal
     return lambda chosen: {**taught.collate(chosen), TOLD: kept[list(chosen)]}
 
 
+def behind(taught: Lesson, teacher: Model, run: Run, name: str = "teacher") -> Callable[[Sequence[int]], Batch]:
+    """As told; but of a language model in this process what its head reads, and the head (HEAD, BIAS), wherever its
+    logits are no more than that: they are then never whole. For losses that know of it (`telling.taught`)."""
+    found = getattr(teacher.ask(Logits), "behind", None) if teacher.can(Logits) and not taught.order else None
+    body = found(taught.collate(taught.numbers[:1])) if found else None
+    if body is None:
+        return told(taught, teacher, run, name)
+
+    def asked(chosen: Sequence[int]) -> Batch:
+        batch = taught.collate(chosen)
+        states, weight, bias = body(batch)
+        heard = {TOLD: taught.task.scored(states, batch)[0].clone(), HEAD: weight}
+        return {**batch, **heard, **({} if bias is None else {BIAS: bias})}
+
+    return asked
+
+
+def _likeliest(taught: Lesson, teacher: Model, run: Run, name: str) -> Callable[[Sequence[int]], Batch]:
+    """As told, of a teacher that gives no logits."""
+    if teacher.can(Answers):
+        kept, where = teacher.ask(Answers), answers.found(taught, teacher)
+        return lambda chosen: {**taught.collate(chosen), **_laid(taught, *kept.told(where[list(chosen)]))}
+    ask = answers.asking(taught, teacher, K)
+    rows: list[Any] = []
+    for first in run.track(range(0, len(taught.records), answers.CHUNK), name):
+        chosen = taught.numbers[first : first + answers.CHUNK]
+
+        def part(chosen: Sequence[int] = chosen) -> list[Any]:
+            ids, told, counts, _ = ask(chosen)
+            return [torch.from_numpy(ids), torch.from_numpy(told), counts]
+
+        ids, told, counts = run.step(f"{name} {first}", part)
+        rows += zip(ids.split(counts), told.split(counts), strict=True)
+
+    def again(chosen: Sequence[int]) -> Batch:
+        ids, told = (torch.cat([rows[i][part] for i in chosen]).numpy() for part in (0, 1))
+        return {**taught.collate(chosen), **_laid(taught, ids, told)}
+
+    return again
+
+
+def _laid(taught: Lesson, ids: Any, told: Any) -> Batch:
+    """What lies beside a batch: of classes by the student's numbers; log-probabilities alone where all are told."""
+    places, logprobs = torch.from_numpy(np.array(ids)).long(), torch.from_numpy(np.array(told))
+    if taught.order:
+        places = torch.argsort(torch.tensor(list(taught.order)))[places]
+    width = places.shape[1]
+    if len(places) and int(places.max()) == width - 1 and len(set(places[0].tolist())) == width:
+        return {TOLD: torch.zeros_like(logprobs).scatter(1, places, logprobs)}
+    return {TOLD: logprobs, IDS: places}
+
+
 def classed(records: Sequence[Any], student: Model, *, unread: bool) -> Sequence[Any]:
     """Records without a class get any class where classes are left unread; else ConfigError."""
     if all(getattr(record, "label", "none asked") for record in records):
@@ -91,13 +154,16 @@ def classed(records: Sequence[Any], student: Model, *, unread: bool) -> Sequence
 def agree(teacher: Model, student: Model) -> None:
     """That one answers what the other does: one task, and the same vocabulary or classes. MismatchError."""
     t, s = teacher.facts, student.facts
+    if not teacher.can(Logits) and not teacher.can(Answers) and s.task == "causal-lm":
+        return  # it is asked in text, and its tokens are known by theirs
     if t.task != s.task:
         raise MismatchError(
             f"a {s.task or 'model without a task'} cannot learn the answers of a {t.task or 'model without a task'}",
             why=f"{student.ref} and {teacher.ref} answer different questions",
         )
     if s.task in tasks.LANGUAGE:
-        if t.vocabulary_digest != s.vocabulary_digest and _vocabulary(teacher) != _vocabulary(student):
+        told = teacher.can(Codec)  # answers that were kept have no tokenizer
+        if t.vocabulary_digest != s.vocabulary_digest and not (told and _vocabulary(teacher) == _vocabulary(student)):
             raise MismatchError(
                 "teacher and student have different vocabularies",
                 why=f"{teacher.ref} has {t.vocabulary} tokens, {student.ref} {s.vocabulary}",

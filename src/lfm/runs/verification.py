@@ -11,7 +11,7 @@ from lfm.core import finding
 from lfm.core.errors import AccessError, VerifyError
 from lfm.core.finding import Finding
 from lfm.core.heavy import np, torch
-from lfm.core.model import Batch, Classes, Codec, LazyTensor, Logits, Logprobs, Model, Text, Weights
+from lfm.core.model import Answers, Batch, Classes, Codec, LazyTensor, Logits, Logprobs, Model, Text, Weights
 from lfm.data.records import Label
 from lfm.models import load
 from lfm.record import Verified
@@ -95,6 +95,8 @@ def compare(a: Model, b: Model) -> Verified:
         )
     if a.can(Classes) and b.can(Classes):
         return _compare_classes(a, b)
+    if a.can(Answers) and b.can(Answers):
+        return _compare_answers(a, b)
     if a.can(Logprobs) and b.can(Logprobs):
         return _compare_logprobs(a, b)
     if a.can(Weights) and b.can(Weights):
@@ -115,6 +117,21 @@ def _compare_logprobs(a: Model, b: Model) -> Verified:
     return Verified(
         quantity="logprob", max_abs=max(apart), on=f"{len(PROBES)} probe texts", probe=tuple(q.total for q in y)
     )
+
+
+def _compare_answers(a: Model, b: Model) -> Verified:
+    """All of what b holds is read, and its sums are taken on the way; a must hold as much, and tell the same first."""
+    left, right = a.ask(Answers), b.ask(Answers)
+    apart, first, count = 0.0, np.zeros(0), 0
+    for number in range(len(right)):
+        (ids, told), (own, others) = right.told([number]), left.told([number])
+        count += len(told)
+        shown = told[np.isfinite(told)]
+        first = np.concatenate([first, shown[:PROBE_VALUES]])[:PROBE_VALUES]
+        same = told.shape == others.shape and np.array_equal(ids, own) and np.array_equal(told, others)
+        apart = apart if same else float("inf")
+    apart = apart if len(left) == len(right) else float("inf")
+    return Verified(quantity="logprob", max_abs=apart, on=f"all {count} places", probe=tuple(map(float, first)))
 
 
 def _compare_classes(a: Model, b: Model) -> Verified:

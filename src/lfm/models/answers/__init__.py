@@ -56,6 +56,9 @@ class KeptAnswers:
     def k(self) -> int:
         return self.manifest.k
 
+    def __len__(self) -> int:
+        return self.manifest.questions
+
     @cached_property
     def shards(self) -> Shards:
         return Shards(self._directory, len(self.manifest.shards))
@@ -145,7 +148,9 @@ def open_answers(directory: Path) -> Model:
         raise CorruptError(f"{path} does not describe answers", why=str(error)) from None
     if manifest.format != FORMAT:
         raise CorruptError(
-            f"{path} is of format {manifest.format}", why=f"this lfm reads format {FORMAT}", fix="another version of lfm"
+            f"{path} is of format {manifest.format}",
+            why=f"this lfm reads format {FORMAT}",
+            fix="another version of lfm",
         )
     return model_of(directory, manifest)
 
@@ -167,14 +172,14 @@ def _write(directory: Path, manifest: Manifest, out: Path) -> None:
 
 
 def _digest(directory: Path, manifest: Manifest) -> str:
-    """sha256 over what was told: each question's places, their bytes' sums, and the code; not over whose or how cut."""
+    """sha256 over the manifest, less where the teacher lay. MismatchError where the files are not those it tells of."""
     for file, wanted in zip((directory / CODE, *(index_of(directory, i) for i in range(len(manifest.shards)))),
                             (manifest.code, *manifest.shards), strict=True):  # fmt: skip
         if not file.is_file() or _sum(file) != wanted:
             raise MismatchError(
                 f"{file} is not what {MANIFEST} says", why="its sha256 is another", fix="make the answers again"
             )
-    whole = msgspec.json.encode(manifest, order="deterministic")
+    whole = msgspec.json.encode(msgspec.structs.replace(manifest, teacher=""), order="deterministic")
     return hashlib.sha256(whole).hexdigest()
 
 

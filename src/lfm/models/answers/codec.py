@@ -1,11 +1,12 @@
 """What a teacher tells of a place, in few bytes: its k likeliest ids with their log-probabilities, and what is left.
 
-The levels of a log-probability x are n(x) = 1 + (x − least) / wide + eˣ / fine, rounded: steps of `fine` in p where p is
-large, which is what Σ p |Δ log p| is made of, and never wider than `wide` in log p. Levels are written as Exp-Golomb
-codes of their distance to the least one of the place, of the order that takes the fewest bits. Ids are written as
-Elias–Fano does sorted ones, in buckets of equal weight rather than of equal size: the vocabulary stands by how often
-each id was among the likeliest, so that frequent ones take few bits. What is left out has a level of its own, and the
-rest is scaled to what it leaves: their sum is right where each is rounded.
+The level of a log-probability x is n(x) = 1 + (x − least) / wide + eˣ / fine, rounded: steps of `fine` in p where p is
+large, since Σ p |Δ log p| ≈ Σ |Δ p| is least in so many bits by equal ones, and never wider than `wide` in log p, since a
+temperature or a reverse divergence asks for the small ones too. Levels are written as Exp-Golomb codes (which fit
+probabilities that fall as 1/rank) of their distance to the place's least, of the order that takes the fewest bits. Ids
+are written as Elias–Fano does sorted ones (Elias, J. ACM 21, 1974), in buckets of equal weight rather than equal size:
+the vocabulary stands by how often each id was among the likeliest, so that frequent ones take few bits. What is left
+out has a level of its own, and the others are scaled to what it leaves.
 
 All ids told (k = V) are kept as they are, in fp32.
 """

@@ -1,4 +1,4 @@
-"""Answers on disk: shards that are only ever added to, each with an index that says what lies where and what it sums to.
+"""Answers on disk: shards that are only ever added to, each with an index of what lies where and what it sums to.
 
 A shard is two files: NAME.bin, one run of bytes a question, and NAME.index, ENTRY for each. Bytes reach the disk before
 the entries that tell of them: after a kill what lies past the last entry, and half an entry, is cut off, and nothing
@@ -96,7 +96,8 @@ def _mended(directory: Path, number: int) -> NDArray[Any]:
     found = entries(index)
     size = held.stat().st_size if held.exists() else 0
     good = len(found)
-    with held.open("rb") if held.exists() else open(os.devnull, "rb") as opened:
+    held.touch()
+    with held.open("rb") as opened:
         while good:  # all before it lay on the disk when it was written
             last = found[good - 1]
             opened.seek(int(last["start"]))
@@ -104,8 +105,10 @@ def _mended(directory: Path, number: int) -> NDArray[Any]:
             if whole and xxh3_64_intdigest(opened.read(int(last["bytes"]))) == last["sum"]:
                 break
             good -= 1
-    if index.stat().st_size != good * found.dtype.itemsize:
-        _append(index, good * found.dtype.itemsize, b"")
+    ends = int(found["start"][good - 1] + found["bytes"][good - 1]) if good else 0
+    for file, end in ((index, good * found.dtype.itemsize), (held, ends)):
+        if file.stat().st_size != end:
+            _append(file, end, b"")
     return found[:good]
 
 

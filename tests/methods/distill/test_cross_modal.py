@@ -8,19 +8,18 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import torch
 from torch.nn import functional as F
 
 import tiny
 from case import Case
-from lfm.core import Codec, Gradients, Model
+from lfm.core import Codec, Model
 from lfm.core.errors import ConfigError, DataError, MismatchError
 from lfm.core.method import Inputs
 from lfm.data import records as data
 from lfm.data.files import write
 from lfm.methods.distill import cross_modal, response
 from lfm.models import load
-from teaching import answers, made, still, written
+from teaching import accuracy, answers, digits, made, means, reordered, still, supervised, written
 
 
 def images(count: int, seed: int = 0) -> list[data.Image]:
@@ -97,13 +96,7 @@ def test_classes_are_matched_by_name(root: Path, tmp_path: Path) -> None:
     seen = images(8)
     read = [written(image) for image in seen]
     teacher, student = load(root / "sees"), load(root / "reads")
-    turned, order = teacher.ask(Gradients).module(), [*range(1, 10), 0]
-    with torch.no_grad():
-        for parameter in turned.classifier.parameters():  # type: ignore[union-attr]
-            parameter.copy_(parameter[order].clone())
-    names = [tiny.DIGITS[i] for i in order]
-    turned.config.id2label, turned.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
-    moved = teacher.ask(Gradients).rewrap(turned)
+    moved = reordered(teacher, [*range(1, 10), 0])
     notes = [taught(t, student, seen, read, tmp_path / str(i))[1].notes for i, t in enumerate((teacher, moved))]
     assert notes[0] == pytest.approx(notes[1], rel=1e-3)
 
@@ -122,3 +115,28 @@ def test_what_cannot_go_together_is_said_before_a_weight_is_read(root: Path, tmp
         inputs = Inputs(blind, {"seen": first, "train": second})
         with pytest.raises(error, match=what):
             cross_modal.agree(cross_modal.Config(), inputs)
+
+
+@pytest.mark.slow
+def test_pairs_without_labels_beat_the_few_labels_there_are(tmp_path: Path) -> None:
+    """The zoo's ViT sees 1200 digits and teaches a BERT that reads them as letters; or 60 of them have a label.
+
+    Tested on the 360 that no model of the zoo has seen.
+    """
+    from lfm import zoo
+
+    teacher, every = load(zoo.model("vit")), digits()
+    seen, read, test = every[:1200], [written(r) for r in every[:1200]], [written(r) for r in every[-360:]]
+    scores: dict[str, list[float]] = {"teacher": [accuracy(teacher, every[-360:])] * 2}
+    for seed in range(3):
+        student = load(tiny.classifier(tmp_path / f"s{seed}", seed=seed, labels=tiny.DIGITS, num_hidden_layers=1))
+        fit: dict[str, Any] = {"steps": 250, "batch_size": 32, "lr": 3e-3}
+        nameless = [unnamed(record) for record in read]
+        paired, _ = taught(teacher, student, seen, nameless, tmp_path / f"p{seed}", seed=seed, **fit)
+        scores.setdefault("pairs, no labels", []).append(accuracy(paired, test))
+        for count in (60, 1200):
+            alone = supervised(student, read[:count], tmp_path / f"{count}-{seed}", seed, **fit)
+            scores.setdefault(f"{count} labels", []).append(accuracy(alone, test))
+    mean = means(scores)
+    assert mean["pairs, no labels"] > mean["60 labels"] + 0.1
+    assert mean["pairs, no labels"] > mean["1200 labels"] - 0.05

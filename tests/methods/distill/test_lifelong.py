@@ -19,7 +19,7 @@ from lfm.data.files import write
 from lfm.methods.distill import lifelong
 from lfm.models import load
 from lfm.runs.run import LocalRun
-from teaching import QUICK, answers, made, still, supervised
+from teaching import QUICK, accuracy, answers, digits, made, means, still, supervised
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 NEW = [data.Label(text=f"{w} is the capital of France", label=w) for w in ("paris", "rome") * 4]
@@ -123,3 +123,41 @@ def test_what_cannot_be_learned_is_said(root: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match="cannot be given new classes"):
         widened(module, ("one", "two"), ("three",), torch.Generator())
+
+
+@pytest.mark.slow
+def test_it_forgets_less_than_fine_tuning(tmp_path: Path) -> None:
+    """A ViT that knows the digits 0 to 4 learns 5 to 9, by rows of its head that it is given; three seeds.
+
+    Old and new: asked among all ten classes. Within: the old ones asked among the old classes alone, as in the paper.
+    """
+    every = digits()
+    parts = [
+        [r for r in every[a:b] if (r.label in OLD) == old]
+        for old in (True, False)
+        for a, b in ((0, 1200), (1200, 1797))
+    ]
+    old, old_test, new, new_test = parts
+    scores: dict[str, list[float]] = {}
+    for seed in range(3):
+        small = load(tiny.vit(tmp_path / f"m{seed}", seed=seed, labels=OLD, initializer_range=0.05, patch_size=2))
+        fit: dict[str, Any] = {"steps": 150, "batch_size": 32, "lr": 3e-3}
+        base = supervised(small, old, tmp_path / f"b{seed}", seed, **fit)
+        scores.setdefault("before: old", []).append(accuracy(base, old_test))
+        for keep in (0.0, 1.0, 4.0):
+            after, _ = learned(base, new, tmp_path / f"{seed}-{keep}", seed=seed, keep=keep, **(fit | {"steps": 80}))
+            logits, labels = answers(after, old_test)
+            within = (logits[:, :5].argmax(-1) == labels).double().mean().item()
+            for name, found in (
+                ("old", accuracy(after, old_test)),
+                ("within", within),
+                ("new", accuracy(after, new_test)),
+            ):
+                scores.setdefault(f"keep={keep:g}: {name}", []).append(found)
+    mean = means(scores)
+    assert mean["keep=1: within"] > mean["keep=0: within"] + 0.05
+    assert mean["keep=4: within"] > mean["keep=0: within"] + 0.05
+    assert mean["keep=1: new"] > mean["keep=0: new"] - 0.1
+
+
+OLD = ("0", "1", "2", "3", "4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from lfm.data.files import write
 from lfm.distilling.telling import IDS, TOLD
 from lfm.methods.distill import multi_teacher, response
 from lfm.models import load
-from teaching import answers, made, still
+from teaching import accuracy, answers, made, means, still, supervised
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -144,3 +145,27 @@ def test_what_cannot_go_together_is_said_first(root: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="no class"):
         distill([one, two], student, nameless, tmp_path, alpha=1.0)
     distill([one, two], student, nameless, tmp_path, alpha=1.0, weighting="agreement", steps=1)
+
+
+@pytest.mark.slow
+def test_each_example_is_learned_from_who_knows_it(tmp_path: Path) -> None:
+    """Two experts of the zoo, of digits upright and turned, teach both to one small ViT; three seeds, 300 records."""
+    from lfm import zoo
+    from lfm.zoo.vision import images
+
+    experts = [load(zoo.model(f"vit-{name}")) for name in ("identity", "rotation")]
+    both = [r for pair in zip(*(images(n, "train") for n in ("identity", "rotation")), strict=True) for r in pair]
+    test = [r for name in ("identity", "rotation") for r in images(name, "test")]
+    scores: dict[str, list[float]] = {f"expert {k}": [accuracy(expert, test)] * 2 for k, expert in enumerate(experts)}
+    for seed in range(3):
+        student = load(tiny.vit(tmp_path / f"s{seed}", seed=seed, hidden_size=64))
+        some = [both[i] for i in np.random.default_rng(seed).permutation(len(both))[:300]]
+        fit: dict[str, Any] = {"steps": 200, "batch_size": 32, "lr": 3e-3}
+        alone = supervised(student, some, tmp_path / f"a{seed}", seed, **fit)
+        scores.setdefault("alone", []).append(accuracy(alone, test))
+        for weighting in WEIGHTINGS:
+            work = tmp_path / f"{weighting}{seed}"
+            after, _ = distill(experts, student, some, work, seed=seed, weighting=weighting, **fit)
+            scores.setdefault(weighting, []).append(accuracy(after, test))
+    mean = means(scores)
+    assert mean["confidence"] > mean["fixed"] and mean["confidence"] > mean["alone"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ from lfm.data import records as data
 from lfm.data.files import write
 from lfm.methods.distill import online
 from lfm.models import load
-from teaching import answers, made, still, supervised
+from teaching import accuracy, answers, digits, loss, made, means, reordered, still, supervised
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -107,17 +108,7 @@ def test_peers_read_with_their_own_eyes_and_match_classes_by_name(tmp_path: Path
     """A peer whose classes stand in another order, and whose images are scaled otherwise, is the same peer."""
     one = still(tiny.vit(tmp_path / "one", seed=0))
     other = still(tiny.vit(tmp_path / "other", seed=1, labels=tiny.DIGITS))
-    turned = load(other).ask(Gradients).module()
-    order = [*range(1, 10), 0]
-    with torch.no_grad():
-        for parameter in turned.classifier.parameters():  # type: ignore[union-attr]
-            parameter.copy_(parameter[order].clone())
-    names = [tiny.DIGITS[i] for i in order]
-    turned.config.id2label, turned.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
-    moved = load(other).ask(Gradients).rewrap(turned)
-    assert moved.facts.labels == tuple(names)
-    import numpy as np
-
+    moved = reordered(load(other), [*range(1, 10), 0])
     draw = np.random.default_rng(0)
     images = [data.Image(image=draw.integers(0, 255, (8, 8), np.uint8), label=str(i)) for i in range(8)]
     losses = [
@@ -138,6 +129,14 @@ def test_the_best_on_held_out_records_is_given(name: str, root: Path, tmp_path: 
     assert given.facts.parameters == peers[0].facts.parameters
 
 
+def test_activations_may_be_computed_again(root: Path, tmp_path: Path) -> None:
+    peers = [load(root / f"causal{seed}") for seed in range(2)]
+    one, other = (
+        mutual(peers, TEXTS, tmp_path / str(a), steps=3, activation_checkpointing=a)[0] for a in (True, False)
+    )
+    assert one.digest == other.digest
+
+
 def test_one_architecture_twice_begins_twice(root: Path, tmp_path: Path) -> None:
     peer = load(root / "classifier0")
     with pytest.raises(ConfigError, match="begin with the same weights"):
@@ -146,3 +145,24 @@ def test_one_architecture_twice_begins_twice(root: Path, tmp_path: Path) -> None
     assert run.notes["dev loss 0"] != run.notes["dev loss 1"]
     with pytest.raises(MismatchError, match="cannot learn the answers"):
         mutual([peer, load(root / "causal0")], LABELS, tmp_path)
+
+
+@pytest.mark.slow
+def test_peers_learn_more_together_than_apart(tmp_path: Path) -> None:
+    """Two small ViTs on 300 of scikit-learn's digits, together and each by itself; three seeds, both peers."""
+    every = digits()
+    scores: dict[str, list[float]] = {}
+    for seed in range(3):
+        some = [every[i] for i in np.random.default_rng(seed).permutation(1200)[:300]]
+        shape: dict[str, Any] = {"hidden_size": 64, "initializer_range": 0.1}
+        peers = [load(tiny.vit(tmp_path / f"{seed}{k}", seed=10 * seed + k, **shape)) for k in range(2)]
+        fit: dict[str, Any] = {"steps": 150, "batch_size": 32, "lr": 3e-3}
+        for k, order in enumerate((peers, peers[::-1])):
+            alone = supervised(peers[k], some, tmp_path / f"a{seed}{k}", seed, **fit)
+            given, _ = mutual(order, some, tmp_path / f"o{seed}{k}", seed=seed, **fit)
+            for name, model in (("alone", alone), ("together", given)):
+                scores.setdefault(f"{name}: accuracy", []).append(accuracy(model, every[1200:]))
+                scores.setdefault(f"{name}: loss", []).append(loss(model, every[1200:]))
+    mean = means(scores)
+    assert mean["together: loss"] < mean["alone: loss"]
+    assert mean["together: accuracy"] > mean["alone: accuracy"] - 0.005

@@ -20,7 +20,7 @@ from lfm.data.files import write
 from lfm.distilling import quantising
 from lfm.methods.distill import quantised
 from lfm.models import layers, load
-from teaching import answers, made, still
+from teaching import accuracy, answers, made, means, still
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -85,6 +85,7 @@ def test_what_comes_out_lies_on_the_grid_and_the_rest_is_whole(
     plain = model.ask(Gradients).module()
     names = layers.projections(plain)
     after = only_rounded(model, bits, group).ask(Gradients).module()
+    layer: Any
     for name, layer in after.named_modules():
         if name not in names:
             continue
@@ -148,3 +149,24 @@ def test_it_is_saved_and_its_errors_are_clear(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="cannot learn the answers"):
         models = {"model": [model], "teacher": [load(tiny.causal(tmp_path / "c"))]}
         made(quantised.METHOD, models, {"train": LABELS}, tmp_path / "y")
+
+
+@pytest.mark.slow
+def test_trained_while_rounded_beats_rounded_afterwards(tmp_path: Path) -> None:
+    """The zoo's ViT at 4, 3 and 2 bits: rounded alone, trained rounded on labels, and taught by itself; three seeds."""
+    from lfm import zoo
+    from lfm.zoo.vision import images
+
+    model, train, test = load(zoo.model("vit")), images("identity", "train"), images("identity", "test")
+    scores: dict[str, list[float]] = {}
+    for bits in (4, 3, 2):
+        scores[f"{bits} rounded"] = [accuracy(only_rounded(model, bits), test)] * 2
+        for seed in range(3):
+            for kind, alpha in (("taught", 1.0), ("labels", 0.0)):
+                work = tmp_path / f"{bits}-{kind}-{seed}"
+                fit: dict[str, Any] = {"steps": 90, "batch_size": 32, "lr": 5e-4}
+                after, _ = rounded(model, train, work, seed=seed, bits=bits, alpha=alpha, **fit)
+                scores.setdefault(f"{bits} {kind}", []).append(accuracy(after, test))
+    mean = means({"whole": [accuracy(model, test)] * 2, **scores})
+    assert mean["4 taught"] >= mean["4 rounded"] and mean["3 taught"] > mean["3 rounded"]
+    assert mean["2 taught"] > mean["2 rounded"] + 0.1

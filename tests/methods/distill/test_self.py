@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from lfm.distilling.student import formed
 from lfm.methods.distill import response, self
 from lfm.models import load
 from lfm.runs.run import LocalRun
-from teaching import QUICK, answers, made, still
+from teaching import QUICK, accuracy, answers, digits, loss, made, means, still, supervised
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -92,3 +93,24 @@ def test_a_nameless_net_cannot_be_born_again(tmp_path: Path) -> None:
         born(model, nameless, tmp_path / "a")
     born(model, nameless, tmp_path / "b", alpha=1.0, steps=1)
     self.agree(self.Config(), Inputs({"model": (model,)}, {"train": LABELS}))
+
+
+@pytest.mark.slow
+def test_a_born_again_network_is_no_worse_than_its_teacher(tmp_path: Path) -> None:
+    """Small ViTs on 300 of scikit-learn's digits: the teacher, two generations, and one more without a teacher."""
+    every = digits()
+    scores: dict[str, list[float]] = {}
+    for seed in range(3):
+        some = [every[i] for i in np.random.default_rng(seed).permutation(1200)[:300]]
+        shape: dict[str, Any] = {"hidden_size": 64, "initializer_range": 0.1}
+        fit: dict[str, Any] = {"steps": 150, "batch_size": 32, "lr": 3e-3}
+        model = load(tiny.vit(tmp_path / f"{seed}", seed=seed, **shape))
+        found = {"teacher": supervised(model, some, tmp_path / f"t{seed}", seed, **fit)}
+        for name, settings in (("untaught", {"alpha": 0.0}), ("first", {}), ("second", {"generations": 2})):
+            work = tmp_path / f"{name}{seed}"
+            found[name], _ = born(found["teacher"], some, work, seed=seed, **fit, **settings)
+        for name, made_ in found.items():
+            scores.setdefault(f"{name}: accuracy", []).append(accuracy(made_, every[1200:]))
+            scores.setdefault(f"{name}: loss", []).append(loss(made_, every[1200:]))
+    mean = means(scores)
+    assert mean["first: loss"] < mean["untaught: loss"]

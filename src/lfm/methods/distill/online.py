@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot
+from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import F, nn
 from lfm.data import task as tasks
@@ -51,11 +51,12 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     read = [lessons.lesson([*records, *dev], peer, first) for peer in peers]
     task, numbers = read[0].task, read[0].numbers
     own = len(tasks.fit(records, first.ask(Codec), first.facts))
-    modules = nn.ModuleList([formed(p.ask(Gradients).module(), config, run, k) for k, p in enumerate(peers)])
+    # no list: those are stacks of blocks, where blocks are looked for
+    modules = nn.ModuleDict({str(k): formed(p.ask(Gradients).module(), config, run, k) for k, p in enumerate(peers)})
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
-        assert isinstance(module, nn.ModuleList)
-        told = [answer(forward(peer, read_by(batch, k, read)), read[k]) for k, peer in enumerate(module)]
+        each_of = [module.get_submodule(str(k)) for k in range(len(peers))]
+        told = [answer(forward(peer, read_by(batch, k, read)), read[k]) for k, peer in enumerate(each_of)]
         scored = [task.scored(logits, batch) for logits in told]
         each = [F.cross_entropy(*one) for one in scored]
         total = sum(each[1:], each[0])
@@ -70,13 +71,13 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     losses = fit(modules, numbers[:own], read_by_all(read), loss, config, run, dev=numbers[own:])
     run.note(loss_before=losses[0], loss_after=losses[-1])
     chosen = 0
-    if dev:
+    if len(dev):
         modules.eval()
-        found = [examiner(dev, p)(lambda batch, m=m: forward(m, batch)).loss for p, m in zip(peers, modules)]
+        found = [examiner(dev, p)(lambda batch, m=m: forward(m, batch)).loss for p, m in zip(peers, modules.values())]
         run.note(**{f"dev loss {k}": value for k, value in enumerate(found)})
         chosen = found.index(min(found))
     run.note(chosen=chosen)
-    return peers[chosen].ask(Gradients).rewrap(modules[chosen])
+    return peers[chosen].ask(Gradients).rewrap(modules[str(chosen)])
 
 
 def agree(config: Config, inputs: Inputs) -> None:
@@ -104,7 +105,15 @@ def cost(config: Config, sizes: Sizes) -> Cost:
 METHOD = Method(
     paper="arXiv:1706.00384",
     config=Config,
-    models={"student": Slot((Gradients, Codec), min=2, max=None, help="the peers; the first, or the best, is given")},
+    models={
+        "student": Slot(
+            (Gradients, Codec),
+            also=(Logits,),  # each is the others' teacher
+            min=2,
+            max=None,
+            help="the peers; the first, or the best, is given",
+        )
+    },
     data={
         "train": DataSlot(
             Data.FEW_SHOT,

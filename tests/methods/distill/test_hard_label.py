@@ -1,0 +1,105 @@
+"""Classes and nothing else: the budget is kept to the last question, and no question is paid twice."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from case import Case
+from lfm.core import Inputs, Logits, Model
+from lfm.core.errors import ConfigError
+from lfm.core.method import check
+from lfm.methods.distill import hard_label
+from lfm.models import load
+from lfm.runs.run import LocalRun
+
+QUICK: dict[str, Any] = {"steps": 6, "batch_size": 4, "bank": 64, "width": 4, "latent": 8, "climbs": 2}
+ENTROPY = QUICK | {"queries": 23, "rounds": 3, "generator_steps": 2}
+BOUNDARY = QUICK | {"kind": "boundary", "moves": 1, "ways": 1, "halvings": 2, "tries": 2, "queries": 100}
+
+
+class Counted:
+    """A teacher whose questions are counted, and that is cut off before question `stop`; argmax is all it tells."""
+
+    def __init__(self, model: Model) -> None:
+        self.asked, self.calls, self.stop = 0, 0, -1
+        self.inner = model.ask(Logits)
+        self.model = replace(model, gives={**model.gives, Logits: lambda: self}, _opened={})
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        if self.calls == self.stop:
+            raise KeyboardInterrupt
+        self.calls += 1
+        self.asked += len(batch["pixel_values"])
+        told = self.inner.logits(batch)
+        return torch.nn.functional.one_hot(told.argmax(-1), told.shape[-1]).float()
+
+
+def distill(teacher: Model, student: Model, work: Path, seed: int = 0, **settings: Any) -> tuple[Model, LocalRun]:
+    inputs = Inputs({"teacher": (teacher,), "student": (student,)})
+    config = hard_label.Config(**settings)
+    hard_label.agree(config, inputs)
+    run = LocalRun(seed, work)
+    made = hard_label.run(config, check("distill.hard_label", hard_label.METHOD, inputs), run)
+    assert isinstance(made, Model)
+    return made, run
+
+
+def case(here: Path) -> Case:
+    tiny.vit(here / "big", num_hidden_layers=1)
+    tiny.vit(here / "small", seed=1, num_hidden_layers=1)
+    return Case({"teacher": ("big",), "student": ("small",)}, {}, ENTROPY | {"checkpoint_every": 0.0})
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
+    root = tmp_path_factory.mktemp("models")
+    teacher = tiny.vit(root / "big", labels=("a", "b", "c"), num_hidden_layers=1)
+    return load(teacher), load(tiny.vit(root / "small", labels=("c", "a", "b"), seed=1, num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("settings, spent", [(ENTROPY, 23), (ENTROPY | {"steps": 2}, 23), (BOUNDARY, None)])
+def test_the_budget_is_kept(pair: tuple[Model, Model], tmp_path: Path, settings: Any, spent: int | None) -> None:
+    teacher = Counted(pair[0])
+    _, run = distill(teacher.model, pair[1], tmp_path, **settings)
+    one = hard_label.each(hard_label.Config(**settings), 3)
+    assert teacher.asked == run.notes["queries"] == (spent or settings["queries"] // one * one)
+    assert settings["queries"] - one < teacher.asked <= settings["queries"]
+
+
+@pytest.mark.parametrize("settings", [ENTROPY, BOUNDARY])
+def test_a_killed_run_pays_no_question_twice(pair: tuple[Model, Model], tmp_path: Path, settings: Any) -> None:
+    whole = Counted(pair[0])
+    made, run = distill(whole.model, pair[1], tmp_path / "whole", **settings)
+    broken = Counted(pair[0])
+    for stop in (1, 2):
+        broken.stop = stop
+        with pytest.raises(KeyboardInterrupt):
+            distill(broken.model, pair[1], tmp_path / "broken", **settings)
+    broken.stop = -1
+    again, resumed = distill(broken.model, pair[1], tmp_path / "broken", **settings)
+    assert again.digest == made.digest
+    assert broken.asked == whole.asked == run.notes["queries"] == resumed.notes["queries"]
+
+
+def test_the_generators_loss_is_that_written_out() -> None:
+    told = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    p = told.softmax(-1).tolist()
+    wanted, mean = [[0.1, 0.1, 0.8], [0.1, 0.8, 0.1]], [(a + b) / 2 for a, b in zip(*p)]
+    kl = sum(w * math.log(w / q) for ws, qs in zip(wanted, p) for w, q in zip(ws, qs)) / 2
+    expected = kl + 1.3 * sum(m * math.log(m) for m in mean)
+    assert hard_label.drawn(told, torch.tensor([2, 1]), 0.2, 1.3).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_too_few_questions_are_refused_before_any(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    for settings, why in [(ENTROPY | {"queries": 2}, "rounds"), (BOUNDARY | {"queries": 19}, "fewer than two")]:
+        teacher = Counted(pair[0])
+        with pytest.raises(ConfigError, match=why):
+            distill(teacher.model, pair[1], tmp_path, **settings)
+        assert not teacher.asked

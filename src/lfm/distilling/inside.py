@@ -100,12 +100,17 @@ def matched(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, Tensor
     return tuple(F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2) for grid in grids)  # type: ignore[return-value]
 
 
+def patches(places: int) -> int:
+    """How many of an image's places are patches: a square; one or two before them are class tokens. MismatchError."""
+    square = math.isqrt(places) ** 2
+    if places - square > 2:
+        raise MismatchError(f"{places} places are no square", why="images are compared patch by patch, in a square")
+    return square
+
+
 def _grid(x: Tensor) -> Tensor:
-    side = math.isqrt(x.shape[1])
-    beside = x.shape[1] - side * side
-    if beside > 2:
-        raise MismatchError(f"{x.shape[1]} places are no square", why="maps of different sizes are compared as squares")
-    return x[:, beside:].transpose(1, 2).unflatten(2, (side, side))
+    side = math.isqrt(patches(x.shape[1]))
+    return x[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
 
 
 def counted(batch: Batch, places: int, task: str) -> Tensor | None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tiny
 from lfm.core.errors import DataError
-from lfm.core.model import Batch, Codec, Logits, Logprobs, Model
+from lfm.core.model import Batch, Codec, Logits, Logprobs, Model, Text
 from lfm.models import load
 from lfm.models.language import CausalLogprobs, MaskedLogprobs, Seq2SeqLogprobs, longest
 
@@ -106,3 +106,20 @@ def test_an_encoder_reads_the_end_of_a_long_prompt(tmp_path: Path) -> None:
     watched = Watched(model)
     Seq2SeqLogprobs(watched.logits, codec, 0, context=lambda: 12).score([long], ["a dog"])
     assert watched.tokens == 12 < len(ids)
+
+
+def test_an_empty_prompt_asks_for_a_text_of_the_models_own(tmp_path: Path) -> None:
+    """As after the token that texts begin with, where the tokenizer puts none there, as GPT-2's does not."""
+    from tokenizers import processors
+
+    begins = load(tiny.causal(tmp_path / "begins"))
+    tokenizer = begins.ask(Codec).tokenizer
+    expected = begins.ask(Text).generate([""], max_tokens=5), begins.ask(Logprobs).top([""], 3)
+    tiny.causal(tmp_path / "bare")
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    assert tokenizer("")["input_ids"] == []
+    tokenizer.save_pretrained(tmp_path / "bare")
+    bare = load(tmp_path / "bare")
+    assert bare.ask(Codec).tokenizer("the")["input_ids"] == tokenizer("the")["input_ids"]
+    assert (bare.ask(Text).generate([""], max_tokens=5), bare.ask(Logprobs).top([""], 3)) == expected
+    assert len(bare.ask(Text).generate(["", "the"], max_tokens=5)) == 2

@@ -34,7 +34,7 @@ def rows_of(tokenizer: Any, prompts: Sequence[str], max_tokens: int, context: in
         raise ConfigError("generate takes a list of prompts, not one text", fix="generate([prompt])")
     if max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}", fix="ask for one token or more")
-    rows = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+    rows = begun(tokenizer, prompts)
     longest = max(map(len, rows), default=0)
     if context and longest >= context:
         raise DataError(
@@ -43,6 +43,14 @@ def rows_of(tokenizer: Any, prompts: Sequence[str], max_tokens: int, context: in
             fix="shorten the prompt",
         )
     return rows
+
+
+def begun(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """The prompts' ids. An empty one is the token that texts begin with or, where they begin with none, that ends them:
+    what comes next is then a text of the model's own."""
+    rows = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [row or ([] if first is None else [first]) for row in rows]
 
 
 def limit_of(tokenizer: Any, context: int) -> int:
@@ -242,7 +250,7 @@ class CausalLogprobs:
 
     def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
         tokenizer = self._codec.tokenizer
-        rows = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+        rows = begun(tokenizer, prompts)
         _drop_final_eos(tokenizer, rows)
         limit = limit_of(tokenizer, self._context())
         rows = [shorten(ids, len(ids), tokenizer, limit)[0] for ids in rows]

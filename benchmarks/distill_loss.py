@@ -2,9 +2,9 @@
 
 Each side computes the loss and the gradients of the student's hidden states and head, fp32, on one thread. What the
 teacher tells is one of three: `head`, its hidden states and its head; `logits`, whole logits that lie there; `best`,
-its 64 likeliest tokens. Sides run turn about in one process, in CPU seconds; a ratio is the median of the turns' own, with
-the least and the greatest. Extra memory is what a process of its own grows by at its peak beyond what it was given,
-gradients included (they are told beside it).
+its 64 likeliest tokens. Sides run turn about in one process, in CPU seconds; a ratio is the median of the turns' own,
+with the least and the greatest. Extra memory is what a process of its own grows by at its peak beyond what it was
+given, gradients included (they are told beside it).
 
     python benchmarks/distill_loss.py [--peers DIR …] [--widths 64 256 768] [--turns 5] [--told head logits best]
 
@@ -169,9 +169,8 @@ def compare(told: str, width: int, turns: int, peers: Sequence[str]) -> None:
     own = (PLACES + VOCABULARY) * width * 4 / 1e6
     best = min((statistics.median(times), name) for name, times in took.items() if name != "lfm")[1]
     print(f"\nteacher's {told}, width {width}: the gradients are {own:.0f} MB; the quickest peer is {best}")
-    print(
-        "| side | CPU s | lfm / side | extra MB | lfm / side | loss apart | gradients apart |\n|---|---|---|---|---|---|---|"
-    )
+    print("| side | CPU s | lfm / side | extra MB | lfm / side | loss apart | gradients apart |")
+    print("|---|---|---|---|---|---|---|")
     for name, times in took.items():
         each = sorted(a / b for a, b in zip(took["lfm"], times, strict=True))
         print(

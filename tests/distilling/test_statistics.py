@@ -72,34 +72,12 @@ def test_a_batch_norms_channels_are_the_second_axis() -> None:
     assert torch.allclose(found.var, x.var((0, 2, 3), unbiased=False), atol=1e-6)
 
 
-def test_unlike_patches_are_more_diverse_than_alike_ones() -> None:
-    torch.manual_seed(0)
-    alike = torch.ones(2, 16, 8) + 0.01 * torch.randn(2, 16, 8)
-    unlike = torch.randn(2, 16, 8)
-    assert statistics.diversity(unlike) > statistics.diversity(alike)
-
-
-def test_diversity_is_the_entropy_of_a_kernel_density() -> None:
-    """Of two patches at an angle: similarities 1, c, c, 1, so a density of two equal bumps, written out."""
-    patches = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]], dtype=torch.float64)
-    points = torch.linspace(0.6, 1, 10, dtype=torch.float64)
-    bump = torch.distributions.Normal(torch.tensor([0.6, 1.0], dtype=torch.float64), 0.1)
-    density = bump.log_prob(points[:, None]).exp().mean(-1) + 1e-4
-    wanted = torch.trapezoid(-density * density.log(), points)
-    assert statistics.diversity(patches, 0.1).item() == pytest.approx(wanted.item(), rel=1e-4)
-
-
-def test_a_vit_has_norms_to_read_and_patches_without_its_class_token(tmp_path: Path) -> None:
+def test_a_vit_has_norms_to_read_that_remember_nothing(tmp_path: Path) -> None:
     module = load(tiny.vit(tmp_path / "vit")).ask(Gradients).module()
     x = torch.randn(2, 3, 8, 8)
     assert statistics.stored(module) == {}
     found = statistics.measured(module, [lambda: module(x)], statistics.norms(module))
     assert len(found) == 2 * 2 + 1 and all(len(mean) == 32 for mean, _ in found.values())
-    with statistics.diverse(module) as told:
-        module(x)
-        assert torch.isfinite(told())
-    assert statistics._patches(torch.zeros(1, 5, 3)).shape == (1, 4, 3)
-    assert statistics._patches(torch.zeros(1, 16, 3)).shape == (1, 16, 3)
 
 
 def test_total_variations_are_their_closed_forms() -> None:

@@ -1,22 +1,22 @@
 """What a network's own layers say of the data it was trained on: means and variances of what its norms read.
 
-Batch norms remember them (1912.08795). Of other networks they are known where who published the model measured them
-(`measured`, kept by `write`), as 1710.07535 asks for. A transformer by itself tells less: that real pictures have
-patches unlike one another (`diversity`, 2203.02250).
+Batch norms remember them (1912.08795). Of other networks they are known where whoever has the data measured them
+(`recorded`, kept by `write`), as 1710.07535 asks for; or they are measured on pictures that stand for the data.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from lfm.core.heavy import F, nn, torch
-from lfm.models import structure
+from lfm.core.errors import DataError
+from lfm.core.heavy import nn, safetensors, safetensors_torch, torch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 
@@ -107,37 +107,62 @@ def measured(module: nn.Module, forwards: Iterable[Callable[[], object]], names:
     return found
 
 
-POINTS = 10
-"""Where the density of similarities is taken between their least and greatest, as the authors' code has it."""
+class Records(NamedTuple):
+    """Metadata of a classifier (1710.07535), without a picture of its data: what its layers and its answers were like.
 
-
-def diversity(patches: Tensor, width: float = 0.01) -> Tensor:
-    """Differential entropy of the patches' cosine similarities (B, P, d), mean over pictures, in nats (2203.02250).
-
-    By a Gaussian kernel density of that width at ten points between the batch's least and greatest similarity. Real
-    pictures have patches alike and unlike, and so more of it than noise, whose patches are all alike.
+    layers: moments of what its norms read. mean (classes, V), cov (classes, V, V): its logits of each class it told.
     """
-    unit = F.normalize(patches.float(), dim=-1)
-    alike = (unit @ unit.mT).flatten(1)
-    low, high = (alike.detach().min(), alike.detach().max())
-    points = low + (high - low) * torch.linspace(0, 1, POINTS, device=patches.device)
-    kernel = torch.exp(-((points[None, :, None] - alike[:, None]) ** 2) / (2 * width**2))
-    density = kernel.mean(-1) / (width * math.sqrt(2 * math.pi)) + 1e-4
-    return torch.trapezoid(-density * density.log(), points, dim=-1).mean()
+
+    layers: dict[str, Moments]
+    mean: Tensor
+    cov: Tensor
 
 
-@contextmanager
-def diverse(module: nn.Module) -> Iterator[Callable[[], Tensor]]:
-    """A function that tells, after each forward inside the block, Σ over blocks of the attention outputs' diversity.
+def recorded(module: nn.Module, forwards: Iterable[Callable[[], Tensor]]) -> Records:
+    """Of a classifier's forwards over its data, each of which gives logits (B, V).
 
-    The class token, where there is one more token than a square of patches has, is left out. ModelError where no stack
-    of blocks with attention is found.
+    A class that it told of less than two records has the moments of all together.
     """
-    many = len(structure.blocks(module))
-    with structure.watch(module, [("attention_out", i) for i in range(many)]) as seen:
-        yield lambda: torch.stack([diversity(_patches(tokens)) for tokens in seen]).sum()
+    told: list[Tensor] = []
+    layers = measured(module, ((lambda ask=ask: told.append(ask())) for ask in forwards), norms(module))
+    logits = torch.cat(told).double()
+    chosen, whole = logits.argmax(-1), (logits.mean(0), torch.cov(logits.T))
+    groups = [logits[chosen == c] for c in range(logits.shape[-1])]
+    each = [(g.mean(0), torch.cov(g.T)) if len(g) > 1 else whole for g in groups]
+    mean, cov = (torch.stack(part).float() for part in zip(*each, strict=True))
+    return Records(layers, mean, cov)
 
 
-def _patches(tokens: Tensor) -> Tensor:
-    extra = tokens.shape[1] - math.isqrt(tokens.shape[1]) ** 2
-    return tokens[:, extra:]
+def write(records: Records, file: Path) -> None:
+    """One safetensors file: LAYER.mean and LAYER.var of each layer, logits.mean and logits.cov by class."""
+    tensors = {"logits.mean": records.mean, "logits.cov": records.cov}
+    for name, (mean, var) in records.layers.items():
+        tensors |= {f"layers.{name}.mean": mean, f"layers.{name}.var": var}
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors_torch.save_file(kept, str(file))
+
+
+def opened(file: str | Path) -> Records:
+    """What `write` wrote. DataError where there is no such file, or another."""
+    try:
+        tensors = safetensors_torch.load_file(str(file))
+        found = [
+            name.removesuffix(".mean") for name in tensors if name.startswith("layers.") and name.endswith(".mean")
+        ]
+        layers = {name[7:]: Moments(tensors[f"{name}.mean"], tensors[f"{name}.var"]) for name in found}
+        return Records(layers, tensors["logits.mean"], tensors["logits.cov"])
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise DataError(
+            f"{file} holds no records of a model's activations",
+            why=str(error),
+            fix="whoever has the data makes them: lfm.distilling.statistics.recorded and write",
+        ) from None
+
+
+def drawn(records: Records, classes: Tensor) -> Tensor:
+    """(n, V) logits as the records say the data of these classes (n,) had: N(μ_c, Σ_c), from torch's own generator."""
+    values, vectors = torch.linalg.eigh(records.cov.double())
+    roots = vectors * values.clamp(min=0).sqrt()[:, None]
+    noise = torch.randn(len(classes), records.mean.shape[-1], 1, dtype=torch.float64)
+    own = classes.cpu()
+    return (records.mean[own] + (roots[own] @ noise).squeeze(-1)).float().to(classes.device)

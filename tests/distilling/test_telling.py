@@ -122,6 +122,4 @@ def test_two_processes_that_share_or_shard_the_head_give_what_one_gives(models: 
         for rank in range(2):
             found = json.loads((models / f"{kind}.{rank}.json").read_text())
             assert found["losses"] == pytest.approx(losses, rel=1e-5)
-            assert found["weights"] == pytest.approx(
-                {k: float(p.double().norm()) for k, p in weights.items()}, rel=1e-5
-            )
+            assert found["weights"] == pytest.approx(sizes, rel=1e-5)

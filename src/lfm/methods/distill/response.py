@@ -5,7 +5,8 @@
 Paper: Distilling the knowledge in a neural network, arXiv 1503.02531. D is KL(teacher ‖ student) as there (`forward`),
 KL(student ‖ teacher) (`reverse`, as in 2306.08543), or Jensen–Shannon (`jsd`, 2306.13649). Differs: language models too
 are distilled, at every position that the task scores; and the student may begin as the teacher's own architecture with
-fewer blocks (give one reference for both roles, and `layers`).
+fewer blocks (give one reference for both roles, and `layers`). Of language models neither's logits are ever whole where
+they are a linear function of hidden states: docs/distilling.md, "What it costs".
 
 The defaults (T = 4, α = .9) suit classifiers. For a language model begin with temperature=1: in one short trial (2 of
 the 5 blocks of a 0.26 M story model, 150 steps, seed 0) the loss on other stories was 2.59 by labels alone, 2.61 with

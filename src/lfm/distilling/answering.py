@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from lfm.core import Logits, Meta, Model
+from lfm.core import Logits, Meta, Model, Run
 from lfm.core.errors import AccessError
-from lfm.core.heavy import F
-from lfm.distilling.objective import mixed
+from lfm.distilling.lesson import behind
 from lfm.distilling.student import Taught
-from lfm.distilling.telling import gap
+from lfm.distilling.telling import taught
+from lfm.models import forward
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
 
     from lfm.core.model import Batch
     from lfm.distilling.lesson import Lesson
@@ -27,12 +29,13 @@ class Answering(Taught, frozen=True):
     ] = 0.9
 
 
-def learned(config: Answering, lesson: Lesson, logits: Tensor, batch: Batch) -> Tensor:
-    """(1 − α) CE(y, p) + α T² KL(pᵗ_T ‖ p_T) (1503.02531) of the student's logits on a batch; a scalar."""
-    scored, labels = lesson.task.scored(logits, batch)
+def answered(
+    config: Answering, lesson: Lesson, teacher: Model, module: nn.Module, run: Run
+) -> tuple[Callable[[nn.Module, Batch], Tensor], Callable[[Sequence[int]], Batch]]:
+    """(1 − α) CE(y, p) + α T² KL(pᵗ_T ‖ p_T) (1503.02531) of the module on a batch; and what collates such batches."""
     if config.alpha == 0:
-        return F.cross_entropy(scored, labels)
-    return mixed(scored, labels, gap(scored, batch, config.temperature), config.alpha)
+        return (lambda module, batch: lesson.task.loss(forward(module, batch), batch)), lesson.collate
+    return taught(lesson, module, config.alpha, config.temperature), behind(lesson, teacher, run)
 
 
 def agree(config: Answering, teacher: Model) -> None:

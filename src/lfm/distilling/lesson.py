@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from lfm.core import Answers, Codec, Logits, Model, Run
+from lfm.core import Answers, Codec, Features, Logits, Model, Run
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import np, torch
 from lfm.data import task as tasks
@@ -54,7 +54,7 @@ def lesson(records: Sequence[Record], teacher: Model, student: Model) -> Lesson:
     if student.facts.task in tasks.LANGUAGE:
         return Lesson(read, numbers, task, collate, collate, (), codec)
     order = [teacher.facts.labels.index(name) for name in student.facts.labels]
-    if not teacher.can(Logits):  # it is asked for no logits, and so reads no batch
+    if not (teacher.can(Logits) or teacher.can(Features)):  # it reads no batch
         return Lesson(read, numbers, task, collate, collate, order, codec)
     own = tasks.task_for(read, teacher.ask(Codec), teacher.facts)
     return Lesson(read, numbers, task, collate, lambda chosen: own.collate([read[i] for i in chosen]), order, codec)

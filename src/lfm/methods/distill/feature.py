@@ -75,22 +75,22 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run, lesson=lesson)
     own, theirs = inside.paired(module, teacher, config.places)
-    collate = lessons.told(lesson, teacher, run) if config.alpha else lesson.collate
+    answers, collate = answering.answered(config, lesson, teacher, module, run)
     collate = inside.shown(lesson, teacher, theirs, collate, run)
     kind = student.facts.task
     whole = nn.ModuleDict({"student": module, "hints": _hints(config, module, own, collate, lesson, run)})
 
     def loss(whole: Any, batch: Batch) -> Tensor:
         with structure.watch(whole["student"], own) as seen:
-            logits = forward(whole["student"], batch)
-        rows, apart = len(logits), torch.zeros((), device=logits.device)
+            value = answers(whole["student"], batch)
+        apart = torch.zeros((), device=value.device)
         for i, (s, t) in enumerate(zip(seen, inside.maps(batch))):
-            s = inside.mapped(s, rows)
+            s = inside.mapped(s, len(t))
             if config.kind == "fitnets":
                 s = whole["hints"][i](s.float())
             s, t = inside.matched(s, t, kind)
             apart = apart + _apart(config, s, t, inside.counted(batch, s.shape[1], kind))
-        return answering.learned(config, lesson, logits, batch) + config.beta * apart / len(own)
+        return value + config.beta * apart / len(own)
 
     losses = fit(whole, lesson.numbers, collate, loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])

@@ -23,6 +23,7 @@ as many, or the models classify no images; ModelError where `generic` has no dec
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -79,10 +80,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     losses = _generic(config, inputs, shown, module, run)
     run.note(generic_before=losses[0], generic_after=losses[-1])
 
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        return answering.learned(config, lesson, forward(module, batch), batch)
-
-    collate = lessons.told(lesson, teacher, run) if config.alpha else lesson.collate
+    loss, collate = answering.answered(config, lesson, teacher, module, run)
     losses = fit(module, lesson.numbers, collate, loss, config, run, name="specific")
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)
@@ -91,11 +89,14 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 def _generic(config: Config, inputs: Inputs, lesson: lessons.Lesson, module: nn.Module, run: Run) -> tuple[float, ...]:
     """The first stage: trains the module in place; returns each step's loss."""
     last = structure.blocks(module)[-1]
+    collate: Callable[[Sequence[int]], Batch]
     if inputs.all("generic"):
         theirs = _autoencoder(inputs.model("generic").ask(Gradients).module(), config.mask)
 
-        def collate(chosen: Any) -> Batch:
+        def pictured(chosen: Sequence[int]) -> Batch:
             return {**lesson.collate(chosen), PIXELS: lesson.theirs(chosen)["pixel_values"]}
+
+        collate = pictured
 
         def target(batch: Batch, noise: Tensor) -> Tensor:
             return theirs(batch[PIXELS], noise)

@@ -45,7 +45,7 @@ from lfm.distilling import answering, inside, relations
 from lfm.distilling import lesson as lessons
 from lfm.distilling.answering import Answering
 from lfm.distilling.student import formed, smaller
-from lfm.models import forward, structure
+from lfm.models import structure
 from lfm.train import fit, training
 
 if TYPE_CHECKING:
@@ -70,18 +70,18 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run, lesson=lesson)
     own, theirs = inside.paired(module, teacher, config.places)
-    collate = lessons.told(lesson, teacher, run) if config.alpha else lesson.collate
+    answers, collate = answering.answered(config, lesson, teacher, module, run)
     collate = inside.shown(lesson, teacher, theirs, collate, run)
     kind = student.facts.task
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         with structure.watch(module, own) as seen:
-            logits = forward(module, batch)
-        apart = torch.zeros((), device=logits.device)
+            value = answers(module, batch)
+        apart = torch.zeros((), device=value.device)
         for s, t in zip(seen, inside.maps(batch)):
             rows = [inside.pooled(x, inside.counted(batch, x.shape[1], kind)) for x in (inside.mapped(s, len(t)), t)]
             apart = apart + related(config, *rows)
-        return answering.learned(config, lesson, logits, batch) + apart / len(own)
+        return value + apart / len(own)
 
     losses = fit(module, lesson.numbers, collate, loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])

@@ -33,14 +33,19 @@ def told_by_all(taught: Sequence[Lesson], teachers: Sequence[Model], run: Run) -
 
     taught: one lesson a teacher, all of the same records and student. Words that are hidden by chance are so for all.
     """
-    now: list[Batch] = [{}]
+    now: list[Batch] = []
+    read = taught[0].collate
+
+    def same(chosen: Sequence[int]) -> Batch:
+        return now[0] if now else read(chosen)  # before the first batch: what a teacher is asked beforehand
+
     asked = [
-        lessons.told(replace(one, collate=lambda chosen: now[0]), teacher, run, placed("teacher", place))
+        lessons.told(replace(one, collate=same), teacher, run, placed("teacher", place))
         for place, (one, teacher) in enumerate(zip(taught, teachers, strict=True))
     ]
 
     def collate(chosen: Sequence[int]) -> Batch:
-        now[0] = taught[0].collate(chosen)
+        now[:] = [read(chosen)]
         batch = dict(now[0])
         for place, ask in enumerate(asked):
             heard = ask(chosen)

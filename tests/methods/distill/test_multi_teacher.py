@@ -11,13 +11,14 @@ import torch
 
 import tiny
 from case import Case
-from lfm.core import Model
+from lfm.core import Inputs, Model
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.data import records as data
 from lfm.data.files import write
 from lfm.distilling.telling import IDS, TOLD
-from lfm.methods.distill import multi_teacher, response
+from lfm.methods.distill import cache, multi_teacher, response
 from lfm.models import load
+from lfm.runs.run import LocalRun
 from teaching import accuracy, answers, made, means, still, supervised
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
@@ -131,6 +132,22 @@ def test_the_likeliest_answers_alone_are_completed() -> None:
     best = logits.log_softmax(-1).topk(6)
     whole = multi_teacher.told([{TOLD: best.values, IDS: best.indices}, {TOLD: logits}], 6)
     torch.testing.assert_close(whole[0].softmax(-1), whole[1].softmax(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "k"), [("classifier", 3), ("causal", 400)])
+def test_teachers_of_different_access_teach_together(name: str, k: int, root: Path, tmp_path: Path) -> None:
+    """One here and one whose answers were kept, all of them: as if both were here."""
+    records = LABELS if name == "classifier" else TEXTS
+    one, two, student = (load(root / f"{name}{seed}") for seed in (0, 2, 1))
+    given = Inputs({"teacher": (two,)}, {"train": records})
+    kept = cache.run(cache.Config(k=k), given, LocalRun(0, tmp_path / "w"))
+    (tmp_path / "kept").mkdir()
+    kept.save(tmp_path / "kept")
+    mixed, _ = distill([one, load(tmp_path / "kept")], student, records, tmp_path / "a", steps=6)
+    both, _ = distill([one, two], student, records, tmp_path / "b", steps=6)
+    before, after, expected = (answers(model, records)[0] for model in (student, mixed, both))
+    assert (expected - before).abs().max() > 0.05
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-3)
 
 
 def test_what_cannot_go_together_is_said_first(root: Path, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Met
 from lfm.core.errors import DataError, MismatchError
 from lfm.data import task as tasks
 from lfm.distilling import lesson as lessons
-from lfm.distilling.objective import heeding
 from lfm.distilling.student import Taught, formed, smaller
+from lfm.distilling.telling import taught
 from lfm.distilling.together import paired
 from lfm.train import fit, training
 
@@ -44,8 +44,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     records = lessons.classed(inputs.records("train"), student, unread=config.alpha == 1)
     lesson = paired(records, inputs.records("seen"), teacher, student)
     gradients = student.ask(Gradients)
-    module = formed(gradients.module(), config, run)
-    loss = heeding(lesson.task, config.alpha, config.temperature)
+    module = formed(gradients.module(), config, run, lesson=lesson)
+    loss = taught(lesson, module, config.alpha, config.temperature)
     losses = fit(module, lesson.numbers, lessons.told(lesson, teacher, run), loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)

@@ -13,9 +13,10 @@ so the teachers' mixture is what is learned, and the loss is that.
 
 Measured: docs/distilling.md, "Several teachers, several students".
 
-Models: teacher, two or more (Logits, Codec), each as for distill.response; student (Gradients, Codec). Data: every
-kind; with alpha=1 and another weighting than confidence the classes of records may be empty. Classifiers are asked once
-a record, answers kept. Errors: MismatchError before any weight is read; ConfigError where `weights` and teachers differ
+Models: teacher, two or more, each of any access that distill.response takes (its logits, answers that were kept,
+classes, likeliest tokens; what the k likeliest leave is spread evenly); student (Gradients, Codec). Data: every kind;
+with alpha=1 and another weighting than confidence the classes of records may be empty. Classifiers are asked once a
+record, answers kept. Errors: MismatchError before any weight is read; ConfigError where `weights` and teachers differ
 in number, or a class is empty and is asked for; DivergedError.
 
     lfm run distill.multi_teacher teacher=one teacher=two student=small train=texts.jsonl --out taught
@@ -25,11 +26,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
+from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import F, nn, torch
 from lfm.distilling import lesson as lessons
-from lfm.distilling.objective import mixed
+from lfm.distilling.answers import ACCESS, queries
 from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import IDS, TOLD, gap
 from lfm.distilling.together import told_by, told_by_all
@@ -63,14 +64,16 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     taught = [lessons.lesson(records, teacher, student) for teacher in teachers]
     task = taught[0].task
     gradients = student.ask(Gradients)
-    module = formed(gradients.module(), config, run)
+    module = formed(gradients.module(), config, run, lesson=taught[0])
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         logits, labels = task.scored(forward(module, batch), batch)
         answers = told([told_by(batch, k) for k in range(len(teachers))], logits.shape[-1])
         theirs = mixture(answers, weights(answers, labels, config), config.temperature)
         heard = gap(logits, {TOLD: theirs}, config.temperature)
-        return mixed(logits, labels, heard, config.alpha)
+        if config.alpha == 1:
+            return heard
+        return (1 - config.alpha) * F.cross_entropy(logits, labels) + config.alpha * heard
 
     losses = fit(module, taught[0].numbers, told_by_all(taught, teachers, run), loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
@@ -125,14 +128,20 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     student, beside = sizes.model("student"), sum(facts.parameters for facts in sizes.models["teacher"])
     whole = training(config, smaller(config, student), sizes.data["train"], forwards=beside)
-    return whole._replace(memory=whole.memory + 4 * student.parameters)
+    given = sizes.gives.get("teacher", ())
+    asked = [queries(sizes._replace(gives={"teacher": (one,)})) for one in given]
+    return whole._replace(
+        memory=whole.memory + 4 * student.parameters,
+        queries=sum(count for count, _ in asked),
+        tokens=sum(tokens for _, tokens in asked),
+    )
 
 
 METHOD = Method(
     paper="arXiv:2201.00007",
     config=Config,
     models={
-        "teacher": Slot((Logits, Codec), min=2, max=None, help="the models whose answers are learned"),
+        "teacher": Slot((), any_of=ACCESS, also=(Codec,), min=2, max=None, help="the models whose answers are learned"),
         "student": Slot((Gradients, Codec), help="the model that learns them"),
     },
     data={

@@ -20,6 +20,7 @@ Errors: MismatchError where peers answer different questions; ConfigError where 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
@@ -51,8 +52,10 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     read = [lessons.lesson([*records, *dev], peer, first) for peer in peers]
     task, numbers = read[0].task, read[0].numbers
     own = len(tasks.fit(records, first.ask(Codec), first.facts))
+    shown = [replace(one, collate=one.theirs) for one in read]
+    begun = [formed(p.ask(Gradients).module(), config, run, k, lesson=shown[k]) for k, p in enumerate(peers)]
     # no list: those are stacks of blocks, where blocks are looked for
-    modules = nn.ModuleDict({str(k): formed(p.ask(Gradients).module(), config, run, k) for k, p in enumerate(peers)})
+    modules = nn.ModuleDict({str(k): module for k, module in enumerate(begun)})
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         each_of = [module.get_submodule(str(k)) for k in range(len(peers))]

@@ -30,7 +30,7 @@ from typing import Annotated
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.distilling import lesson as lessons
-from lfm.distilling.objective import heeding
+from lfm.distilling.telling import taught
 from lfm.models import layers
 from lfm.train import Fit, fit, training
 
@@ -55,8 +55,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     module = gradients.module()
     names = layers.projections(module)
     count = quantising.put_on(module, names, config.bits, config.group)
-    loss = heeding(lesson.task, config.alpha, config.temperature)
-    losses = fit(module, lesson.numbers, lessons.told(lesson, teacher, run), loss, config, run)
+    loss = taught(lesson, module, config.alpha, config.temperature)
+    losses = fit(module, lesson.numbers, lessons.behind(lesson, teacher, run), loss, config, run)
     full, groups = quantising.settled(module, names)
     run.note(loss_before=losses[0], loss_after=losses[-1], rounded=count, largest_used=full / groups)
     return gradients.rewrap(module)
@@ -70,7 +70,7 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     model = sizes.model("model")
     teacher = next(iter(sizes.models.get("teacher", ())), model)
-    whole = training(config, model, sizes.data["train"], forwards=teacher.parameters)
+    whole = training(config, model, sizes.data["train"], forwards=teacher.parameters, logits=0)
     return whole._replace(memory=whole.memory + 8 * model.parameters)  # a copy, and its rounding, for the backward pass
 
 

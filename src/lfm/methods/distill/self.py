@@ -23,8 +23,8 @@ from typing import Annotated, Literal
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.distilling import lesson as lessons
-from lfm.distilling.objective import heeding
 from lfm.distilling.student import Taught, formed, smaller
+from lfm.distilling.telling import taught
 from lfm.train import fit, suited, training
 
 
@@ -43,9 +43,9 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     gradients, teacher = model.ask(Gradients), model
     for generation in range(1, config.generations + 1):
         lesson = lessons.lesson(records, teacher, model)
-        module = formed(gradients.module(), config, run, generation)
-        loss = heeding(lesson.task, config.alpha, config.temperature)
-        told = lessons.told(lesson, teacher, run, f"teacher-{generation}")
+        module = formed(gradients.module(), config, run, generation, lesson=lesson)
+        loss = taught(lesson, module, config.alpha, config.temperature)
+        told = lessons.behind(lesson, teacher, run, f"teacher-{generation}")
         losses = fit(module, lesson.numbers, told, loss, config, run, name=f"generation-{generation}")
         run.note(**{f"loss_{generation}": losses[-1]})
         teacher = gradients.rewrap(module)
@@ -58,7 +58,7 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     model = sizes.model("model")
-    whole = training(config, smaller(config, model), sizes.data["train"], forwards=model.parameters)
+    whole = training(config, smaller(config, model), sizes.data["train"], forwards=model.parameters, logits=0)
     return whole._replace(flops=whole.flops * config.generations, steps=whole.steps * config.generations)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lfm.core.errors import MismatchError
@@ -147,7 +147,7 @@ def ends_of(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], t
 # ---------------------------------------------------------------------------------------------- vocabularies
 
 
-@cache
+@lru_cache(8)
 def spellings(tokenizer: Any) -> tuple[bytes | None, ...]:
     """The bytes that each token stands for, by id; None for special ones. MismatchError where it cannot be told.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,31 @@ def test_who_cannot_be_aligned_is_told_so(root: Path, tmp_path: Path) -> None:
         cross_tokenizer.agree(cross_tokenizer.Config(), inputs)
     with pytest.raises(DataError, match="never end a token at the same place"):
         distill(load(root / "0"), load(root / "unigram"), [data.Text(text="cat")], tmp_path / "w")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LFM_REAL_DATA" not in os.environ, reason="LFM_REAL_DATA is not set")
+def test_a_teacher_of_4096_tokens_is_worth_having_for_a_student_of_512(tmp_path: Path) -> None:
+    """Two of a story model's five blocks, 100 steps: bits a byte of other stories, against those alone."""
+    root = Path(os.environ["LFM_REAL_DATA"])
+    text = (root / "text" / "tinystories_slice.txt").read_text()
+    parts = [data.Text(text=text[i : i + 300].partition(" ")[2]) for i in range(0, 180_000, 300)]
+    train, test = parts[:400], parts[500:]
+    teacher, student = (load(root / "models" / name) for name in ("stories3M", "stories260K"))
+
+    def bits(model: Model) -> float:
+        task = task_for(test, model.ask(Codec), model.facts)
+        batch = task.collate(test)
+        logits, labels = task.scored(model.ask(Logits).logits(batch), batch)
+        return (
+            F.cross_entropy(logits, labels, reduction="sum").item()
+            / math.log(2)
+            / sum(len(r.text.encode()) for r in test)
+        )
+
+    settings: dict[str, Any] = {"steps": 100, "batch_size": 8, "lr": 2e-3, "layers": 2}
+    found = {}
+    for name, more in {"alone": {"weight": 0.0}, "spans": {"weight": 1.0}, "uld": {"kind": "uld"}}.items():
+        made, _ = distill(teacher, student, train, tmp_path / name, **settings, **more)
+        found[name] = bits(made)
+    assert found["spans"] < min(found["alone"], found["uld"]), found

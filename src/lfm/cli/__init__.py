@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from lfm.cli import advising, discover, edits, machine, made, measure, merging, recipes, tuning, use, work
+from lfm.cli import advising, discover, distilling, edits, machine, made, measure, merging, recipes, tuning, use, work
 from lfm.cli.front import Front
 from lfm.core.errors import LfmError
 
@@ -43,7 +43,7 @@ def _root(
         raise typer.Exit
 
 
-for group in (machine, discover, work, tuning, advising, merging, edits, recipes, measure, made, use):
+for group in (machine, discover, work, tuning, distilling, advising, merging, edits, recipes, measure, made, use):
     group.register(app)
 
 

@@ -10,8 +10,8 @@ below .001 (`benchmarks/answers.py`). k = V keeps all in fp32, as told.
 Models: teacher (Logits and Codec; or Classes; or, asked in text, Top or Logprobs, and then `reader`, whose tokens are
 meant); kept (Answers), optional: answers of this teacher to go on from, of which none is asked for again. Data: every
 kind that sets the teacher a task; long texts are split to its context. What is made gives Answers alone, and is a
-teacher of distill.response. Errors: MismatchError where `kept` is another teacher's; CorruptError where the teacher tells what are
-no numbers, and where kept bytes are damaged.
+teacher of distill.response. Errors: MismatchError where `kept` is another teacher's; CorruptError where the teacher
+tells what are no numbers, and where kept bytes are damaged.
 
     lfm run distill.cache teacher=big train=texts.jsonl --set k=2 --out answers
 """

@@ -1,8 +1,8 @@
 """What a teacher tells of a place, in few bytes: its k likeliest ids with their log-probabilities, and what is left.
 
 The level of a log-probability x is n(x) = 1 + (x − least) / wide + eˣ / fine, rounded: steps of `fine` in p where p is
-large, since Σ p |Δ log p| ≈ Σ |Δ p| is least in so many bits by equal ones, and never wider than `wide` in log p, since a
-temperature or a reverse divergence asks for the small ones too. Levels are written as Exp-Golomb codes (which fit
+large, since equal ones make Σ p |Δ log p| ≈ Σ |Δ p| least in so many bits, and never wider than `wide` in log p, since
+a temperature or a reverse divergence asks for the small ones too. Levels are written as Exp-Golomb codes (which fit
 probabilities that fall as 1/rank) of their distance to the place's least, of the order that takes the fewest bits. Ids
 are written as Elias–Fano does sorted ones (Elias, J. ACM 21, 1974), in buckets of equal weight rather than equal size:
 the vocabulary stands by how often each id was among the likeliest, so that frequent ones take few bits. What is left

@@ -148,11 +148,11 @@ class Shards:
         entry = self.entries[number]
         start = int(entry["start"])
         shard = int(self._shard[number])
-        found = self._maps[shard][start : start + int(entry["bytes"])]
+        found = memoryview(self._maps[shard][start : start + int(entry["bytes"])])  # type: ignore[arg-type]
         if xxh3_64_intdigest(found) != entry["sum"]:
             raise CorruptError(
                 f"{bin_of(self._directory, shard)} is damaged",
                 why=f"bytes {start} to {start + len(found)} are not those that were written",
                 fix=AGAIN,
             )
-        return memoryview(found)
+        return found

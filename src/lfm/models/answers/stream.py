@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lfm.core.heavy import np
 
 if TYPE_CHECKING:
-    from numba import carray
+    from numba.np.numpy_support import carray
 
 
 def length(value):
@@ -155,8 +155,8 @@ def pack(raw_, stride, out, codes_, params_, keys_, scratch_, flags_, width, sta
 
 def unpack(raw_, stride, out, codes_, params_, keys_, scratch_, flags_, width, start, count):
     """raw_: `stride` words, the last ones zeros. codes_: int64: buckets, ids, levels; each bucket's bits and first
-    place; by place its id. params_: fp32 (2, levels): log-probabilities and probabilities. scratch_: 8 · width bytes. out: ids, int32
-    (count, width). keys_: log-probabilities, fp32 (count, width). flags_: the bits read."""
+    place; by place its id. params_: fp32 (2, levels): log-probabilities and probabilities. scratch_: 8 · width bytes.
+    out: ids, int32 (count, width). keys_: log-probabilities, fp32 (count, width). flags_: the bits read."""
     k = width
     words = carray(raw_, (stride * 8,)).view(np.uint64)
     head = carray(codes_, (3,))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lfm.models.headless import Headless
 from lfm.train.headed import Best, headed
-from lfm.train.losses import Divergence
+from lfm.train.losses import Divergence, complete, kd, kd_topk
 
 KINDS: tuple[Divergence, ...] = ("forward", "reverse", "jsd")
 
@@ -200,3 +200,18 @@ def test_a_second_backward_pass_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="a backward pass for each loss"):
         loss.backward()
+
+
+def test_it_is_what_the_losses_of_whole_logits_say_and_an_answer_of_no_probability_counts_none() -> None:
+    mine, told = student(dtype=torch.float32), teacher("best", dtype=torch.float32)
+    padded = Best(told.ids, told.logprobs.index_fill(1, torch.tensor([3]), -math.inf))
+    logits = F.linear(*mine)
+    for theirs in (told, padded):
+        found, expected = headed(mine, theirs), kd_topk(logits, *theirs)
+        slopes = [gradients(found, mine), torch.autograd.grad(expected, mine, retain_graph=True)]
+        torch.testing.assert_close((found, *slopes[0]), (expected, *slopes[1]), rtol=1e-4, atol=1e-6)
+        found, expected = (
+            headed(mine, theirs, temperature=2.0, kind="jsd"),
+            kd(logits, complete(*theirs, 23), 2.0, "jsd"),
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
+from safetensors.torch import save_file
 
 import tiny
 from lfm.core import Gradients, Model
@@ -140,3 +141,39 @@ def test_what_does_not_go_together_is_told_before_a_weight_is_read(tmp_path: Pat
         agree(DataFree(), big, load(tiny.classifier(tmp_path / "text")))
     with pytest.raises(ConfigError, match="no batch of 64"):
         agree(DataFree(bank=8), big, big)
+
+
+def bare() -> torch.nn.Sequential:
+    """A network that no config describes, with a batch norm."""
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, 2, 1),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4 * 16, 5),
+    )
+
+
+def test_bare_modules_with_batch_norms_learn_too_and_reload(tmp_path: Path) -> None:
+    from lfm.core import Inputs
+    from lfm.methods.distill import noise
+
+    for seed, name in enumerate(("big", "small")):
+        torch.manual_seed(seed)
+        save_file(bare().state_dict(), tmp_path / f"{name}.safetensors")
+    big, small = (load(tmp_path / f"{name}.safetensors", module=bare) for name in ("big", "small"))
+    shape: dict[str, Any] = {"image": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "optimizer": "sgd"}
+    config = noise.Config(**QUICK | shape | {"pictures": 8, "every": 3, "iterations": 2, "kind": "adi"})
+    inputs = Inputs({"teacher": (big,), "student": (small,)}, {})
+    noise.agree(config, inputs)
+    run = LocalRun(0, tmp_path / "run")
+    made = noise.run(config, inputs, run)
+    assert isinstance(made, Model) and run.notes["queries"] == 2 * 8 * 3
+    (tmp_path / "out").mkdir()
+    made.save(tmp_path / "out")
+    again = load(tmp_path / "out", module=bare).ask(Gradients).module()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(again(x), made.ask(Gradients).module()(x))
+    assert not torch.equal(again(x), small.ask(Gradients).module()(x))
+    with pytest.raises(ConfigError, match="size of the pictures"):
+        noise.agree(noise.Config(), inputs)

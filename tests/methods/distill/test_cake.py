@@ -22,7 +22,7 @@ from lfm.methods.distill import cake
 from lfm.models import forward, load
 from lfm.runs.run import LocalRun
 
-SMALL: dict[str, Any] = {"steps": 6, "batch_size": 8, "every": 3, "iterations": 2, "groups": 4}
+SMALL: dict[str, Any] = {"steps": 6, "batch_size": 8, "pictures": 8, "every": 3, "iterations": 2, "groups": 4}
 
 
 def case(here: Path) -> Case:
@@ -55,7 +55,7 @@ def test_pictures_end_at_the_boundary_where_the_contrast_pulls_and_far_from_it_w
     stage = Scene(frame, 2, tell, linear, lambda images: images, ())
     margins: dict[float, float] = {}
     for attract in (0.0, 10.0):
-        config = cake.Config(batch_size=16, groups=2, iterations=200, classify=1.0, attract=attract, tv=0.0)
+        config = cake.Config(pictures=16, groups=2, iterations=200, classify=1.0, attract=attract, tv=0.0)
         torch.manual_seed(1)
         told = cake.pictures(config, stage, 1.0)[TOLD]
         assert len(told) == 16
@@ -78,7 +78,7 @@ def test_a_student_learns_the_zoos_digits_from_pictures_of_nothing(tmp_path: Pat
     from lfm.zoo import vision
 
     teacher = load(zoo.model("vit"))
-    config = cake.Config(steps=1000, every=20, iterations=40, batch_size=60, lr=3e-3, layers=1, start="random")
+    config = cake.Config(steps=1000, every=20, iterations=40, pictures=60, lr=3e-3, layers=1, start="random")
     inputs = check("distill.cake", cake.METHOD, Inputs({"teacher": (teacher,), "student": (teacher,)}, {}))
     made = cake.run(config, inputs, LocalRun(0, tmp_path))
     assert isinstance(made, Model)

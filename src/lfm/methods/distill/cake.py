@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 class Config(DataFree, frozen=True):
     temperature: Annotated[float, Meta(gt=0, description="T, of both models' answers")] = 1.0
     every: Annotated[int, Meta(ge=1, description="student's steps between two batches of new pictures")] = 40
+    pictures: Annotated[int, Meta(ge=2, description="new pictures a batch, a multiple of groups")] = 100
     iterations: Annotated[int, Meta(ge=1, description="steps of SGD that move the pictures")] = 500
     groups: Annotated[int, Meta(ge=2, description="pictures that attract one another, each of its own class")] = 10
     picture_lr: Annotated[float, Meta(gt=0, description="ε of the first pictures")] = 0.1
@@ -73,7 +74,7 @@ def pace(config: Config, step: int) -> float:
 def pictures(config: Config, scene: Scene, epsilon: float) -> Batch:
     """One batch of groups drawn to the teacher's boundaries, and what it tells of them."""
     groups = min(config.groups, scene.classes)
-    rows = max(1, config.batch_size // groups)
+    rows = max(1, config.pictures // groups)
     place = scene.frame.low.device
     classes = torch.stack([torch.randperm(scene.classes)[:groups] for _ in range(rows)]).flatten().to(place)
 
@@ -100,8 +101,8 @@ def contrast(told: Tensor) -> Tensor:
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
-    made = config.batch_size * math.ceil(config.steps / config.every)
-    return datafree.costs(config, sizes.model("teacher"), sizes.model("student"), made, config.iterations)
+    made = config.pictures * math.ceil(config.steps / config.every)
+    return datafree.costs(config, sizes.model("teacher"), sizes.model("student"), made, config.iterations, made)
 
 
 def agree(config: Config, inputs: Inputs) -> None:

@@ -159,7 +159,7 @@ def _fits(records: Records, module: nn.Module, classes: int, file: str) -> None:
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     made = config.pictures * math.ceil(config.steps / config.every)
-    return datafree.costs(config, sizes.model("teacher"), sizes.model("student"), made, config.iterations)
+    return datafree.costs(config, sizes.model("teacher"), sizes.model("student"), made, config.iterations, made)
 
 
 def agree(config: Config, inputs: Inputs) -> None:

@@ -22,7 +22,7 @@ read; DataError where nothing that it says is new.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from lfm.core import Codec, Cost, Gradients, Inputs, Logits, Logprobs, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core import Text as Says
@@ -34,14 +34,7 @@ from lfm.distilling import answering, asking, filtering
 from lfm.distilling import lesson as lessons
 from lfm.distilling.answering import Answering
 from lfm.distilling.student import formed, smaller
-from lfm.models import forward
 from lfm.train import fit, training
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lfm.core.heavy import nn
-    from lfm.core.model import Batch
 
 ROUNDS = 2
 """Times as many samples are drawn as are wanted, at most: what is left out is drawn again."""
@@ -71,10 +64,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run)
 
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        return answering.learned(config, lesson, forward(module, batch), batch)
-
-    collate = lessons.told(lesson, teacher, run) if config.alpha else lesson.collate
+    loss, collate = answering.answered(config, lesson, teacher, module, run)
     losses = fit(module, lesson.numbers, collate, loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)

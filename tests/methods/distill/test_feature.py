@@ -85,6 +85,21 @@ def test_more_directions_err_less_as_one_over_their_root() -> None:
     assert spread[0] / spread[1] == pytest.approx(4, rel=0.2)
 
 
+def test_twice_the_positions_are_twice_the_fast_arithmetic_and_four_times_the_exact() -> None:
+    """Multiplications of the loss and its gradient, counted; benchmarks/affinity.py has time and memory too."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def operations(places: int, fast: bool) -> int:
+        s, t = maps(1, places, 16).requires_grad_(True), maps(1, places, 16, seed=1)
+        with FlopCounterMode(display=False) as counter:
+            (inside.fast_affinity(s, t, 4) if fast else inside.affinity(s, t)).backward()
+        return counter.get_total_flops()
+
+    assert operations(256, True) == 2 * operations(128, True)
+    assert operations(256, False) == 4 * operations(128, False)
+    assert operations(256, False) > 30 * operations(256, True)
+
+
 def test_the_affinity_written_out_pair_by_pair() -> None:
     s, t = maps(2, 4, 3), maps(2, 4, 5, seed=1)
     total = 0.0

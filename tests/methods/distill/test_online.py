@@ -149,7 +149,7 @@ def test_one_architecture_twice_begins_twice(root: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_peers_learn_more_together_than_apart(tmp_path: Path) -> None:
-    """Two small ViTs on 300 of scikit-learn's digits, together and each by itself; three seeds, both peers."""
+    """Two small ViTs on 300 of scikit-learn's digits, together, and the first by itself; three seeds."""
     every = digits()
     scores: dict[str, list[float]] = {}
     for seed in range(3):
@@ -157,12 +157,11 @@ def test_peers_learn_more_together_than_apart(tmp_path: Path) -> None:
         shape: dict[str, Any] = {"hidden_size": 64, "initializer_range": 0.1}
         peers = [load(tiny.vit(tmp_path / f"{seed}{k}", seed=10 * seed + k, **shape)) for k in range(2)]
         fit: dict[str, Any] = {"steps": 150, "batch_size": 32, "lr": 3e-3}
-        for k, order in enumerate((peers, peers[::-1])):
-            alone = supervised(peers[k], some, tmp_path / f"a{seed}{k}", seed, **fit)
-            given, _ = mutual(order, some, tmp_path / f"o{seed}{k}", seed=seed, **fit)
-            for name, model in (("alone", alone), ("together", given)):
-                scores.setdefault(f"{name}: accuracy", []).append(accuracy(model, every[1200:]))
-                scores.setdefault(f"{name}: loss", []).append(loss(model, every[1200:]))
+        alone = supervised(peers[0], some, tmp_path / f"a{seed}", seed, **fit)
+        given, _ = mutual(peers, some, tmp_path / f"o{seed}", seed=seed, **fit)
+        for name, model in (("alone", alone), ("together", given)):
+            scores.setdefault(f"{name}: accuracy", []).append(accuracy(model, every[1200:]))
+            scores.setdefault(f"{name}: loss", []).append(loss(model, every[1200:]))
     mean = means(scores)
     assert mean["together: loss"] < mean["alone: loss"]
     assert mean["together: accuracy"] > mean["alone: accuracy"] - 0.005

@@ -169,4 +169,4 @@ def test_trained_while_rounded_beats_rounded_afterwards(tmp_path: Path) -> None:
                 scores.setdefault(f"{bits} {kind}", []).append(accuracy(after, test))
     mean = means({"whole": [accuracy(model, test)] * 2, **scores})
     assert mean["4 taught"] >= mean["4 rounded"] and mean["3 taught"] > mean["3 rounded"]
-    assert mean["2 taught"] > mean["2 rounded"] + 0.1
+    assert mean["2 taught"] > mean["2 rounded"] + 0.03

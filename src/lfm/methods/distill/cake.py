@@ -15,7 +15,7 @@ what pictures they read, or `image`, `mean` and `std` do. The student may be giv
 layers and start=random. Data: none. The teacher is asked `iterations` + 1 times a picture; `queries` is noted. Errors:
 MismatchError and ConfigError before a weight is read; DivergedError.
 
-    lfm run distill.cake teacher=big student=small --set steps=400 --out taught
+    lfm run distill.cake teacher=big student=small --set steps=20 --set iterations=5 --out taught
 """
 
 from __future__ import annotations

@@ -137,7 +137,8 @@ def _by_classes(taught: Lesson, teacher: Model, k: int) -> Ask:
 
 def _by_text(taught: Lesson, teacher: Model, k: int) -> Ask:
     """One question a place: the text before it. Tokens are known by their text, so that the teacher may have others;
-    what is told of those that the student lacks, or that read like several, stays with what is left out."""
+    what is told of those that the student lacks, or that read like several, stays with what is left out. Before the
+    first word there is no text, and endpoints refuse an empty one: there the record's own token is the answer."""
     if taught.codec is None or not taught.task.name.endswith("causal-lm"):
         raise AccessError(
             f"{teacher.ref} tells next tokens alone",
@@ -151,21 +152,28 @@ def _by_text(taught: Lesson, teacher: Model, k: int) -> Ask:
 
     def ask(chosen: Sequence[int]) -> Told:
         batch = taught.collate(chosen)
-        prompts, counts = [], []
+        prompts: list[str] = []
+        own: list[int] = []
+        counts: list[int] = []
         for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
             places = [place for place, label in enumerate(labels) if label != IGNORED]
             prompts += [tokenizer.decode(ids[:place], skip_special_tokens=True) for place in places]
+            own += [labels[place] for place in places]
             counts.append(len(places))
-        known = [[(spelled[t], p) for t, p in best if t in spelled][:width] for best in top(prompts, k)]
+        told = iter(top([prompt for prompt in prompts if prompt], k))
+        known = [
+            [(spelled[t], p) for t, p in next(told) if t in spelled][:width] if prompt else [(label, 0.0)]
+            for prompt, label in zip(prompts, own, strict=True)
+        ]
         found = np.empty((len(known), width), np.int32)
-        told = np.full((len(known), width), -np.inf, np.float32)
+        logprobs = np.full((len(known), width), -np.inf, np.float32)
         for row, best in enumerate(known):
-            own = [i for i, _ in best]
+            first = [i for i, _ in best]
             # what is not told fills the row with a probability of none
-            others = (i for i in range(len(tokenizer)) if i not in own)
-            found[row] = [*own, *(next(others) for _ in range(width - len(own)))]
-            told[row, : len(own)] = [p for _, p in best]
-        return Told(found, told, counts, len(tokenizer))
+            others = (i for i in range(len(tokenizer)) if i not in first)
+            found[row] = [*first, *(next(others) for _ in range(width - len(first)))]
+            logprobs[row, : len(first)] = [p for _, p in best]
+        return Told(found, logprobs, counts, len(tokenizer))
 
     return ask
 

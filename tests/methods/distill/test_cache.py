@@ -22,7 +22,7 @@ import tiny
 from case import Case
 from lfm import runs
 from lfm.core import Answers, Codec, Gradients, Inputs, Logits, Model
-from lfm.core.errors import AccessError, ConfigError, CorruptError, MismatchError
+from lfm.core.errors import AccessError, BudgetError, ConfigError, CorruptError, MismatchError
 from lfm.core.method import check
 from lfm.core.model import Classes, Top
 from lfm.data import records as data
@@ -33,8 +33,10 @@ from lfm.distilling.telling import IDS, TOLD
 from lfm.methods.distill import cache, response
 from lfm.models import load
 from lfm.models.answers.shards import bin_of, index_of
+from lfm.models.api import Budget, Meter, open_api
 from lfm.models.language import ids_by_text
 from lfm.runs.run import LocalRun
+from scripted import parrot, scripted
 
 LABELS = [data.Label(text=f"the {w} sat on the mat {i}", label=w) for i, w in enumerate(("cats", "dogs", "birds") * 4)]
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -247,12 +249,51 @@ def test_a_teacher_asked_in_text_tells_what_its_logits_tell(root: Path, tmp_path
     alike = [i for ids in ids_by_text(tokenizer, len(tokenizer)).values() if len(ids) > 1 for i in ids]
     known = torch.ones(len(tokenizer), dtype=torch.bool).index_fill(0, torch.tensor(alike), False)
     right = ((got - expected).abs() < 1e-4) | ~told
+    labels = torch.cat([lesson.collate([i])["labels"][0, 1:] for i in range(3)])
+    first = (batch[TOLD] == 0).any(1)
+    assert first.sum() == 3 and torch.equal(batch[IDS][first, 0], labels[first])  # before them there is no text
+    got, expected, told, right = (x[~first] for x in (got, expected, told, right))
     assert right.all(1).double().mean() > 0.8  # the prefixes that are read as the text is
     assert (told.sum(1) == known[expected.topk(64).indices].sum(1))[right.all(1)].all()
     with pytest.raises(AccessError, match="reader=STUDENT"):
         keep(spoken, TEXTS[:3], tmp_path / "none")
     kept = keep(spoken, TEXTS[:3], tmp_path / "answers", 20, reader=student)
     learn(kept, student, TEXTS[:3], tmp_path / "learned", temperature=1.0)
+
+
+def test_an_endpoint_is_paid_once(root: Path, tmp_path: Path) -> None:
+    """One query a place; stopped by its budget it goes on, and what was kept of it costs nothing again."""
+    student, texts = load(root / "causal1"), [data.Text(text=f"{i} the cat") for i in range(100, 172)]
+    with scripted(parrot(chat=False, echo=False)) as script:
+
+        def teacher(queries: int) -> tuple[Model, Meter]:
+            meter = Meter(Budget(queries=queries))
+            return open_api(f"api:{script.url}", cache=tmp_path / "cache", meter=meter), meter
+
+        lesson = lessons.lesson(texts, student, student)
+        tokenizer = student.ask(Codec).tokenizer
+
+        def asked(numbers: Any) -> int:
+            """Different texts before a place; after <s> alone there is none."""
+            rows = [lesson.collate([i])["input_ids"][0].tolist() for i in numbers]
+            said = {tokenizer.decode(row[:end], skip_special_tokens=True) for row in rows for end in range(2, len(row))}
+            return len(said - {""})
+
+        model, _ = teacher(asked(range(64)) + 5)
+        inputs = Inputs({"teacher": (model,), "student": (student,)}, {"train": texts})
+        config = response.Config(steps=2, batch_size=4, temperature=1.0)
+        response.agree(config, inputs)
+        (tmp_path / "work").mkdir()
+        with pytest.raises(BudgetError):
+            response.run(config, check("distill.response", response.METHOD, inputs), LocalRun(0, tmp_path / "work"))
+        kept = len(list((tmp_path / "work" / "steps").glob("teacher*.json")))
+        again, meter = teacher(100_000)
+        inputs = Inputs({"teacher": (again,), "student": (student,)}, {"train": texts})
+        response.run(config, check("distill.response", response.METHOD, inputs), LocalRun(0, tmp_path / "work"))
+        assert kept == 1 and 0 < meter.spent().queries <= asked(range(72)) - asked(range(64))
+        last, meter = teacher(0)
+        keep(last, texts, tmp_path / "answers", 64, reader=student)
+        assert meter.spent().queries == 0
 
 
 def _top_alone(teacher: Model) -> Model:

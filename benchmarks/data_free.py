@@ -85,12 +85,12 @@ SIDE, CENTRE, SPREAD = (3, 8, 8), (0.31,) * 3, (0.38,) * 3
 
 
 def conv(width: int, deep: int) -> nn.Module:
-    """Convolutions with batch norms, of width channels and then twice as many."""
+    """Convolutions with batch norms, of width channels, twice and then four times as many."""
+    widths = [3, *(width * 2 ** min(i, 2) for i in range(deep))]
     layers: list[nn.Module] = []
-    for i in range(deep):
-        wide, given = width * 2 ** min(i, 2), 3 if i == 0 else width * 2 ** min(i - 1, 2)
+    for i, (given, wide) in enumerate(zip(widths, widths[1:])):
         layers += [nn.Conv2d(given, wide, 3, 2 if i == 1 else 1, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(wide, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
 
 def bare(build: Callable[[], nn.Module], module: nn.Module, path: Path) -> Model:

@@ -150,6 +150,7 @@ def supervised(student: Model, records: Sequence[Any], config: Any, work: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_student_of_samples_knows_of_more_than_one_of_a_few_stories(tmp_path: Path) -> None:
     """zoo:lm into one block with new weights, 80 steps, 3 seeds; loss on facts, which no story states in such words.
     Texts that a thousand first tokens begin, as in LLM-QAT, are worth more than those that the teacher begins.

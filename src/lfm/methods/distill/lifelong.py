@@ -9,9 +9,10 @@ softmax over old and new classes for the labels, so that what is made is an ordi
 the task (the paper's heads are apart: to ask as there, look at a task's own classes alone); no warm-up of the new head
 by itself. A language model answers for every place of the new text that is scored.
 
-Measured: docs/distilling.md, "Several teachers, several students". It keeps what the new inputs still ask about. Where
-old and new inputs share their classes (digits upright and turned), what the old model says of the new ones is wrong,
-and this is the wrong method: see tune.remind, tune.adapters_continual.
+Measured (docs/distilling.md): a ViT that has learned digits 5 to 9 tells 0 to 4 apart .917 right, fine-tuned .334, and
+before .956; asked among all ten it puts most old digits among the new classes (.206 right; fine-tuned 0). Where old and
+new inputs share their classes (digits upright and turned), what the old model says of the new ones may be wrong: then
+see tune.remind, tune.adapters_continual.
 
 Models: model (Logits, Gradients, Codec), any task; new classes need a last linear layer with a row a class. Data: every
 kind, with labels. Errors: ModelError where the head cannot grow; DataError; DivergedError.

@@ -11,7 +11,8 @@ which that paper compares with. `agreement` is ours, and needs no labels. Differ
 (the authors' code divides by K once more). Σ w_k KL(pᵏ ‖ p) is KL(Σ w_k pᵏ ‖ p) up to what the student cannot change,
 so the teachers' mixture is what is learned, and the loss is that.
 
-Measured: docs/distilling.md, "Several teachers, several students".
+Measured (docs/distilling.md): of two experts, each at home in half of the records, a small ViT learns .766 by fixed
+weights, .797 by entropy, .823 by confidence, where it learns .800 from labels alone: means of three seeds.
 
 Models: teacher, two or more, each of any access that distill.response takes (its logits, answers that were kept,
 classes, likeliest tokens; what the k likeliest leave is spread evenly); student (Gradients, Codec). Data: every kind;

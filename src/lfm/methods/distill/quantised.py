@@ -15,7 +15,8 @@ everywhere, and shows what few bits cost; it is no smaller. The packed formats t
 rounds by the largest weight of a group finds these very integers where a group uses its largest (`largest_used` in the
 notes); bf16 or fp16 storage rounds the grid itself, by up to 2⁻⁹ or 2⁻¹² of a weight.
 
-Measured: docs/distilling.md, "Several teachers, several students".
+Measured (docs/distilling.md): the zoo's ViT at 2 bits is .914 right rounded alone and .981 trained so, as it was whole;
+labels do as well as the teacher there, which needs none.
 
 Models: model (Gradients, Logits, Codec), with linear or convolution layers; teacher, optional (Logits, Codec). Data:
 every kind; with alpha=1, the default, the classes of records may be empty. Errors: MismatchError; ConfigError where

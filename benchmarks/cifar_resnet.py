@@ -6,16 +6,26 @@ parameters: every second place, and zeros for the channels that are new.
 
 from __future__ import annotations
 
+import io
+import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
+import pyarrow.parquet as parquet
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import ViTImageProcessorPil
 
-from lfm.core import Model
+from lfm.core import Codec, Model, Weights
+from lfm.core.model import Facts
+from lfm.data.records import Image
 from lfm.models import load
+from lfm.models.codec import ImageCodec
 from lfm.train import seeded
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -78,14 +88,26 @@ def new(depth: int, seed: int, here: Path) -> Model:
 
 def images(file: Path) -> tuple[Tensor, Tensor]:
     """A parquet file's pictures as those networks read them (N, 3, 32, 32), and their classes (N,)."""
-    import io
-
-    import numpy as np
-    import pyarrow.parquet as parquet
-    from PIL import Image
-
     table = parquet.read_table(file).to_pydict()
-    arrays = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"]])
+    arrays = np.stack([np.asarray(PIL.Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"]])
     unit = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
     centre, spread = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
     return (unit - centre) / spread, torch.tensor(table["label"])
+
+
+LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def reading(model: Model) -> Model:
+    """The same, with a codec of pictures and the names of its classes, which a state dict does not tell."""
+    processor = ViTImageProcessorPil(do_resize=False, image_mean=list(MEAN), image_std=list(STD))
+    parameters = sum(math.prod(t.shape) for t in model.ask(Weights).tensors().values())
+    facts = Facts(task="image-classification", labels=LABELS, parameters=parameters, bytes=4 * parameters)
+    gives = {**model.gives, Codec: lambda: ImageCodec(processor)}
+    return replace(model, gives=gives, look=lambda: facts, _opened={})
+
+
+def pictures(file: Path) -> list[Image]:
+    """A parquet file's pictures and classes as records."""
+    table = parquet.read_table(file).to_pydict()
+    return [Image(image=row["bytes"], label=LABELS[label]) for row, label in zip(table["image"], table["label"])]

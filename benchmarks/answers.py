@@ -8,9 +8,10 @@ The answers are those of a real model to a text (--model, --text), and of a made
 more often than others. Buckets are weighed by half of the tokens, and all is measured on the other half.
 
 error: Σ p |Δ log p| over the k ids told, mean over tokens. left: mean |Δ(1 − Σ p)|. KL: DistillKit's own measure of its
-codecs (test_compression.py), over the ids told: KL(teacher ‖ what comes back, scaled to add up to 1). Speeds are tokens
-by a second of CPU time of this process, one thread, the median of --repeat, the codecs in turn; DistillKit's work in
-torch, from the k likeliest ids to bytes and back, as ours does.
+codecs (kld_fwd of test_compression.py): KL(what comes back, scaled to add up to 1 ‖ teacher), −log Σ p at least. It has
+no measure called "probability-weighted error": `error` is what we take that for. Speeds are tokens by a second of CPU
+time of this process, one thread, the median of --repeat, the codecs in turn; DistillKit's work in torch, from the k
+likeliest ids to bytes and back, as ours does.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def lost(codec: Codec_, told: Told) -> tuple[float, float, float, float]:
     y = back.double().gather(1, other.indices)
     error = (x.exp() * (x - y).abs()).sum(1).mean()
     left = (x.exp().sum(1) - y.exp().sum(1)).abs().mean()
-    kl = (x.exp() * (x - y.log_softmax(1))).sum(1).mean()
+    scaled = y.log_softmax(1)
+    kl = (scaled.exp() * (scaled - x)).sum(1).mean()
     return codec.size(packed) / len(told.ids), float(error), float(left), float(kl)
 
 

@@ -279,6 +279,7 @@ def test_an_endpoint_is_paid_once(root: Path, tmp_path: Path) -> None:
             said = {tokenizer.decode(row[:end], skip_special_tokens=True) for row in rows for end in range(2, len(row))}
             return len(said - {""})
 
+        teacher(100)  # what it can do is asked once, and kept
         model, _ = teacher(asked(range(64)) + 5)
         inputs = Inputs({"teacher": (model,), "student": (student,)}, {"train": texts})
         config = response.Config(steps=2, batch_size=4, temperature=1.0)

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def conv(width: int, deep: int) -> nn.Module:
     """Convolutions with batch norms, of width channels, twice and then four times as many."""
     widths = [3, *(width * 2 ** min(i, 2) for i in range(deep))]
     layers: list[nn.Module] = []
-    for i, (given, wide) in enumerate(zip(widths, widths[1:])):
+    for i, (given, wide) in enumerate(pairwise(widths)):
         layers += [nn.Conv2d(given, wide, 3, 2 if i == 1 else 1, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 

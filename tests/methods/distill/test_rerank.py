@@ -12,12 +12,14 @@ import pytest
 
 import tiny
 from case import Case
+from lfm import runs
 from lfm.core import Codec, Inputs, Logits, Model, Text
 from lfm.core.errors import AccessError, ConfigError, MismatchError
 from lfm.core.model import Classes, Facts
 from lfm.data.files import write
 from lfm.data.records import Label
 from lfm.methods.distill import rerank
+from lfm.methods.prompt import api_few_shot
 from lfm.models import load
 from lfm.prompting import choosing
 from lfm.runs.run import LocalRun
@@ -175,3 +177,28 @@ def test_what_cannot_go_together_is_said_before_anything_is_asked(tmp_path: Path
     with pytest.raises(AccessError, match="tells no classes"):
         made(replace(causal, ref="causal"), model(Text, large), [], tmp_path, threshold=0.5)
     assert not small.asked and not large.asked
+
+
+@pytest.mark.slow
+def test_the_unsure_are_told_better_on_the_zoo(tmp_path: Path) -> None:
+    """Topics of stories, a head of 24 examples and one of 400 on zoo:lm's vectors: see docs/distilling.md."""
+    teacher = runs.model("zoo:lm")
+    records: list[Any] = list(runs.records("zoo:topics"))
+    test: list[Any] = list(runs.records("zoo:topics-test"))[:200]
+
+    def head(examples: int) -> Model:
+        inputs = Inputs({"model": (teacher,)}, {"train": records[:400]})
+        (tmp_path / str(examples)).mkdir()
+        run = LocalRun(0, tmp_path / str(examples))
+        return api_few_shot.run(api_few_shot.Config(examples=examples), inputs, run)
+
+    def right(model: Model) -> Any:
+        told = model.ask(Classes)
+        return np.array([told.labels[i] == r.label for i, r in zip(told.tell(test).argmax(1), test, strict=True)])
+
+    small, large = head(24), head(400)
+    pair, run = made(small, large, records[400:], tmp_path / "pair", most=0.5)
+    unsure = np.exp(small.ask(Classes).tell(test).max(1)) < float(run.notes["threshold"])
+    assert right(pair).mean() > right(small).mean() + 0.05
+    assert right(pair)[unsure].mean() > right(small)[unsure].mean() + 0.1 and unsure.mean() < 0.7
+    assert (right(pair)[~unsure] == right(small)[~unsure]).all()

@@ -15,6 +15,10 @@ rewards have the mean of the batch's other rows taken off, which changes no expe
 `alpha` < 1 adds the records' own tokens on their batches, as MiniLLM's L_PT does. Prompts are what comes before a
 completion, before a conversation's last turn, or a text's first tokens.
 
+Measured (docs/distilling.md; one seed, two of a 0.26 M story model's five blocks): on its own words the student ends
+nearer to its teacher, KL 1.42 (gkd), 1.39 (speculative), 1.30 (minillm) nats a token against 1.51 by forward KL on
+records and 1.71 by their tokens; of the records it tells less than either, 3.05 and more against 2.75 and 2.62.
+
 Models: teacher (Logits; Gradients where it gives them, to keep keys and values while it has a hand in drawing),
 student (Gradients, Codec): causal, of one vocabulary. A teacher that tells its likeliest tokens alone, as endpoints do,
 is refused: each drawn token of each step would be a request, and a divergence of both answers needs all of them; learn

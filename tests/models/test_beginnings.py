@@ -60,7 +60,7 @@ def test_texts_that_begin_alike_are_scored_as_if_read_whole(
         return model.ask(Logits).logits(batch)
 
     begun = reading_on(lambda: module)
-    sharing = CausalLogprobs(plain, model.ask(Codec), shares=True, begun=begun)
+    sharing = CausalLogprobs(plain, model.ask(Codec), shares=True, reads_on=begun)
     for one, other in zip(sharing.score(prompts, words), whole.score(prompts, words), strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
     lengths = [len(ids) for ids in model.ask(Codec).tokenizer(list(PROMPTS))["input_ids"]]

@@ -198,8 +198,8 @@ class CausalLogprobs:
     """Log-probabilities of continuations under next-token logits. Suffixes are ignored.
 
     shares: what precedes a token decides its logits, and nothing else does, so that rows which begin another are read
-    with it: of many single-token words after a prompt, once. Programs may look at all that they are given. begun: what
-    reads on from what rows begin with alike (lfm.models.beginnings). context: the model's, in tokens (0: not known): of
+    with it: of many single-token words after a prompt, once. Programs may look at all that they are given. reads_on:
+    what reads on from what rows begin with alike (lfm.models.beginnings). context: the model's, in tokens (0: not known): of
     what is longer, the prompt's beginning is left out.
     """
 
@@ -209,11 +209,11 @@ class CausalLogprobs:
         codec: Codec,
         *,
         shares: bool = False,
-        begun: Callable[[Sequence[int], Sequence[int]], LogitsFn | None] = lambda ids, following: None,
+        reads_on: Callable[[Sequence[int], Sequence[int]], LogitsFn | None] = lambda ids, following: None,
         context: Callable[[], int] = lambda: 0,
     ) -> None:
         self._logits, self._codec, self._shares, self._context = logits, codec, shares, context
-        self._begun = begun
+        self._reads_on = reads_on
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
         tokenizer = self._codec.tokenizer
@@ -265,7 +265,7 @@ class CausalLogprobs:
         fill = pad_id(self._codec.tokenizer)
         apart: list[int] = []
         for length, places in alike(rows, asked) if self._shares else [Alike(0, list(range(len(rows))))]:
-            read = self._begun(rows[places[0]][:length], rows[places[0]][length:]) if length else None
+            read = self._reads_on(rows[places[0]][:length], rows[places[0]][length:]) if length else None
             if read is None:
                 apart += places
                 continue

@@ -184,7 +184,7 @@ def interfaces(
     if task == "causal-lm":
         gives[Text] = lambda: LocalText(shared, codec())
         gives[Logprobs] = lambda: CausalLogprobs(
-            logits.logits, codec(), shares=True, begun=reading_on(shared), context=context
+            logits.logits, codec(), shares=True, reads_on=reading_on(shared), context=context
         )
     elif task == "masked-lm":
         gives[Logprobs] = lambda: MaskedLogprobs(logits.logits, codec(), context=context)

@@ -199,8 +199,8 @@ class CausalLogprobs:
 
     shares: what precedes a token decides its logits, and nothing else does, so that rows which begin another are read
     with it: of many single-token words after a prompt, once. Programs may look at all that they are given. reads_on:
-    what reads on from what rows begin with alike (lfm.models.beginnings). context: the model's, in tokens (0: not known): of
-    what is longer, the prompt's beginning is left out.
+    what reads on from what rows begin with alike (lfm.models.beginnings). context: the model's, in tokens (0: not
+    known): of what is longer, the prompt's beginning is left out.
     """
 
     def __init__(

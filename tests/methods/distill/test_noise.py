@@ -222,11 +222,11 @@ def test_a_student_learns_the_zoos_digits_from_optimised_noise(tmp_path: Path) -
     from lfm.zoo import vision
 
     teacher = load(zoo.model("vit"))
-    config = noise.Config(steps=800, every=40, iterations=60, lr=3e-3, picture_lr=0.1, layers=1, start="random")
+    config = noise.Config(steps=600, every=30, iterations=40, lr=3e-3, picture_lr=0.1, layers=1, start="random")
     made = noise.run(config, Inputs({"teacher": (teacher,), "student": (teacher,)}, {}), LocalRun(0, tmp_path))
     assert isinstance(made, Model)
     records = vision.images("identity", "test")
     batch = task_for(records, teacher.ask(Codec), teacher.facts).collate(records)
     with torch.no_grad():
         right = (forward(made.ask(Gradients).module(), batch).argmax(-1) == batch["labels"]).double().mean()
-    assert right > 0.3, right
+    assert right > 0.2, right

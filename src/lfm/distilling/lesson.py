@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from lfm.core import Answers, Codec, Features, Logits, Model, Run
+from lfm.core import Answers, Codec, Features, Logits, Logprobs, Model, Run, Top
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import np, torch
 from lfm.data import task as tasks
@@ -154,7 +154,8 @@ def classed(records: Sequence[Any], student: Model, *, unread: bool) -> Sequence
 def agree(teacher: Model, student: Model) -> None:
     """That one answers what the other does: one task, and the same vocabulary or classes. MismatchError."""
     t, s = teacher.facts, student.facts
-    if not teacher.can(Logits) and not teacher.can(Answers) and s.task == "causal-lm":
+    spoken = teacher.can(Top) or teacher.can(Logprobs)
+    if spoken and not teacher.can(Logits) and not teacher.can(Answers) and s.task == "causal-lm":
         return  # it is asked in text, and its tokens are known by theirs
     if t.task != s.task:
         raise MismatchError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tiny
@@ -105,6 +105,7 @@ def test_a_tokenizer_is_aligned_with_itself_token_by_token(text: str, name: str)
 
 
 @settings(deadline=None, max_examples=30)
+@example(text=" ", name="words")  # no token but those around it
 @given(text=TEXT, name=st.sampled_from(sorted(set(MADE) - set(LOSSLESS))))
 def test_tokenizers_that_change_the_text_are_aligned_by_its_characters(text: str, name: str) -> None:
     """The words of WordPiece (which folds case) and Unigram (which does not know every letter) end where others' do."""

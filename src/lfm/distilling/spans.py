@@ -71,7 +71,7 @@ def read(record: Record, task: Task, tokenizer: Any) -> Reading:
         whole = [ids[0], *whole[gone + 1 :]]
     if len(ids) == len(whole) + 1:
         keys = [*keys, (last, END)]
-    assert len(keys) >= len(ids), (ids, whole)
+    keys = [*keys, *[None] * (len(ids) - len(keys))]  # of a text without tokens, those that stand around it
     return Reading(ids, labels, keys[: len(ids)])
 
 

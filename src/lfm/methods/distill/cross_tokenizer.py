@@ -18,8 +18,8 @@ projection; here it is the rule above. `uld` compares what does not belong toget
 and is there to be compared with.
 
 Measured (docs/distilling.md; one seed, a teacher of 3.1 M and 4096 tokens, a student of 0.26 M and 512): of 24 texts
-the student alone comes to 2.00 bits a byte of others, with uld to 1.74, with spans to 1.67; of 400 texts in 100 steps to
-2.02 alone and 2.08 with spans: it is worth having where records are few, and did not pay where steps were.
+the student alone comes to 2.00 bits a byte of others, with uld to 1.74, with spans to 1.67; of 400 texts in 100 steps
+to 2.02 alone and 2.08 with spans: it is worth having where records are few, and did not pay where steps were.
 
 Models: teacher (Logits, Codec), student (Gradients, Codec): causal language models, their tokenizers fast ones of any
 kind. Data: text, completion, chat, each model's conversations by its own template. Errors: MismatchError before any

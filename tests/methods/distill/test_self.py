@@ -113,4 +113,6 @@ def test_a_born_again_network_is_no_worse_than_its_teacher(tmp_path: Path) -> No
             scores.setdefault(f"{name}: accuracy", []).append(accuracy(made_, every[1200:]))
             scores.setdefault(f"{name}: loss", []).append(loss(made_, every[1200:]))
     mean = means(scores)
-    assert mean["first: loss"] < mean["untaught: loss"]
+    for generation in ("first", "second"):
+        assert mean[f"{generation}: loss"] < mean["untaught: loss"] + 0.02
+        assert mean[f"{generation}: accuracy"] > mean["untaught: accuracy"] - 0.02

@@ -7,7 +7,8 @@ from one for a labelled modality through pairs of the two. Differs: there the mi
 head is trained on labels afterwards; here the answers are, as SoundNet does from images to sounds (1610.09001), so that
 the student can do the task at once, and either may be any classifier.
 
-Measured: docs/distilling.md, "Several teachers, several students".
+Measured (docs/distilling.md): a small BERT that reads digits as letters, taught by a ViT that sees them and no label,
+comes to .546; by 60 labels to .335, by labels for all 1200 to .619.
 
 Models: teacher (Logits, Codec), student (Gradients, Codec): classifiers of texts, pairs, images or sounds, whose
 classes have the same names in any order. Data: `seen`, what the teacher reads, and `train`, what the student reads of

@@ -8,8 +8,8 @@ the L_k, and clips their gradient as a whole. The others' answers are targets: n
 may be of different architectures; for several of one, give its reference as often, with start=random: each begins with
 weights of its own. One peer is given: the best on `dev`, or else the first.
 
-Measured (docs/distilling.md): two small ViTs on 300 digits came to no more together than alone: .919 right against .922,
-a held-out loss of .259 against .264, well within what seeds differ by.
+Measured (docs/distilling.md): two small ViTs on 300 digits came to no more together than alone: .919 right against
+.922, a held-out loss of .259 against .264, well within what seeds differ by.
 
 Models: student, two or more (Gradients, Codec): language models of one vocabulary, or classifiers of the same classes,
 each reading the records its own way. Data: `train`, as the task of every kind of records; `dev`, held out, chooses the

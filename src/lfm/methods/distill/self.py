@@ -7,8 +7,8 @@ has its teacher's architecture, and new weights each time. Differs: AdamW; the l
 also averages the answers of all of them; `start=weights` goes on from the model's weights instead, which is no longer
 the paper's, and `layers` keeps some of the blocks.
 
-Measured: docs/distilling.md, "Several teachers, several students". It needs a model that its records have taught to the
-end: what generation 0 does not know, no later one hears of.
+Measured (docs/distilling.md): a small ViT on 300 digits, .922 right, came to .925 and .929 in two generations, and to
+.925 trained once more without a teacher: no gain that seeds do not make (deviations up to .019).
 
 Models: model (Logits, Gradients, Codec), of any task. Data: every kind; with alpha=1 the classes of records may be
 empty. Errors: DataError; ConfigError where a class is empty and alpha < 1, or start=random and the architecture is none

@@ -12,7 +12,7 @@ attention's difference is squared and summed, as between 0 and 2 (its authors' c
 β = 1000 is here 1000 / N). `places` blocks or stages of both models are compared, at the same shares of their depth: a
 position is a token, a patch, a pixel of a convolution's map, or a frame. Padding does not count.
 
-What it was worth is in docs/distilling.md.
+On zoo:vit's digits no kind added to what answers alone give, within the noise of three seeds (docs/distilling.md).
 
 Models: teacher (Features, Codec; Logits unless alpha=0; Gradients tells how deep a convolutional one is), student
 (Gradients, Codec). Two language models must share kind and vocabulary, two classifiers the names of their classes, and

@@ -11,7 +11,8 @@ decoder to learn from, and h_t is the last block's output of the teacher itself,
 to tell what the teacher sees where it is blind. The decoder's positions are learned; in the second stage both models
 see the records once as they are (the authors augment, and learn from a distillation token).
 
-What it was worth is in docs/distilling.md.
+On zoo:vit (four patches, and no autoencoder) the first stage did not pay: .907 after 250 + 250 steps, where
+distill.response has .893 after 250 and .919 after 500 (docs/distilling.md).
 
 Models: teacher (Features, Logits, Codec) and student (Gradients, Codec) classify images, by the same names; generic
 (Gradients) reads images as the teacher does. All cut an image into equally many patches. Data: train, images with

@@ -11,7 +11,7 @@ blocks or stages of equal shares of depth (the papers take the last feature map 
 any kind; of language models a record is its mean too. Only what lies in one batch is related: with `accumulate` pairs
 are those of each part, and a last batch of one or two has none. Widths may differ, and nothing is learned beside.
 
-What it was worth is in docs/distilling.md.
+On zoo:vit's digits it was .895, answers alone .893 and labels alone .872, with about .02 between seeds.
 
 Models: teacher (Features, Codec; Logits unless alpha=0; Gradients tells how deep a convolutional one is), student
 (Gradients, Codec). Two language models must share kind and vocabulary, two classifiers the names of their classes.

@@ -15,7 +15,7 @@ CIFAR-10), and does not turn or crop them. `boundary` asks some tens of question
 of 40 moves, 20,000 for each soft label), a fixed number, so that the budget says how many pictures there are; soft
 labels are scaled to `sharp`, on average, for a picture's own class. 5,000 questions and 300 steps were too few for
 digits: .167 of the test images by `entropy`, .114 by `boundary` (seed 0, benchmarks/data_free.py), with .1 for chance,
-since the teacher named two classes for nine in ten of the pictures made; look at that first where a student learns little.
+since the teacher named two classes for nine in ten of the pictures made: look at that first.
 
 Models: teacher (Logits, of which only the largest is read), student (Gradients), each with Codec or with `image`,
 `mean` and `std`. Data: none. Errors: MismatchError and ConfigError before any weight is read; ConfigError where

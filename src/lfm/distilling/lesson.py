@@ -110,7 +110,7 @@ def _likeliest(taught: Lesson, teacher: Model, run: Run, name: str) -> Callable[
     """As told, of a teacher that gives no logits."""
     if teacher.can(Answers):
         kept, where = teacher.ask(Answers), answers.found(taught, teacher)
-        return lambda chosen: {**taught.collate(chosen), **_laid(taught, *kept.told(where[list(chosen)]))}
+        return lambda chosen: {**taught.collate(chosen), **_laid(taught, *kept.told(where[list(chosen)].tolist()))}
     ask = answers.asking(taught, teacher, K)
     rows: list[Any] = []
     for first in run.track(range(0, len(taught.records), answers.CHUNK), name):

@@ -10,7 +10,8 @@ over the answer alone, its end included. Differs: answers are not weighed by the
 not tell; a request asks for prompts of any kind, not for classes and instances apart.
 
 What was asked and answered is kept: records.jsonl beside the result holds all pairs that were learned from, which other
-methods take. Every query counts, against `--budget-queries` too; answers are steps of the run, and no kill pays for them twice.
+methods take. Every query counts, against `--budget-queries` too; answers are steps of the run, and no kill pays for
+them twice.
 
 Models: teacher (Text; an endpoint will do), student (Gradients, Codec; causal or encoder-decoder, any tokenizer), judge
 (Logprobs, optional: the `worst` answers by mean log-probability a token are left out). Data: prompts; completions and

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from lfm.core import Answers, Codec, Logits, Model, Run
-from lfm.core.errors import AccessError, ConfigError, MismatchError
+from lfm.core.errors import AccessError, ConfigError, DataError, MismatchError
 from lfm.core.heavy import np, torch
 from lfm.core.model import Classes, Facts
 from lfm.data import task as tasks
@@ -59,10 +59,12 @@ def keep(taught: lessons.Lesson, teacher: Model, facts: Facts, k: int, run: Run,
     fresh = [n for n, where in zip(asked, known, strict=True) if where < 0]
     old = [int(where) for where in known if where >= 0]
     writer = Writer(place)
-    for number in old[writer.count :]:
+    for begin in range(writer.count, len(old), answers.CHUNK):  # the disk is waited for once a chunk
         assert before is not None
-        entry = before.shards.entries[number]
-        writer.add([entry["key"].tobytes()], [bytes(before.shards.read(number))], [int(entry["places"])])
+        some = old[begin : begin + answers.CHUNK]
+        entries = [before.shards.entries[number] for number in some]
+        packed = [bytes(before.shards.read(number)) for number in some]
+        writer.add([e["key"].tobytes() for e in entries], packed, [int(e["places"]) for e in entries])
     parts = range(0, len(fresh), answers.CHUNK)
     for begin in run.track(parts, "asking the teacher", len(parts)):
         chosen = fresh[begin : begin + answers.CHUNK]
@@ -75,6 +77,10 @@ def keep(taught: lessons.Lesson, teacher: Model, facts: Facts, k: int, run: Run,
         writer.add([keys[n] for n in chosen[done:]], packed[done:], counts[done:])
     write_code(code, place / CODE)
     manifest = manifest_of(place, teacher.ref, teacher.digest, facts, code.k, code.vocabulary)
+    if not manifest.places:
+        raise DataError(
+            "these records ask nothing", why="none has a token to be told", fix="records that are not empty"
+        )
     run.note(questions=manifest.questions, places=manifest.places, bytes_a_place=manifest.bytes / manifest.places)
     run.note(asked=len(fresh))
     return model_of(place, manifest)

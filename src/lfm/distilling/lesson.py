@@ -168,7 +168,8 @@ def agree(teacher: Model, student: Model) -> None:
             raise MismatchError(
                 "teacher and student have different vocabularies",
                 why=f"{teacher.ref} has {t.vocabulary} tokens, {student.ref} {s.vocabulary}",
-                fix="give a student that was made with the teacher's tokenizer",
+                fix="give a student that was made with the teacher's tokenizer"
+                + (", or use distill.cross_tokenizer, or distill.text" if s.task == "causal-lm" else ""),
             )
     elif set(t.labels) != set(s.labels) or not s.labels:
         shown = ["; ".join(labels[:5]) or "none" for labels in (t.labels, s.labels)]

@@ -96,7 +96,7 @@ def _directory(path: Path, module: Any, find: Find | None, rest: dict[str, Any])
         from lfm.models.adapter import open_adapter
 
         return open_adapter(path, part)
-    if "answers.json" in names:
+    if names & {"answers.json", "answers-00000.index"}:
         from lfm.models.answers import open_answers
 
         return open_answers(path)

@@ -22,7 +22,7 @@ import tiny
 from case import Case
 from lfm import runs
 from lfm.core import Answers, Codec, Gradients, Inputs, Logits, Model
-from lfm.core.errors import AccessError, BudgetError, ConfigError, CorruptError, MismatchError
+from lfm.core.errors import AccessError, BudgetError, ConfigError, CorruptError, DataError, MismatchError
 from lfm.core.method import check
 from lfm.core.model import Classes, Top
 from lfm.data import records as data
@@ -32,6 +32,7 @@ from lfm.distilling import lesson as lessons
 from lfm.distilling.telling import IDS, TOLD
 from lfm.methods.distill import cache, response
 from lfm.models import load
+from lfm.models.answers import MANIFEST
 from lfm.models.answers.shards import bin_of, index_of
 from lfm.models.api import Budget, Meter, open_api
 from lfm.models.language import ids_by_text
@@ -167,7 +168,7 @@ def test_what_does_not_fit_is_refused_before_training(root: Path, tmp_path: Path
     tokenizer.add_tokens(["<new>"])
     longer = tiny.causal(tmp_path / "words", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(longer)
-    with pytest.raises(MismatchError, match="different vocabularies"):
+    with pytest.raises(MismatchError, match=r"different vocabularies(.|\n)*distill.cross_tokenizer"):
         learn(kept, load(longer), TEXTS, tmp_path / "other")
     with pytest.raises(MismatchError, match="a causal-lm"):
         learn(kept, load(root / "classifier0"), LABELS, tmp_path / "third")
@@ -213,11 +214,26 @@ def test_a_torn_or_damaged_cache_is_told_of(root: Path, tmp_path: Path) -> None:
         harm(bin_of(tmp_path / name, 0))
         with pytest.raises(CorruptError, match=what):
             learn(load(tmp_path / name), student, TEXTS, tmp_path / f"w{name}")
+    manifest = tmp_path / "answers" / MANIFEST
+    told = manifest.read_bytes()
+    for wrong, what in ((told.replace(b'"k": 8', b'"k": 9'), "no code for 9 of 400"), (b"{", "does not describe")):
+        manifest.write_bytes(wrong)
+        with pytest.raises(CorruptError, match=what):
+            learn(load(tmp_path / "answers"), student, TEXTS, tmp_path / f"w{len(wrong)}")
+    manifest.unlink()
+    with pytest.raises(CorruptError, match="does not describe answers"):
+        load(tmp_path / "answers")
+    manifest.write_bytes(told)
     index = index_of(tmp_path / "answers", 0)
     index.write_bytes(index.read_bytes()[::-1])
     with pytest.raises(MismatchError, match=r"index is not what answers.json says"):
         _ = load(tmp_path / "answers").digest
     assert kept.kind == "answers"
+
+
+def test_records_that_ask_nothing_are_told_of(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="ask nothing"):
+        keep(load(root / "causal0"), [data.Text(text="")], tmp_path / "answers", 8)
 
 
 def test_a_teacher_that_tells_no_numbers_is_told_of_with_the_record(root: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import tiny
 from case import Case
 from lfm.core import Codec, Inputs, Logits, Model
-from lfm.core.errors import DataError, MismatchError
+from lfm.core.errors import ConfigError, DataError, MismatchError
 from lfm.core.method import check
 from lfm.data import records as data
 from lfm.data.files import write
@@ -142,9 +142,11 @@ def test_a_student_of_other_tokens_comes_nearer_to_its_teacher_and_is_saved(
 def test_who_cannot_be_aligned_is_told_so(root: Path, tmp_path: Path) -> None:
     masked = tiny.masked(tmp_path / "masked")
     blind = [load(path).only((Codec,)) for path in (root / "0", masked)]
+    inputs = Inputs({"teacher": (blind[0],), "student": (blind[1],)}, {"train": TEXTS})
     with pytest.raises(MismatchError, match="masked-lm"):
-        inputs = Inputs({"teacher": (blind[0],), "student": (blind[1],)}, {"train": TEXTS})
         cross_tokenizer.agree(cross_tokenizer.Config(), inputs)
+    with pytest.raises(ConfigError, match="nothing is learned"):
+        cross_tokenizer.agree(cross_tokenizer.Config(weight=0.0, labels=0.0), inputs)
     with pytest.raises(DataError, match="never end a token at the same place"):
         distill(load(root / "0"), load(root / "unigram"), [data.Text(text="cat")], tmp_path / "w")
 

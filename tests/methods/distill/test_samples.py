@@ -14,7 +14,8 @@ import tiny
 from case import Case
 from lfm import runs
 from lfm.core import Codec, Gradients, Inputs, Logits, Model, Text
-from lfm.core.errors import AccessError, DataError, MismatchError
+from lfm.core.config import configure
+from lfm.core.errors import AccessError, ConfigError, DataError, MismatchError
 from lfm.core.method import RECORDS
 from lfm.core.model import Top
 from lfm.data import records as data
@@ -128,6 +129,8 @@ def test_what_a_teacher_does_not_tell_is_said_before_anything_is_asked(
     assert "alpha=0" in str(caught.value)
     with pytest.raises(AccessError, match="tells no next tokens"):
         taught(text_alone, pair[1], tmp_path / "a", alpha=0.0, first=2)
+    with pytest.raises(ConfigError, match="openings"):
+        configure(samples.Config, {"openings": []})
     tokenizer = tiny.byte_bpe()
     tokenizer.add_tokens(["<new>"])
     longer = tiny.causal(tmp_path / "words", vocab_size=len(tokenizer))

@@ -23,7 +23,7 @@ to 2.02 alone and 2.08 with spans: it is worth having where records are few, and
 
 Models: teacher (Logits, Codec), student (Gradients, Codec): causal language models, their tokenizers fast ones of any
 kind. Data: text, completion, chat, each model's conversations by its own template. Errors: MismatchError before any
-weight is read; DataError where no two readings have a span in common; DivergedError.
+weight is read; ConfigError where weight and labels are 0; DataError where no two readings share a span; DivergedError.
 
     lfm run distill.cross_tokenizer teacher=big student=other train=texts.jsonl --out taught
 """
@@ -35,7 +35,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
-from lfm.core.errors import DataError, MismatchError
+from lfm.core.errors import ConfigError, DataError, MismatchError
 from lfm.core.heavy import F, nn, torch
 from lfm.data import task as tasks
 from lfm.data.language import IGNORED
@@ -243,6 +243,8 @@ def _chain(found: Sequence[tuple[int, int, int]]) -> Tensor:
 
 
 def agree(config: Config, inputs: Inputs) -> None:
+    if not config.weight and not config.labels:
+        raise ConfigError("nothing is learned", why="weight and labels are both 0", fix="weight=1.5, or labels=1")
     for model in (inputs.model("teacher"), inputs.model("student")):
         if model.facts.task != "causal-lm":
             raise MismatchError(

@@ -46,7 +46,7 @@ class Config(Answering, frozen=True):
     sampling: Annotated[float, Meta(gt=0, description="temperature of the samples: above 1 more various")] = 1.0
     first: Annotated[int, Meta(ge=0, description="likeliest first tokens that begin as many texts each; 0: drawn")] = 0
     greedy: Annotated[int, Meta(ge=0, description="tokens after the opening that are the likeliest, not drawn")] = 0
-    openings: Annotated[tuple[str, ...], Meta(description="what texts begin with, as many each")] = ("",)
+    openings: Annotated[tuple[str, ...], Meta(min_length=1, description="what texts begin with, as many each")] = ("",)
     alike: Annotated[float, Meta(gt=0, le=1, description="ROUGE-L with another sample that is too much")] = 1.0
     repeats: Annotated[float, Meta(ge=0, le=1, description="most of a text's spans of words said before")] = 0.5
     temperature: Annotated[float, Meta(gt=0, description="T, of both models' answers")] = 1.0

@@ -16,7 +16,7 @@ from lfm.core.errors import CorruptError, MismatchError
 from lfm.core.heavy import np
 from lfm.core.model import Answers, Facts, Model
 from lfm.models.answers.codec import Code, decode
-from lfm.models.answers.shards import KEY, Shards, bin_of, entries, index_of
+from lfm.models.answers.shards import AGAIN, KEY, Shards, bin_of, entries, index_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,8 +79,8 @@ class KeptAnswers:
 
 
 def write_code(code: Code, file: Path) -> None:
-    """How many buckets there are, their bits, and the ids by weight: int32, little-endian."""
-    whole = np.concatenate([[len(code.bits)], code.bits, code.order]).astype("<i4").tobytes()
+    """k, how many buckets there are, their bits, and the ids by weight: int32, little-endian."""
+    whole = np.concatenate([[code.k, len(code.bits)], code.bits, code.order]).astype("<i4").tobytes()
     part = file.with_name(f".{file.name}.part")
     with part.open("wb") as opened:
         opened.write(whole)
@@ -90,16 +90,18 @@ def write_code(code: Code, file: Path) -> None:
 
 
 def read_code(file: Path, k: int, vocabulary: int) -> Code:
-    """CorruptError where it is not one for so many ids."""
+    """CorruptError where it is not one for k of so many ids: bytes are read by it without another look."""
     try:
         raw = np.frombuffer(file.read_bytes(), "<i4")
-        buckets = int(raw[0])
-        bits, order = raw[1 : 1 + buckets].astype(np.int64), raw[1 + buckets :].astype(np.int32)
-        sound = sorted(order.tolist()) == list(range(vocabulary)) and int((1 << bits).sum()) == vocabulary
+        kept, buckets = int(raw[0]), int(raw[1])
+        bits, order = raw[2 : 2 + buckets].astype(np.int64), raw[2 + buckets :].astype(np.int32)
+        sound = kept == k and sorted(order.tolist()) == list(range(vocabulary)) and (1 << bits).sum() == vocabulary
     except (OSError, ValueError, IndexError) as error:
         raise CorruptError(f"{file} cannot be read", why=str(error)) from None
     if not sound:
-        raise CorruptError(f"{file} is no code for {vocabulary} ids")
+        raise CorruptError(
+            f"{file} is no code for {k} of {vocabulary} ids", why=f"{MANIFEST} tells of these", fix=AGAIN
+        )
     return Code(k, order, bits)
 
 
@@ -145,7 +147,7 @@ def open_answers(directory: Path) -> Model:
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except (msgspec.DecodeError, OSError) as error:
-        raise CorruptError(f"{path} does not describe answers", why=str(error)) from None
+        raise CorruptError(f"{path} does not describe answers", why=str(error), fix=AGAIN) from None
     if manifest.format != FORMAT:
         raise CorruptError(
             f"{path} is of format {manifest.format}",
@@ -176,9 +178,7 @@ def _digest(directory: Path, manifest: Manifest) -> str:
     for file, wanted in zip((directory / CODE, *(index_of(directory, i) for i in range(len(manifest.shards)))),
                             (manifest.code, *manifest.shards), strict=True):  # fmt: skip
         if not file.is_file() or _sum(file) != wanted:
-            raise MismatchError(
-                f"{file} is not what {MANIFEST} says", why="its sha256 is another", fix="make the answers again"
-            )
+            raise MismatchError(f"{file} is not what {MANIFEST} says", why="its sha256 is another", fix=AGAIN)
     whole = msgspec.json.encode(msgspec.structs.replace(manifest, teacher=""), order="deterministic")
     return hashlib.sha256(whole).hexdigest()
 

@@ -29,7 +29,7 @@ KEY = 16
 FIELDS = [("key", f"V{KEY}"), ("start", "<u8"), ("bytes", "<u4"), ("places", "<u4"), ("sum", "<u8")]
 """Of an entry: the question, where its bytes begin and how many there are, how many places they tell of, their XXH3."""
 
-AGAIN = "make the answers again (`lfm distill cache` goes on from what is whole), or restore them from where they came"
+AGAIN = "restore it from where it came, or make the answers again"
 
 
 def bin_of(directory: Path, number: int) -> Path:

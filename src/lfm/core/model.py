@@ -126,7 +126,10 @@ class Answers(Protocol):
         ...
 
     def find(self, questions: Sequence[bytes]) -> NDArray[Any]:
-        """(n,) by what number `told` knows each question; −1 for one that was never asked."""
+        """(n,) by what number `told` knows each question; −1 for one that was never asked.
+
+        CorruptError where the answers to one of them are not what was written.
+        """
         ...
 
     def told(self, numbers: Sequence[int]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -212,8 +212,8 @@ def test_a_torn_or_damaged_cache_is_told_of(root: Path, tmp_path: Path) -> None:
     ):
         shutil.copytree(tmp_path / "answers", tmp_path / name)
         harm(bin_of(tmp_path / name, 0))
-        with pytest.raises(CorruptError, match=what):
-            learn(load(tmp_path / name), student, TEXTS, tmp_path / f"w{name}")
+        with pytest.raises(CorruptError, match=what):  # before anything is trained
+            lessons.told(lessons.lesson(TEXTS, kept, student), load(tmp_path / name), LocalRun(0, tmp_path))
     manifest = tmp_path / "answers" / MANIFEST
     told = manifest.read_bytes()
     for wrong, what in ((told.replace(b'"k": 8', b'"k": 9'), "no code for 9 of 400"), (b"{", "does not describe")):

@@ -68,7 +68,10 @@ class KeptAnswers:
         return read_code(self._directory / CODE, self.manifest.k, self.manifest.vocabulary)
 
     def find(self, questions: Sequence[bytes]) -> NDArray[Any]:
-        return self.shards.find(questions)
+        numbers = self.shards.find(questions)
+        for number in np.unique(numbers[numbers >= 0]).tolist():
+            self.shards.read(number)  # damage is told of now, and not in the middle of a training
+        return numbers
 
     def told(self, numbers: Sequence[int]) -> tuple[NDArray[Any], NDArray[Any]]:
         """As Answers says; ids int32, log-probabilities fp32."""

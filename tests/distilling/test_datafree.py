@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from safetensors.torch import save_file
 
 import tiny
-from lfm.core import Gradients, Model
+from lfm.core import Gradients, Inputs, Model, Sizes, registry
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.distilling.bank import Bank
 from lfm.distilling.datafree import PIXELS, DataFree, agree, distil, optimizer_of, scene
@@ -154,8 +154,39 @@ def bare() -> torch.nn.Sequential:
     )
 
 
+PLANNED: list[tuple[str, dict[str, Any]]] = [
+    ("noise", {"pictures": 6, "every": 4, "iterations": 2}),
+    ("noise", {"pictures": 6, "every": 4, "iterations": 1, "statistics": "leaves"}),
+    ("cake", {"pictures": 7, "groups": 3, "every": 4, "iterations": 2}),
+    ("generative", {"kind": "dafl", "every": 4, "width": 4, "latent": 4}),
+    ("generative", {"kind": "fast", "every": 4, "rounds": 2, "before": 1, "width": 4, "latent": 4}),
+    ("generative", {"kind": "cmi", "every": 4, "rounds": 2, "before": 1, "width": 4, "latent": 4, "jitter": 0.2}),
+    ("adversarial", {"every": 4, "width": 4, "latent": 4}),
+    ("hard_label", {"queries": 9, "rounds": 2, "width": 4, "latent": 4}),
+    ("hard_label", {"kind": "boundary", "queries": 150, "tries": 1, "moves": 0, "halvings": 2}),
+]
+
+
+@pytest.mark.parametrize("name, settings", PLANNED)
+def test_a_plan_counts_the_queries_of_its_run_and_only_the_seed_tells_what_is_made(
+    models: tuple[Model, Model], tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    method = registry.get(f"distill.{name}").method
+    config = method.config(**QUICK | settings)
+    inputs = Inputs({"teacher": (models[0],), "student": (models[1],)}, {})
+    made = []
+    for chance in (1, 2):
+        torch.manual_seed(chance)  # of whoever calls
+        run = LocalRun(0, tmp_path / f"run{chance}")
+        done = method.run(config, inputs, run)
+        assert isinstance(done, Model)
+        made.append(done.ask(Gradients).module().state_dict())
+        sizes = Sizes({role: tuple(model.facts for model in some) for role, some in inputs.models.items()}, {})
+        assert method.cost is not None and method.cost(config, sizes).queries == run.notes["queries"]
+    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
+
+
 def test_bare_modules_with_batch_norms_learn_too_and_reload(tmp_path: Path) -> None:
-    from lfm.core import Inputs
     from lfm.methods.distill import noise
 
     for seed, name in enumerate(("big", "small")):
@@ -177,3 +208,8 @@ def test_bare_modules_with_batch_norms_learn_too_and_reload(tmp_path: Path) -> N
     assert not torch.equal(again(x), small.ask(Gradients).module()(x))
     with pytest.raises(ConfigError, match="size of the pictures"):
         noise.agree(noise.Config(), inputs)
+    for wrong in ({"image": (3, 0, 8)}, {"mean": (0.5, 0.5)}, {"std": (0.5, 0.0, 0.5)}):
+        with pytest.raises(ConfigError, match="describe no pictures"):
+            noise.agree(noise.Config(**QUICK | shape | wrong), inputs)
+    with pytest.raises(ConfigError, match=r"does not read pictures of \[3, 9, 8\]"):
+        noise.run(replace(config, image=(3, 9, 8)), inputs, LocalRun(0, tmp_path / "other"))

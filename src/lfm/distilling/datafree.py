@@ -114,7 +114,14 @@ def scene(config: DataFree, teacher: Model, student: Model, run: Run, tell: Teac
     learner = formed(student.ask(Gradients).module(), _shape(config), run).to(place)
     labels = teacher.facts.labels
     order = [student.facts.labels.index(name) for name in labels] if labels and student.facts.labels else []
-    classes = len(labels) or _width(learner, theirs)
+    own = _width(student, learner, theirs)
+    classes = (len(labels) or own) if module is None else _width(teacher, module, frame)
+    if classes != own:
+        raise MismatchError(
+            "teacher and student have different classes",
+            why=f"the teacher tells {classes} of them, the student {own}",
+            fix="give a student with the teacher's classes",
+        )
     return Scene(
         frame,
         classes,
@@ -126,11 +133,18 @@ def scene(config: DataFree, teacher: Model, student: Model, run: Run, tell: Teac
     )
 
 
-def _width(module: nn.Module, frame: Frame) -> int:
-    with torch.no_grad():
-        return forward(module.eval(), {PIXELS: frame.scaled(torch.full((1, *frame.shape), 0.5).to(frame.low))}).shape[
-            -1
-        ]
+def _width(model: Model, module: nn.Module, frame: Frame) -> int:
+    """How many classes it tells of a grey picture. ConfigError where it does not read pictures of that size."""
+    grey = frame.scaled(torch.full((1, *frame.shape), 0.5).to(frame.low))
+    try:
+        with torch.no_grad():
+            return forward(module.eval(), {PIXELS: grey}).shape[-1]
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{model.ref} does not read pictures of {list(frame.shape)} (channels, height, width)",
+            why=str(error).splitlines()[0],
+            fix="image=[3,32,32], or as it reads them; of each of the channels a mean and a std, or none",
+        ) from None
 
 
 def distil(
@@ -256,8 +270,8 @@ def agree(config: DataFree, teacher: Model, student: Model) -> None:
                 why=f"its task is {model.facts.task}",
                 fix="give a model that does",
             )
-        if not model.can(Codec) and len(config.image) != 3:
-            frame_of(model, config.image)
+        if not model.can(Codec):
+            frame_of(model, config.image, config.mean, config.std)
     t, s = teacher.facts.labels, student.facts.labels
     if t and s and set(t) != set(s):
         shown = ["; ".join(labels[:5]) for labels in (t, s)]

@@ -155,7 +155,7 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
-    made = config.steps / config.every * config.batch_size
+    made = math.ceil(config.steps / config.every) * config.batch_size
     plain = datafree.costs(config, sizes.model("teacher"), sizes.model("student"), made, 1)
     # two passes more, and through the first one's gradient
     return plain._replace(flops=plain.flops * (3 if config.retain and config.exact else 2 if config.retain else 1))

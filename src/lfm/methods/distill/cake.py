@@ -72,10 +72,15 @@ def pace(config: Config, step: int) -> float:
     return config.picture_lr * 10 ** (-config.decades * (step // config.every) / batches)
 
 
+def shape(config: Config, classes: int) -> tuple[int, int]:
+    """Groups of pictures in a batch, and pictures in a group."""
+    groups = min(config.groups, classes)
+    return max(1, config.pictures // groups), groups
+
+
 def pictures(config: Config, scene: Scene, epsilon: float) -> Batch:
     """One batch of groups drawn to the teacher's boundaries, and what it tells of them."""
-    groups = min(config.groups, scene.classes)
-    rows = max(1, config.pictures // groups)
+    rows, groups = shape(config, scene.classes)
     place = scene.frame.low.device
     classes = torch.stack([torch.randperm(scene.classes)[:groups] for _ in range(rows)]).flatten().to(place)
 
@@ -102,7 +107,8 @@ def contrast(told: Tensor) -> Tensor:
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
-    made = config.pictures * math.ceil(config.steps / config.every)
+    made = math.prod(shape(config, len(sizes.model("teacher").labels) or config.groups))
+    made *= math.ceil(config.steps / config.every)
     return datafree.costs(config, sizes.model("teacher"), sizes.model("student"), made, config.iterations, made)
 
 

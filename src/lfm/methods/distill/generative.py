@@ -28,6 +28,7 @@ weight is read; DivergedError.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -220,11 +221,11 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     kind = settled(config)
-    rounds = config.steps / kind.every + (config.before if config.kind in KEPT else 0)
-    views = 2 if kind.contrast else 1
-    return datafree.costs(
-        config, sizes.model("teacher"), sizes.model("student"), rounds * config.batch_size, kind.pace.steps * views
-    )
+    kept, views = config.kind in KEPT, 2 if kind.contrast else 1
+    made = (math.ceil(config.steps / kind.every) + config.before * kept) * config.batch_size
+    asked = made if kept and not (config.jitter or config.flip) else None  # what is not moved is asked once
+    teacher, student = sizes.model("teacher"), sizes.model("student")
+    return datafree.costs(config, teacher, student, made, kind.pace.steps * views, asked)
 
 
 METHOD = Method(

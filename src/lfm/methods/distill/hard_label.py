@@ -213,8 +213,8 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 def enough(config: Config, classes: int) -> None:
     """ConfigError where the budget is too small for what is to be asked."""
-    if config.kind == "entropy" and config.queries < min(config.rounds, config.steps):
-        raise ConfigError(f"{config.queries} queries are too few for {config.rounds} rounds", fix="fewer rounds")
+    if config.kind == "entropy" and config.queries < (rounds := min(config.rounds, config.steps)):
+        raise ConfigError(f"{config.queries} queries are too few for {rounds} rounds", fix=f"rounds={config.queries}")
     if config.kind == "boundary" and config.queries < (least := 2 * each(config, classes)):
         raise ConfigError(f"{config.queries} queries measure fewer than two pictures", fix=f"queries={least} or more")
 
@@ -222,7 +222,10 @@ def enough(config: Config, classes: int) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     teacher, student = sizes.model("teacher"), sizes.model("student")
     plain = datafree.costs(config, teacher, student, 0, 0)
-    return plain._replace(queries=config.queries)
+    if config.kind == "entropy" or not teacher.labels:
+        return plain._replace(queries=config.queries)
+    picture = each(config, len(teacher.labels))
+    return plain._replace(queries=config.queries // picture * picture)
 
 
 METHOD = Method(

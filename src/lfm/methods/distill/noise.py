@@ -38,6 +38,7 @@ from lfm.distilling import datafree, statistics
 from lfm.distilling.datafree import PIXELS, DataFree, Scene
 from lfm.distilling.pictures import descended, jittered, leaves, roughness
 from lfm.distilling.telling import TOLD
+from lfm.train import seeded
 from lfm.train.losses import divergence
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     records = statistics.opened(config.records) if config.records else None
     if records is not None:
         _fits(records, scene.module, scene.classes, config.records)
-    unlike = prior(config, scene, scene.module, records)
+    with seeded(run.seed_for("leaves")):
+        unlike = prior(config, scene, scene.module, records)
 
     def synthesise(step: int, bank: Bank) -> Batch | None:
         return pictures(config, scene, unlike, records) if step % config.every == 0 else None
@@ -160,7 +162,8 @@ def _fits(records: Records, module: nn.Module, classes: int, file: str) -> None:
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     made = config.pictures * math.ceil(config.steps / config.every)
-    return datafree.costs(config, sizes.model("teacher"), sizes.model("student"), made, config.iterations, made)
+    asked = made + LEAVES * (config.statistics == "leaves" and config.match > 0)
+    return datafree.costs(config, sizes.model("teacher"), sizes.model("student"), made, config.iterations, asked)
 
 
 def agree(config: Config, inputs: Inputs) -> None:

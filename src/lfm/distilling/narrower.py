@@ -68,7 +68,7 @@ def without_idle_blocks(module: nn.Module, count: int, batches: Sequence[Batch])
     """The module, changed in place, with the `count` blocks of most influence. ModelError where it has fewer."""
     found = influences(module, batches)
     if not 1 <= count <= len(found):
-        raise ModelError(f"{count} blocks cannot be kept of {len(found)}")
+        raise ModelError(f"{count} blocks cannot be kept of {len(found)}", fix=f"layers={len(found)} or fewer")
     best = sorted(range(len(found)), key=lambda i: -found[i])[:count]
     return layers.with_blocks(module, sorted(best))
 
@@ -201,7 +201,7 @@ def _built(module: nn.Module, config: Any, dropped: Mapping[tuple[str, int], set
         left[name] = value
     try:
         made: Any = on_meta(lambda: type(module)(config))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ArithmeticError) as error:  # heads of no width, say
         raise _unsayable(module, str(error).splitlines()[0]) from None
     stored = set(made.state_dict())
     for name, tensor in [*made.named_parameters(), *made.named_buffers()]:

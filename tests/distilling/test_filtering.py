@@ -28,6 +28,7 @@ def test_rouge_l_is_the_papers_example() -> None:
     first = filtering.words("police killed the gunman")
     assert filtering.rouge_l(first, filtering.words("police kill the gunman")) == pytest.approx(0.75)
     assert filtering.rouge_l(first, filtering.words("the gunman kill police")) == pytest.approx(0.5)
+    assert filtering.rouge_l(first, filtering.words("the gunman")) == pytest.approx(2 / (4 / 2 + 2 / 2))  # P 1, R 1/2
     assert filtering.rouge_l((), first) == 0.0
 
 
@@ -35,7 +36,7 @@ def test_new_is_what_is_far_from_everything_before_it() -> None:
     """As by asking every pair, which the bound on what they share only shortens."""
     draw = random.Random(1)
     vocabulary = ["red", "blue", "green", "one", "two", "three"]
-    texts = [" ".join(draw.choice(vocabulary) for _ in range(6)) for _ in range(60)]
+    texts = [" ".join(draw.choice(vocabulary) for _ in range(draw.randint(3, 9))) for _ in range(60)]
     known, taken = texts[:5], list[int]()
     for i, text in enumerate(texts[5:]):
         pool = [*known, *(texts[5:][j] for j in taken)]
@@ -65,3 +66,9 @@ def test_what_is_said_again() -> None:
 )
 def test_prompts_are_read_off_a_list(said: str, expected: list[str]) -> None:
     assert asking.items(said) == expected
+
+
+def test_answers_agree_where_enough_of_them_come_to_one_thing() -> None:
+    said = ["so: 4", "I say: 4.", "it is 5", "perhaps 6"]
+    for least, agreeing in ((0.5, [True, True, False, False]), (0.51, [False] * 4)):
+        assert filtering.agreeing(said, r"\d+", least) == agreeing

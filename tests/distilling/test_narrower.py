@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 import tiny
-from lfm.core import Codec, Gradients, Model
+from lfm.core import Codec, Gradients, Inputs, Model
 from lfm.core.errors import ConfigError, ModelError
+from lfm.core.method import check
 from lfm.core.model import Facts
 from lfm.data import records as data
 from lfm.distilling import lesson as lessons
@@ -125,6 +127,9 @@ def test_what_a_config_cannot_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot say what would be left") as caught:
         narrower.narrower(model.ask(Gradients).module(), Shares(heads=0.5), "activation", batches(model))
     assert "by one share" in str(caught.value)
+    model = made(tmp_path, "vit")
+    with pytest.raises(ModelError, match="cannot say what would be left"):  # heads of no width at all
+        narrower.narrower(model.ask(Gradients).module(), Shares(channels=0.01), "activation", batches(model))
 
 
 def test_a_block_that_does_nothing_has_no_influence_and_goes(tmp_path: Path) -> None:
@@ -165,8 +170,30 @@ def test_the_settings_make_such_a_student(tmp_path: Path) -> None:
         formed(model.ask(Gradients).module(), config, run)
 
 
+@pytest.mark.parametrize(
+    ("name", "role", "more"),
+    [
+        ("cross_tokenizer", "train", {}),
+        ("on_policy", "train", {"new": 4}),
+        ("samples", "", {"samples": 4, "max_tokens": 8}),
+        ("text", "prompts", {"max_tokens": 4}),
+    ],
+)
+def test_what_is_read_or_drawn_tells_which_parts_of_a_student_go(
+    name: str, role: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    method: Any = import_module(f"lfm.methods.distill.{name}")
+    model = made(tmp_path, "causal")
+    inputs = Inputs({"teacher": (model,), "student": (model,)}, {role: TEXTS} if role else {})
+    (tmp_path / "w").mkdir()
+    config = method.Config(steps=1, neurons=0.5, **more)
+    taught = method.run(config, check(f"distill.{name}", method.METHOD, inputs), LocalRun(0, tmp_path / "w"))
+    modules: list[Any] = [m.ask(Gradients).module() for m in (model, taught)]
+    assert modules[0].config.intermediate_size == 2 * modules[1].config.intermediate_size
+
+
 def test_a_plan_knows_about_how_small_it_will_be(tmp_path: Path) -> None:
-    """Within a tenth of what is made, for shares of everything."""
+    """Within three tenths of what is made, for shares of everything."""
     model = made(tmp_path, "causal", num_hidden_layers=4)
     for config in (Taught(layers=2), Taught(neurons=0.5), Taught(neurons=0.5, heads=0.5, channels=0.5)):
         module = formed(model.ask(Gradients).module(), config, LocalRun(0, tmp_path), lesson=lesson_of(model))

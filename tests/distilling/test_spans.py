@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import cache
 from pathlib import Path
@@ -181,6 +182,12 @@ def test_classes_share_what_is_spelled_alike_and_give_the_rest_to_its_beginning(
             assert by_class[found.theirs[id]] == piece[:1]
     assert found.ours[ours.eos_token_id] == found.theirs[theirs.eos_token_id] != found.many - 1
     assert found.theirs[len(theirs) :] == [found.many - 1] * 3 == [found.theirs[theirs.pad_token_id]] * 3
+    # of two beginnings that both have, the longer
+    long, id = next((piece, i) for i, piece in enumerate(others) if piece and len(piece) > 2 and piece[:2] in others)
+    more = copy.deepcopy(tokenizer("bytes"))
+    more.add_tokens([long[:2].decode()])
+    longer = spans.classes(more, theirs, (len(more), len(theirs)))
+    assert longer.theirs[id] == longer.ours[-1] != longer.ours[mine.index(long[:1])]
     same = spans.classes(theirs, theirs, (len(theirs), len(theirs)))
     assert same.ours == same.theirs and len(set(same.ours)) == len(theirs)
 

@@ -32,6 +32,7 @@ PLAIN: dict[str, Any] = {
     "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=48, n_embd=16, n_layer=1, n_head=2)),
     "scaled": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SMALL, logit_scale=0.0625)),
+    "scaled and biased": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SMALL, logit_scale=0.0625)),
     "divided": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SMALL, logits_scaling=3.0)),
     "bert": lambda: hf.BertForMaskedLM(
         hf.BertConfig(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
@@ -48,6 +49,8 @@ def made(name: str) -> Any:
     module = PLAIN[name]()
     if name == "bart":
         module.final_logits_bias += torch.randn(48)
+    if name == "scaled and biased":
+        module.lm_head = torch.nn.Linear(16, 48)
     if name == "bert":
         torch.nn.init.normal_(module.cls.predictions.decoder.bias)
     return module

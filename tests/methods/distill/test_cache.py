@@ -231,6 +231,18 @@ def test_a_torn_or_damaged_cache_is_told_of(root: Path, tmp_path: Path) -> None:
     assert kept.kind == "answers"
 
 
+def test_a_run_cut_off_within_a_chunk_goes_on_to_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    teacher = load(root / "causal0")
+    keep(teacher, TEXTS, tmp_path / "answers", 8)
+    work = tmp_path / "wanswers"
+    place = work / "answers"
+    whole = [file.read_bytes() for file in (bin_of(place, 0), index_of(place, 0))]
+    for file, cut in ((bin_of(place, 0), len(whole[0]) - 3), (index_of(place, 0), len(whole[1]) // 2 + 1)):
+        file.write_bytes(file.read_bytes()[:cut])
+    cache.run(cache.Config(k=8), Inputs({"teacher": (teacher,)}, {"train": TEXTS}), LocalRun(0, work))
+    assert [file.read_bytes() for file in (bin_of(place, 0), index_of(place, 0))] == whole
+
+
 def test_records_that_ask_nothing_are_told_of(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="ask nothing"):
         keep(load(root / "causal0"), [data.Text(text="")], tmp_path / "answers", 8)

@@ -137,10 +137,11 @@ def test_the_threshold_is_the_best_cut_on_dev(tmp_path: Path) -> None:
     assert len(large.asked) == 30 + round(float(run.notes["asked"]) * 60)
 
 
-def test_a_large_model_that_never_helps_is_never_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", ["cat", "bird"])  # wrong, and right where the small one is right too
+def test_a_large_model_that_never_helps_is_never_asked(answer: str, tmp_path: Path) -> None:
     small = {f"r{i}": (0.4 + i / 100, 0.3, 0.2, 0.1 - i / 100) for i in range(9)}
     dev = [Label(text=name, label="bird") for name in small]
-    large = Speaker(dict.fromkeys(small, "cat"))
+    large = Speaker(dict.fromkeys(small, answer))
     program, run = made(model(Classes, Told(small)), model(Text, large), dev, tmp_path, most=1.0)
     assert run.notes["threshold"] == 0.0 and run.notes["asked"] == 0.0
     asked = len(large.asked)

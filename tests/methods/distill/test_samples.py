@@ -59,11 +59,12 @@ class Script:
     """Says the next of these each time; tells that A, B and C are the likeliest first tokens."""
 
     def __init__(self, said: Sequence[str]) -> None:
-        self.said, self.prompts = said, list[str]()
+        self.said, self.prompts, self.temperatures = said, list[str](), set[float]()
 
     def generate(self, prompts: Sequence[str], *, temperature: float = 0.0, **_: Any) -> list[str]:
         if temperature == 0:
             return [" greedy" for _ in prompts]
+        self.temperatures.add(temperature)
         first = len(self.prompts)
         self.prompts += prompts
         return [self.said[(first + i) % len(self.said)] for i in range(len(prompts))]
@@ -116,7 +117,19 @@ def test_openings_are_spread_and_copies_left_out(pair: tuple[Model, Model], tmp_
     # 6 of the 7 words of two of these are the same: ROUGE-L is 6/7 or 5/7, above .7
     _, run, texts = taught(script.model(Text, Top), pair[1], tmp_path / "b", alpha=0.0, samples=6, alike=0.7)
     assert len(texts) == 1 and run.notes["samples"] == 1
-    assert len(script.prompts) <= 6 + samples.ROUNDS * samples.asking.CHUNK
+    assert len(script.prompts) == 6 + samples.ROUNDS * 6 and script.temperatures == {1.0}
+
+
+def test_what_is_left_out_is_drawn_again_and_no_more_is_kept_or_asked_than_wanted(
+    pair: tuple[Model, Model], tmp_path: Path
+) -> None:
+    words = ["one", "", "one", "two", "three", "four", "five"]
+    script = Script(words)
+    _, _, texts = taught(script.model(Text), pair[1], tmp_path / "a", alpha=0.0, samples=3, sampling=1.5)
+    assert texts == ["one", "two", "three"] and len(script.prompts) == 6 and script.temperatures == {1.5}
+    script = Script(["the same"])
+    taught(script.model(Text), pair[1], tmp_path / "b", alpha=0.0, samples=70)
+    assert len(script.prompts) == samples.ROUNDS * 70
 
 
 def test_what_a_teacher_does_not_tell_is_said_before_anything_is_asked(

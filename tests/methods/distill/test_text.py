@@ -42,10 +42,11 @@ class Script:
     """A teacher that answers by a function of the prompt and of how often it was asked that."""
 
     def __init__(self, answer: Callable[[str, int], str]) -> None:
-        self.answer, self.asked = answer, list[str]()
+        self.answer, self.asked, self.settings = answer, list[str](), list[dict[str, Any]]()
 
-    def generate(self, prompts: Sequence[str], **_: Any) -> list[str]:
+    def generate(self, prompts: Sequence[str], **settings: Any) -> list[str]:
         said = []
+        self.settings.append(settings)
         for prompt in prompts:
             said.append(self.answer(prompt, self.asked.count(prompt)))
             self.asked.append(prompt)
@@ -160,6 +161,8 @@ def test_new_prompts_are_asked_for_and_only_new_ones_kept(student: Model, tmp_pa
     lists = [prompt for prompt in teacher.asked if prompt.startswith("A list")]
     assert all(f"{i}. the " in lists[0] for i in range(1, 7)) and lists[0].endswith("\n7.")
     assert len(lists) <= text.asking.requests(2)
+    # lists are drawn, or the same one would be said again; answers are as the setting says
+    assert [s["temperature"] for s in teacher.settings] == [1.0] * (len(teacher.settings) - 1) + [0.0]
 
 
 def test_over_http_every_query_is_charged_once(student: Model, tmp_path: Path, monkeypatch: Any) -> None:

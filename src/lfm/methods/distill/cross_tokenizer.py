@@ -39,6 +39,7 @@ from lfm.core.errors import ConfigError, DataError, MismatchError
 from lfm.core.heavy import F, nn, torch
 from lfm.data import task as tasks
 from lfm.data.language import IGNORED
+from lfm.distilling import lesson as lessons
 from lfm.distilling import spans as aligning
 from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import TOLD
@@ -74,7 +75,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     task, theirs = (tasks.task_for(records, c, m.facts) for c, m in zip(codecs, (student, teacher), strict=True))
     both = Pair(*(codec.tokenizer for codec in codecs))
     gradients = student.ask(Gradients)
-    module = formed(gradients.module(), config, run)
+    module = formed(gradients.module(), config, run, lesson=lessons.lesson(records, student, student))
     ask = teacher.ask(Logits).logits
 
     @cache  # a record is read once

@@ -84,7 +84,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher, student = inputs.model("teacher"), inputs.model("student")
     lesson = lessons.lesson(inputs.records("train"), teacher, student)
     gradients = student.ask(Gradients)
-    module = formed(gradients.module(), config, run)
+    module = formed(gradients.module(), config, run, lesson=lesson)
     draw = drawer(config, teacher, student, module)
 
     def collate(numbers: Sequence[int]) -> Batch:

@@ -62,7 +62,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     asking.leave(records, run)
     lesson = lessons.lesson(records, teacher, student)
     gradients = student.ask(Gradients)
-    module = formed(gradients.module(), config, run)
+    module = formed(gradients.module(), config, run, lesson=lesson)
 
     loss, collate = answering.answered(config, lesson, teacher, module, run)
     losses = fit(module, lesson.numbers, collate, loss, config, run)
@@ -86,11 +86,12 @@ def drawn(config: Config, teacher: Model, run: Run) -> list[str]:
         said = says.generate(asked, max_tokens=config.max_tokens, temperature=config.sampling, seed=seed)
         return [one + more for one, more in zip(asked, said, strict=True)]
 
-    number = 0
-    for number in run.track(range(0, ROUNDS * config.samples, asking.CHUNK), "samples"):
+    most = ROUNDS * config.samples
+    each = min(asking.CHUNK, config.samples)
+    for number in run.track(range(0, most, each), "samples"):
         if len(kept) >= config.samples:
             break
-        size = min(asking.CHUNK, config.samples)
+        size = min(each, most - number)
         prompts = [openings[(number + i) % len(openings)] for i in range(size)]
         said = run.step(
             f"samples {number}",

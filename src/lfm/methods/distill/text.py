@@ -124,7 +124,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     asking.leave(kept, run)
     lesson = lessons.lesson(kept, student, student)
     gradients = student.ask(Gradients)
-    module = formed(gradients.module(), config, run)
+    module = formed(gradients.module(), config, run, lesson=lesson)
 
     def loss(module: nn.Module, batch: Any) -> Any:
         return lesson.task.loss(forward(module, batch), batch)

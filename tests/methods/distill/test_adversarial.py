@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 import tiny
 from case import Case
 from lfm.core import Inputs, Model
+from lfm.core.errors import ConfigError
 from lfm.core.method import check
+from lfm.distilling import datafree
+from lfm.distilling.bank import Bank
 from lfm.methods.distill import adversarial
 from lfm.methods.distill.adversarial import retained
 from lfm.models import load
@@ -118,6 +122,25 @@ def test_without_weight_memory_changes_nothing_and_with_it_does(pair: tuple[Mode
     }
     assert made["off"] == made["off, other α"]
     assert len(set(made.values())) == 3
+
+
+def test_a_share_of_every_so_many_batches_is_remembered(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    config = adversarial.Config(**QUICK | {"batch_size": 8, "memorise": 3, "share": 0.25})
+    run = LocalRun(0, tmp_path)
+    stage, memory = datafree.scene(config, *pair, run), Bank(5, torch.device("cpu"))
+    with ExitStack() as stack:
+        synthesise, _ = adversarial.seeking(config, stage, memory, run, stack)
+        made: list[int] = []
+        for step in range(7):
+            synthesise(step, memory)
+            made.append(memory.made)
+    assert made == [2, 2, 2, 4, 4, 4, 6] and len(memory) == 5
+
+
+def test_what_the_loss_does_not_have_is_refused(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    for settings in ({"temperature": 2.0}, {"divergence": "jsd"}):
+        with pytest.raises(ConfigError, match="changes nothing here"):
+            distill(*pair, tmp_path, **QUICK | settings)
 
 
 def test_what_is_remembered_is_not_asked_again(pair: tuple[Model, Model], tmp_path: Path) -> None:

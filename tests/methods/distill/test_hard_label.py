@@ -15,9 +15,12 @@ from case import Case
 from lfm.core import Inputs, Logits, Model
 from lfm.core.errors import ConfigError
 from lfm.core.method import check
+from lfm.distilling import datafree
+from lfm.distilling.telling import TOLD
 from lfm.methods.distill import hard_label
 from lfm.models import load
 from lfm.runs.run import LocalRun
+from lfm.train.losses import entropy
 
 QUICK: dict[str, Any] = {"steps": 6, "batch_size": 4, "bank": 64, "width": 4, "latent": 8, "climbs": 2}
 ENTROPY = QUICK | {"queries": 23, "rounds": 3, "generator_steps": 2}
@@ -103,3 +106,29 @@ def test_too_few_questions_are_refused_before_any(pair: tuple[Model, Model], tmp
         with pytest.raises(ConfigError, match=why):
             distill(teacher.model, pair[1], tmp_path, **settings)
         assert not teacher.asked
+
+
+def test_pictures_climb_to_where_the_student_is_less_sure(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    stage = datafree.scene(hard_label.Config(**ENTROPY), *pair, LocalRun(0, tmp_path))
+    start = stage.frame.noise(8, torch.Generator().manual_seed(0))
+    unsure: list[float] = []
+    for climbs in (0, 3, 9):
+        torch.manual_seed(0)
+        made = hard_label.least_sure(start, stage, climbs, 0.02)
+        assert torch.equal(made, stage.frame.clamp(made))
+        unsure.append(entropy(stage.answer(made)).item())
+    assert unsure[0] < unsure[1] < unsure[2], unsure
+
+
+def test_soft_labels_are_as_sharp_as_asked_and_largest_for_the_own_class(
+    pair: tuple[Model, Model], tmp_path: Path
+) -> None:
+    """Of three regions, by which of a picture's first three values is the largest."""
+    config = hard_label.Config(**BOUNDARY | {"sharp": 7.0})
+    stage = datafree.scene(config, *pair, LocalRun(0, tmp_path))
+    rows = hard_label.measured(
+        config, stage, lambda images, _: images.flatten(1)[:, :3].argmax(-1), LocalRun(0, tmp_path)
+    )
+    best = rows[TOLD].max(-1)
+    assert torch.equal(best.indices, rows[hard_label.NAMED]) and len(best.indices.unique()) > 1
+    assert best.values.mean().item() == pytest.approx(7.0, rel=1e-5)

@@ -100,7 +100,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     def loss(rows: Batch) -> Tensor:
         answered = scene.answer(rows[PIXELS])
         hard = F.cross_entropy(answered, rows[NAMED])
-        return hard + gap(answered, rows, config.temperature) if TOLD in rows else hard
+        return hard + gap(answered, rows, config.temperature, config.divergence) if TOLD in rows else hard
 
     datafree.distil(scene, synthesise, config, run, loss=loss, beside=beside)
     return student.ask(Gradients).rewrap(scene.student)

@@ -244,8 +244,14 @@ def test_a_run_cut_off_within_a_chunk_goes_on_to_the_same_bytes(root: Path, tmp_
 
 
 def test_records_that_ask_nothing_are_told_of(root: Path, tmp_path: Path) -> None:
+    blank = Inputs({"teacher": (load(root / "causal0"),), "student": (load(root / "causal1"),)},
+                   {"train": [*TEXTS, data.Text(text=" ")]})  # fmt: skip
+    for method in (cache, response):
+        with pytest.raises(DataError, match="text 7: 'text' is blank"):
+            method.agree(method.Config(), blank)
+    empty = Inputs({"teacher": blank.models["teacher"]}, {"train": [data.Text(text="")]})
     with pytest.raises(DataError, match="ask nothing"):
-        keep(load(root / "causal0"), [data.Text(text="")], tmp_path / "answers", 8)
+        cache.run(cache.Config(k=8), empty, LocalRun(0, tmp_path))
 
 
 def test_a_teacher_that_tells_no_numbers_is_told_of_with_the_record(root: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import lfm.core
 from lfm.core import Answers, Codec, Cost, Data, DataSlot, Inputs, Meta, Method, Model, Run, Sizes, Slot
 from lfm.distilling import answers, keeping
 from lfm.distilling import lesson as lessons
+from lfm.train import worded
 
 
 class Config(lfm.core.Config, frozen=True):
@@ -43,6 +44,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 def agree(config: Config, inputs: Inputs) -> None:
     teacher = inputs.model("teacher")
+    worded(inputs.records("train"))
     keeping.agree(teacher, next(iter(inputs.all("reader")), teacher))
     for kept in inputs.all("kept"):
         lessons.agree(kept, next(iter(inputs.all("reader")), teacher))

@@ -17,7 +17,8 @@ tokens: one query a place, paid once), student (Gradients, Codec). Of the k like
 outcomes; else what they leave is spread evenly. Two language models must share kind and vocabulary; two
 classifiers the names of their classes, in any order; each then reads the records its own way. Data: every kind; with
 alpha=1 the classes of records may be empty. A classifying teacher is asked once a record; its answers (N, classes) are
-kept. Errors: MismatchError before any weight is read; ConfigError where a class is empty and alpha < 1; DivergedError.
+kept. Errors: MismatchError, and DataError naming a record that is blank or of no class, before any weight is read;
+ConfigError where a class is empty and alpha < 1; DivergedError.
 
     lfm run distill.response teacher=big student=small train=texts.jsonl --set temperature=4 --out taught
 """
@@ -31,7 +32,7 @@ from lfm.distilling import lesson as lessons
 from lfm.distilling.answers import ACCESS, queries
 from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import taught
-from lfm.train import fit, training
+from lfm.train import fit, suited, training
 from lfm.train.losses import Divergence
 
 
@@ -56,6 +57,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 def agree(config: Config, inputs: Inputs) -> None:
     lessons.agree(inputs.model("teacher"), inputs.model("student"))
+    suited(config, Inputs({"student": inputs.all("student")}, inputs.data))
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -125,7 +125,7 @@ def test_without_weight_memory_changes_nothing_and_with_it_does(pair: tuple[Mode
 
 
 def test_a_share_of_every_so_many_batches_is_remembered(pair: tuple[Model, Model], tmp_path: Path) -> None:
-    config = adversarial.Config(**QUICK | {"batch_size": 8, "memorise": 3, "share": 0.25})
+    config = adversarial.Config(batch_size=8, every=2, memorise=3, share=0.25, width=4, latent=8)
     run = LocalRun(0, tmp_path)
     stage, memory = datafree.scene(config, *pair, run), Bank(5, torch.device("cpu"))
     with ExitStack() as stack:
@@ -138,7 +138,8 @@ def test_a_share_of_every_so_many_batches_is_remembered(pair: tuple[Model, Model
 
 
 def test_what_the_loss_does_not_have_is_refused(pair: tuple[Model, Model], tmp_path: Path) -> None:
-    for settings in ({"temperature": 2.0}, {"divergence": "jsd"}):
+    asked: list[dict[str, Any]] = [{"temperature": 2.0}, {"divergence": "jsd"}]
+    for settings in asked:
         with pytest.raises(ConfigError, match="changes nothing here"):
             distill(*pair, tmp_path, **QUICK | settings)
 

@@ -109,7 +109,7 @@ def test_too_few_questions_are_refused_before_any(pair: tuple[Model, Model], tmp
 
 
 def test_pictures_climb_to_where_the_student_is_less_sure(pair: tuple[Model, Model], tmp_path: Path) -> None:
-    stage = datafree.scene(hard_label.Config(**ENTROPY), *pair, LocalRun(0, tmp_path))
+    stage = datafree.scene(hard_label.Config(), *pair, LocalRun(0, tmp_path))
     start = stage.frame.noise(8, torch.Generator().manual_seed(0))
     unsure: list[float] = []
     for climbs in (0, 3, 9):
@@ -124,7 +124,7 @@ def test_soft_labels_are_as_sharp_as_asked_and_largest_for_the_own_class(
     pair: tuple[Model, Model], tmp_path: Path
 ) -> None:
     """Of three regions, by which of a picture's first three values is the largest."""
-    config = hard_label.Config(**BOUNDARY | {"sharp": 7.0})
+    config = hard_label.Config(kind="boundary", queries=100, moves=1, ways=1, halvings=2, tries=2, sharp=7.0)
     stage = datafree.scene(config, *pair, LocalRun(0, tmp_path))
     rows = hard_label.measured(
         config, stage, lambda images, _: images.flatten(1)[:, :3].argmax(-1), LocalRun(0, tmp_path)

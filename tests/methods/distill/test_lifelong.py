@@ -63,6 +63,23 @@ def test_the_first_loss_is_the_labels_alone(name: str, root: Path, tmp_path: Pat
     assert run.notes["loss_0"] == pytest.approx(F.cross_entropy(*answers(model, records)).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_second_loss_is_the_formula_written_out(root: Path, tmp_path: Path, temperature: float) -> None:
+    """CE + λ T² KL(before ‖ after a step), of all records in one batch."""
+    model, before = load(root / "classifier"), answers(load(root / "classifier"), LABELS)[0] / temperature
+    how: dict[str, Any] = {"batch_size": len(LABELS), "lr": 1e-2, "warmup": 0.0, "schedule": "constant"}
+    keep: dict[str, Any] = {"keep": 3.0, "temperature": temperature}
+    once, _ = learned(model, LABELS, tmp_path / "once", steps=1, **how, **keep)
+    _, run = learned(model, LABELS, tmp_path / "twice", steps=2, **how, **keep)
+    now, labels = answers(once, LABELS)
+    apart = F.kl_div(
+        (now / temperature).log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert apart > 1e-4
+    expected = F.cross_entropy(now, labels) + 3.0 * temperature**2 * apart
+    assert run.notes["loss_0"] == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_new_classes_get_rows_and_the_old_ones_stay(root: Path, tmp_path: Path) -> None:
     """Before a step is made, what it answers of the old classes is bit for bit what it answered."""
     for name, old, new in (

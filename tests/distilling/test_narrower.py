@@ -19,7 +19,7 @@ from lfm.data import records as data
 from lfm.distilling import lesson as lessons
 from lfm.distilling import narrower
 from lfm.distilling.narrower import Shares
-from lfm.distilling.student import Taught, formed, smaller
+from lfm.distilling.student import Taught, agree, formed, smaller
 from lfm.models import forward, load, structure
 from lfm.runs.run import LocalRun
 
@@ -166,6 +166,8 @@ def test_the_settings_make_such_a_student(tmp_path: Path) -> None:
     assert (small.config.num_hidden_layers, small.config.hidden_size) == (2, model.facts.width // 2)
     random: Any = formed(model.ask(Gradients).module(), Taught(neurons=0.5, start="random"), run, lesson=lesson)
     assert random.config.intermediate_size == model.ask(Gradients).module().config.intermediate_size // 2  # type: ignore
+    with pytest.raises(ConfigError, match="4 blocks cannot be kept of 3"):
+        agree(Taught(layers=4), model)
     with pytest.raises(ConfigError, match="which parts of the student matter"):
         formed(model.ask(Gradients).module(), config, run)
 

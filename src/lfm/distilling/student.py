@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from lfm.core import Meta, Run
+from lfm.core import Meta, Model, Run
 from lfm.core.errors import ConfigError
 from lfm.core.model import Facts
 from lfm.distilling import narrower
@@ -60,6 +60,13 @@ def formed(module: nn.Module, config: Taught, run: Run, *key: object, lesson: Le
         raise ConfigError("start=random needs an architecture of transformers", why="this module names no config")
     with seeded(run.seed_for("student", *key)):
         return type(module)(settings).requires_grad_(True)
+
+
+def agree(config: Taught, student: Model) -> None:
+    """That a causal student has as many blocks as are to be kept, before anybody is asked for anything. ConfigError."""
+    many = student.facts.layers
+    if student.facts.task == "causal-lm" and 0 < many < config.layers:
+        raise ConfigError(f"{config.layers} blocks cannot be kept of {many}", fix=f"layers={many} at most; 0 keeps all")
 
 
 def _shown(lesson: Lesson | None) -> list[Batch]:

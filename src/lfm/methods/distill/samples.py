@@ -32,6 +32,7 @@ from lfm.core.model import Top
 from lfm.data.records import Text
 from lfm.distilling import answering, asking, filtering
 from lfm.distilling import lesson as lessons
+from lfm.distilling import student as students
 from lfm.distilling.answering import Answering
 from lfm.distilling.student import formed, smaller
 from lfm.train import fit, training
@@ -121,6 +122,7 @@ def begun(config: Config, teacher: Model) -> list[str]:
 
 def agree(config: Config, inputs: Inputs) -> None:
     teacher, student = inputs.model("teacher"), inputs.model("student")
+    students.agree(config, student)
     if student.facts.task != "causal-lm":
         raise MismatchError(
             f"{student.ref} cannot learn running text", why=f"its task is {student.facts.task or 'unknown'}"

@@ -39,6 +39,7 @@ from lfm.data.records import Completion, Label, Record, Text
 from lfm.data.wording import spaced, wording
 from lfm.distilling import asking, filtering
 from lfm.distilling import lesson as lessons
+from lfm.distilling import student as students
 from lfm.distilling.student import Taught, formed, smaller
 from lfm.models import forward
 from lfm.prompting.template import checked, filled
@@ -190,6 +191,7 @@ def agree(config: Config, inputs: Inputs) -> None:
         except re.error as error:
             raise ConfigError(f"{pattern!r} is no regular expression", why=str(error)) from None
     checked(config.ask, fills=False)
+    students.agree(config, inputs.model("student"))
     if (task := inputs.model("student").facts.task) not in WRITERS:
         raise MismatchError(
             f"{inputs.model('student').ref} cannot learn to answer",

@@ -176,6 +176,22 @@ def test_the_first_loss_is_the_papers_on_both_models_features(name: str, kind: A
     assert run.notes["loss_before"] - float(answers) == pytest.approx(5 * apart, rel=close, abs=1e-6)
 
 
+def test_the_loss_inside_is_the_mean_over_places(root: Path, tmp_path: Path) -> None:
+    teacher, student = load(root / "causal0"), load(root / "causal1")
+    losses = [
+        distill(teacher, student, TEXTS[:4], tmp_path / str(beta), steps=1, kind="attention", places=2, beta=beta)[1]
+        for beta in (0.0, 4.0)
+    ]
+    batch = student.ask(Codec).texts([r.text for r in TEXTS[:4]])
+    mask = batch["attention_mask"].bool()
+    sites = inside.paired(student.ask(Gradients).module(), teacher, 2)
+    seen = [m.ask(Features).features(batch, some) for m, some in zip((student, teacher), sites)]
+    apart = [float(inside.attention(s, t, mask)) for s, t in zip(*seen)]
+    assert len(apart) == 2 and min(apart) > 0
+    gained = losses[1].notes["loss_before"] - losses[0].notes["loss_before"]
+    assert gained == pytest.approx(4 * sum(apart) / 2, rel=1e-3)
+
+
 def test_a_teacher_inside_itself_is_no_distance_away(root: Path, tmp_path: Path) -> None:
     model = load(root / "causal0")
     for kind in KINDS:

@@ -100,23 +100,28 @@ def test_few_rows_and_equal_rows_have_finite_gradients(count: int) -> None:
     assert s.grad is not None and torch.isfinite(s.grad).all()
 
 
-def test_the_first_loss_is_that_of_both_models_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("places", [1, 2])
+def test_the_first_loss_is_that_of_both_models_rows(tmp_path: Path, places: int) -> None:
     teacher, student = load(tiny.causal(tmp_path / "t")), load(tiny.causal(tmp_path / "s", seed=1))
     records = [data.Text(text=line) for line in tiny.CORPUS[:4]]
     weights: tuple[dict[str, Any], ...] = ({"similarity": 30.0}, {"distance": 0.0, "angle": 0.0})
     losses = [
-        distill(teacher, student, records, tmp_path / str(i), steps=1, precision="fp32", **other)[1].notes[
-            "loss_before"
-        ]
+        distill(teacher, student, records, tmp_path / str(i), steps=1, places=places, precision="fp32", **other)[
+            1
+        ].notes["loss_before"]
         for i, other in enumerate(weights)
     ]
     batch = student.ask(Codec).texts([r.text for r in records])
     mask = batch["attention_mask"][..., None]
-    s, t = (
-        (m.ask(Features).features(batch, [("hidden", -1)])[0] * mask).sum(1) / mask.sum(1) for m in (student, teacher)
-    )
-    expected = 25 * relations.distances(s, t) + 50 * relations.angles(s, t) + 30 * relations.similarities(s, t)
-    assert losses[0] - losses[1] == pytest.approx(float(expected), rel=1e-4)
+    expected = 0.0
+    for level in range(2)[-places:]:
+        s, t = (
+            (m.ask(Features).features(batch, [("level", level)])[0] * mask).sum(1) / mask.sum(1)
+            for m in (student, teacher)
+        )
+        apart = 25 * relations.distances(s, t) + 50 * relations.angles(s, t) + 30 * relations.similarities(s, t)
+        expected += float(apart) / places
+    assert losses[0] - losses[1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_students_records_come_to_lie_as_the_teachers(tmp_path: Path) -> None:

@@ -114,6 +114,16 @@ def test_answers_beside_the_pictures_are_not_asked_again(models: tuple[Model, Mo
     assert kept[0] == pytest.approx(asked[0], rel=1e-5)
 
 
+def test_matrices_decay_and_vectors_do_not() -> None:
+    for config in (DataFree(lr=0.1, weight_decay=0.5), DataFree(lr=0.1, weight_decay=0.5, optimizer="sgd")):
+        net = torch.nn.Linear(2, 3)
+        weight, bias = net.weight.detach().clone(), net.bias.detach().clone()
+        net.weight.grad, net.bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
+        optimizer_of(net, config).step()
+        assert not torch.equal(net.weight, weight) and net.weight.norm() < weight.norm()
+        assert torch.equal(net.bias, bias)
+
+
 def test_the_student_answers_by_the_teachers_classes_and_is_left_alone_while_pictures_are_made(
     models: tuple[Model, Model], tmp_path: Path
 ) -> None:

@@ -148,6 +148,11 @@ def test_an_unexpected_exception_is_one_line(
         cli.run(["show", "tune.lora", "--debug"])
 
 
+def test_a_number_may_begin_with_its_point() -> None:
+    said = settings(["alpha=.5", "shift=-.25e-3", "ends=...", "path=.5x", "beta=1.5"])
+    assert said == {"alpha": "0.5", "shift": "-0.25e-3", "ends": "...", "path": ".5x", "beta": "1.5"}
+
+
 def test_a_setting_that_begins_with_a_gap_is_a_template_and_no_json() -> None:
     said = settings(["template={text} : {mask}", 'words={"good": ["fine"]}', "sizes=[1, 2]"])
     assert said == {"template": "{text} : {mask}", "words": {"good": ["fine"]}, "sizes": [1, 2]}

@@ -22,6 +22,7 @@ SMALL: dict[str, Any] = {
     "head_dim": 8,
     "pad_token_id": 0,
 }
+START: dict[str, Any] = {"decoder_start_token_id": 0}
 SEQ2SEQ: dict[str, Any] = {
     "vocab_size": 48, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "pad_token_id": 0,
@@ -38,7 +39,7 @@ PLAIN: dict[str, Any] = {
         hf.BertConfig(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     ),
     "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        hf.T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, **START)
     ),
     "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**SEQ2SEQ)),
 }

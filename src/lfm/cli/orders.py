@@ -27,7 +27,10 @@ def pairs(words: Sequence[str], what: str) -> list[tuple[str, str]]:
 
 
 def settings(words: Sequence[str]) -> dict[str, Any]:
-    """`--set key=value` words as a mapping; a value in brackets or braces is JSON, but for a template's {gap}."""
+    """`--set key=value` words as a mapping; a value in brackets or braces is JSON, but for a template's {gap}.
+
+    A number may begin with its point.
+    """
     import json
     import re
 
@@ -39,7 +42,7 @@ def settings(words: Sequence[str]) -> dict[str, Any]:
             except json.JSONDecodeError as error:
                 raise ConfigError(f"--set {key}: {value} is not JSON", why=str(error)) from None
         else:
-            found[key] = value
+            found[key] = re.sub(r"^(-?)(\.\d+(?:[eE][-+]?\d+)?)$", r"\g<1>0\2", value)
     return found
 
 

@@ -132,6 +132,9 @@ class Inputs:
         return self.data.get(role, ())
 
 
+NAMED = 8
+"""Methods that an error names."""
+
 METRICS = "metrics.jsonl"
 """What trainings tell of their steps, in a run's scratch directory, and then in what it makes."""
 
@@ -277,7 +280,7 @@ def check(id: str, method: Method[Any], inputs: Inputs, *, alternatives: Callabl
                     f"{id} asks {', '.join(names_of(missing))} of {role!r}, which {model.ref} does not give",
                     why=f"this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}"
                     + (f" ({model.hint})" if model.hint else ""),
-                    fix=f"methods that work with it: {', '.join(others)}" if others else "",
+                    fix=_others(model, others),
                 )
     for role, slot in method.data.items():
         records = inputs.records(role)
@@ -299,3 +302,9 @@ def check(id: str, method: Method[Any], inputs: Inputs, *, alternatives: Callabl
         role: tuple(m.only(method.models[role].declared) for m in given) for role, given in inputs.models.items()
     }
     return Inputs(restricted, dict(inputs.data))
+
+
+def _others(model: Model, ids: Sequence[str]) -> str:
+    """What would work with a model: a few ids, and how to list them all."""
+    more = f" and {len(ids) - NAMED} more (`lfm methods --have {','.join(names_of(model.gives))}`)"
+    return f"methods that work with it: {', '.join(ids[:NAMED])}{more * (len(ids) > NAMED)}" if ids else ""

@@ -19,7 +19,7 @@ Models: teacher (Features, Logits, Codec) and student (Gradients, Codec) classif
 classes (with alpha=1 without); images, for the first stage, else train. Errors: MismatchError where the patches are not
 as many, or the models classify no images; ModelError where `generic` has no decoder.
 
-    lfm run distill.g2sd teacher=big student=small train=images.jsonl --set generic_steps=1000 --out taught
+    lfm run distill.g2sd teacher=big student=small train=images.jsonl --set generic_steps=100 --out taught
 """
 
 from __future__ import annotations

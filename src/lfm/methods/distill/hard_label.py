@@ -21,7 +21,7 @@ Models: teacher (Logits, of which only the largest is read), student (Gradients)
 `mean` and `std`. Data: none. Errors: MismatchError and ConfigError before any weight is read; ConfigError where
 `queries` are too few; DivergedError.
 
-    lfm run distill.hard_label teacher=big student=small --set queries=500 --set steps=50 --out taught
+    lfm run distill.hard_label teacher=big student=small --set queries=500 --set rounds=8 --set steps=50 --out taught
 """
 
 from __future__ import annotations

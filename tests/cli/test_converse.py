@@ -85,6 +85,7 @@ def test_what_is_kept_lands_in_the_ledger_and_what_is_dropped_leaves_it_as_it_wa
     assert patches.model(Path("led")).digest == load(Path("base")).digest
 
 
+@pytest.mark.slow
 def test_a_memory_s_settings_hold_for_all_of_a_conversation(here: Path) -> None:
     given = {"layer": 0, "prefixes": 3, "tokens": 200, "collapse": 100.0, "accept": 0.05, "lr": 1.0}
     lines = (FIRST, "cat", "", "", "y", SECOND, "dog", "the mountain", "", "y", "")

@@ -220,6 +220,7 @@ def test_a_classifying_teacher_is_asked_once_a_record(root: Path, tmp_path: Path
     assert asked == len(LABELS)
 
 
+@pytest.mark.slow
 def test_distilled_beats_trained_alone_on_the_same_records_and_steps(tmp_path: Path) -> None:
     """A one-block ViT on 300 of scikit-learn's digits, taught by one of three blocks; mean accuracy of three seeds."""
     from sklearn.datasets import load_digits

@@ -134,6 +134,7 @@ def test_it_reads_prompt_and_new_object_whatever_is_beside(base: Path, tmp_path:
     assert not torch.allclose(alone[1], alone[2], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_price_rises_while_the_constraint_is_broken(base: Path, tmp_path: Path) -> None:
     """λ begins at 1 and is not negative: a margin that is never met drives it up, one that always is down to 0."""
     _, tight = made(base, tmp_path / "tight", EDITS[:1], margin=1e-6)

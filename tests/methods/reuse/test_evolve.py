@@ -83,6 +83,7 @@ def test_it_finds_the_weights_that_a_target_was_made_with(
     assert curve[-1] < curve[0] / 100
 
 
+@pytest.mark.slow
 def test_groups_of_blocks_are_searched_by_themselves(
     three: list[Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

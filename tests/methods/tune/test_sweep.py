@@ -71,6 +71,7 @@ def test_the_run_directory_holds_the_best_model_and_all_tries(tmp_path: Path) ->
     assert runs.model(out).digest == runs.model(tmp_path / "saved").digest
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_twice_and_after_a_kill_no_finished_try_again_but_the_winner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ def main() -> None:
         prompts = [text for text in texts for _ in range(count)]
         words = [f" {word}" for _ in texts for word in WORDS[:count]]
         said(f"{count} words after each text", model, prompts, words, given.rounds)
-    for count in (1, 3):
+    for count in (2, 3):
         shown = "".join(f"{text} {word}. " for text, word in zip(texts, WORDS[:count]))
         rest = texts[count:]
         prompts = [shown + text for text in rest for _ in WORDS[:2]]

@@ -25,21 +25,57 @@ SPECIAL = re.compile(r"<[^<>\s]+>")
 """What special tokens look like as text. A text ends with the first one."""
 
 
-def prompted(part: Model, prompt: Tensor) -> Mapping[type, Callable[[], Any]]:
-    """The interfaces of a model before whose every input the prompt (t, d) stands."""
-    return _spoken(part, PromptedEmbeddings(lambda: part.ask(Embeddings), prompt))
+def prompted(part: Model, prompt: Tensor, frame: str = "") -> Mapping[type, Callable[[], Any]]:
+    """The interfaces of a model before whose every input the prompt (t, d) stands. frame: as of `fitted`."""
+    return _spoken(part, PromptedEmbeddings(lambda: part.ask(Embeddings), prompt), len(prompt), frame)
 
 
-def deep_prompted(part: Model, prompt: Tensor) -> Mapping[type, Callable[[], Any]]:
-    """The interfaces of a model with a prompt (blocks, t, d) at its blocks."""
-    return _spoken(part, DeepEmbeddings(lambda: part.ask(Embeddings), lambda: part.ask(Injection), prompt))
+def deep_prompted(part: Model, prompt: Tensor, frame: str = "") -> Mapping[type, Callable[[], Any]]:
+    """The interfaces of a model with a prompt (blocks, t, d) at its blocks. frame: as of `fitted`."""
+    deep = DeepEmbeddings(lambda: part.ask(Embeddings), lambda: part.ask(Injection), prompt)
+    return _spoken(part, deep, prompt.shape[1], frame)
 
 
-def _spoken(part: Model, embeddings: Embeddings) -> Mapping[type, Callable[[], Any]]:
+def _spoken(part: Model, embeddings: Embeddings, depth: int, frame: str) -> Mapping[type, Callable[[], Any]]:
     gives: dict[type, Callable[[], Any]] = {Embeddings: lambda: embeddings}
+
+    def limit() -> int:
+        return room(part, depth)
+
     if part.facts.task in ("masked-lm", "seq2seq-lm"):  # text does not grow where they answer
-        return {Logprobs: lambda: AnswerLogprobs(embeddings), **gives}
-    return {Text: lambda: EmbeddingsText(embeddings), Logprobs: lambda: EmbeddingsLogprobs(embeddings), **gives}
+        return {Logprobs: lambda: AnswerLogprobs(embeddings, limit(), frame), **gives}
+    return {
+        Text: lambda: EmbeddingsText(embeddings),
+        Logprobs: lambda: EmbeddingsLogprobs(embeddings, limit(), frame),
+        **gives,
+    }
+
+
+def room(part: Model, depth: int) -> int:
+    """The tokens that a text may have between a prompt of `depth` and an answer of one; 0 where no context is known."""
+    return max(1, part.facts.context - depth - 1) if part.facts.context else 0
+
+
+def fitted(
+    embeddings: Embeddings, rows: Tensor, prompt: str, suffix: str = "", *, limit: int, frame: str = "", after: int = 0
+) -> Tensor:
+    """The rows (t, d) of an embedded text, of which what is longer than the limit (0: none) has lost its beginning.
+
+    frame: a template's words, without a record's: they stay, as do what opens a text, the place of the answer, what
+    comes behind it, and the last `after` rows. DataError where what stays is too long.
+    """
+    gone = len(rows) - limit if limit else 0
+    if gone <= 0:
+        return rows
+    bare = embeddings.embed([frame], [suffix])[0] if suffix else embeddings.embed([frame])[0]
+    if gone > len(rows) - max(len(bare), 1) - after:
+        raise DataError(
+            f"{prompt[:60]!r} is {len(rows)} tokens, of which {max(len(bare), 1) + after} cannot be left out",
+            why=f"beside the prompt there is room for {limit}",
+            fix="shorten it, the template, or the prompt: prompt_tokens",
+        )
+    kept = _common(bare, rows)
+    return torch.cat([rows[:kept], rows[kept + gone :]])
 
 
 def peft_format(part: Model, prompt: Tensor) -> Mapping[str, Callable[[Path], None]]:
@@ -180,16 +216,20 @@ class EmbeddingsLogprobs:
     """Scores of text, the text of each token found by embedding ever longer beginnings.
 
     A token that is not among those the model tells gets the least log-probability told: an upper bound of its own.
-    Suffixes are ignored: nothing is conditioned on them.
+    Suffixes are ignored: nothing is conditioned on them. limit, frame: as of `fitted`.
     """
 
-    def __init__(self, embeddings: Embeddings) -> None:
-        self._embeddings = embeddings
+    def __init__(self, embeddings: Embeddings, limit: int = 0, frame: str = "") -> None:
+        self._embeddings, self._limit, self._frame = embeddings, limit, frame
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
         pairs = list(zip(prompts, continuations, strict=True))
         split = [pieces(self._embeddings, prompt, continuation) for prompt, continuation in pairs]
-        asked = [rows[:place] for rows, found in split for place, _ in found]
+        asked = [
+            self._fitted(rows[:place], prompt, place - found[0][0])
+            for (rows, found), prompt in zip(split, prompts, strict=True)
+            for place, _ in found
+        ]
         texts = sorted({text for _, found in split for _, text in found})
         if len(texts) > CANDIDATES:
             raise DataError(f"{len(texts)} different tokens to score at once", fix=f"score at most {CANDIDATES}")
@@ -201,15 +241,21 @@ class EmbeddingsLogprobs:
         return scores
 
     def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
-        return self._embeddings.next_from(self._embeddings.embed(prompts), k)
+        rows = self._embeddings.embed(prompts)
+        asked = [self._fitted(one, prompt) for one, prompt in zip(rows, prompts, strict=True)]
+        return self._embeddings.next_from(asked, k)
+
+    def _fitted(self, rows: Tensor, prompt: str, after: int = 0) -> Tensor:
+        return fitted(self._embeddings, rows, prompt, limit=self._limit, frame=self._frame, after=after)
 
 
 @final
 class AnswerLogprobs:
-    """Scores of answers of one token: at a masked model's mask, or first of what a decoder says."""
+    """Scores of answers of one token: at a masked model's mask, or first of what a decoder says. limit, frame: as of
+    `fitted`."""
 
-    def __init__(self, embeddings: Embeddings) -> None:
-        self._embeddings = embeddings
+    def __init__(self, embeddings: Embeddings, limit: int = 0, frame: str = "") -> None:
+        self._embeddings, self._limit, self._frame = embeddings, limit, frame
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
         found = []
@@ -218,12 +264,18 @@ class AnswerLogprobs:
             if len(split) > 1:
                 raise DataError(f"{continuation!r} is {len(split)} tokens", why="such a prompt is asked for one")
             found.append(split[0][1])
-        rows = self._embeddings.embed(prompts, suffixes)
-        ranked = self._embeddings.next_from(rows, 1, sorted(set(found)))
+        ranked = self._embeddings.next_from(self._rows(prompts, suffixes), 1, sorted(set(found)))
         return [Score((text,), tuple(logprobs(row, [text]))) for row, text in zip(ranked, found, strict=True)]
 
     def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
-        return self._embeddings.next_from(self._embeddings.embed(prompts, suffixes), k)
+        return self._embeddings.next_from(self._rows(prompts, suffixes), k)
+
+    def _rows(self, prompts: Sequence[str], suffixes: Sequence[str]) -> list[Tensor]:
+        rows, endings = self._embeddings.embed(prompts, suffixes), list(suffixes) or [""] * len(prompts)
+        return [
+            fitted(self._embeddings, one, prompt, ending, limit=self._limit, frame=self._frame)
+            for one, prompt, ending in zip(rows, prompts, endings, strict=True)
+        ]
 
 
 def logprobs(ranked: Ranked, tokens: Sequence[str]) -> list[float]:

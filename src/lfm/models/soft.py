@@ -15,7 +15,7 @@ from lfm.core.errors import AccessError, DataError
 from lfm.core.heavy import F, nn, torch
 from lfm.core.model import Codec, Embeddings, Ranked
 from lfm.models import structure
-from lfm.models.language import ids_by_text, ranked
+from lfm.models.language import ids_by_text, limit_of, ranked
 from lfm.models.virtual import room
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Reader:
 
     def _fits(self, longest: int, depth: int) -> None:
         """DataError where the longest text and the prompt are more than the model reads."""
-        context = getattr(self.module.config, "max_position_embeddings", None) or 0
+        context = limit_of(self.tokenizer, getattr(self.module.config, "max_position_embeddings", None) or 0)
         if context and longest + depth > context:
             raise DataError(
                 f"a text of {longest} tokens is too long" + (f" after a prompt of {depth}" if depth else ""),

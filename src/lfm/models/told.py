@@ -76,7 +76,7 @@ def facts(source: Source) -> Facts:
         layers=whole("num_hidden_layers", "n_layer", "num_layers", "encoder_layers"),
         width=whole("hidden_size", "n_embd", "d_model"),
         heads=whole("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
-        context=whole("max_position_embeddings", "n_positions", "n_ctx"),
+        context=_context(whole("max_position_embeddings", "n_positions", "n_ctx"), source.files),
     )
 
 
@@ -140,6 +140,17 @@ def _by_token(module: Any) -> set[int]:
     except (AttributeError, NotImplementedError):
         return set()
     return {id(p) for table in tables if table is not None for p in table.parameters(recurse=False)}
+
+
+def _context(places: int, files: Mapping[str, Path]) -> int:
+    """The longest input in tokens: of the positions some models keep a few for padding, as their tokenizers know."""
+    if not places or "tokenizer_config.json" not in files:
+        return places
+    try:
+        known = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8")).get("model_max_length")
+    except (ValueError, AttributeError):
+        return places  # told of where the tokenizer is opened
+    return min(places, int(known)) if isinstance(known, int | float) and known > 0 else places
 
 
 def _vocabulary(files: Mapping[str, Path]) -> str:

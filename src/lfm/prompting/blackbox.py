@@ -21,10 +21,10 @@ from lfm.core.heavy import F, torch
 from lfm.core.method import Amount
 from lfm.data.records import Label, Pair
 from lfm.data.wording import spaced
-from lfm.models.prompted import logprobs, pieces
+from lfm.models.prompted import fitted, logprobs, pieces, room
 from lfm.models.soft import ManyPrompts
 from lfm.prompting.shots import shots
-from lfm.prompting.template import checked, filled
+from lfm.prompting.template import checked, filled, frame
 from lfm.search.cma import finite
 
 if TYPE_CHECKING:
@@ -111,14 +111,21 @@ def agree(config: Setting, inputs: Inputs) -> None:
 
 
 def prepared(config: Setting, embeddings: Embeddings, inputs: Inputs, run: Run) -> tuple[Asked, Asked | None]:
-    """The records to train on, and those that choose. DataError for a single label, ConfigError for words alike."""
+    """The records to train on, and those that choose. DataError for a single label, ConfigError for words alike.
+
+    A text that is too long for the model with the prompt before it loses its beginning; the notes tell how many did.
+    """
     records, dev_records = shots(inputs, config.examples, run.seed_for("examples"))
     labels = sorted({record.label for record in (*records, *dev_records)})
     if len(labels) < 2:
         raise DataError(f"all records have the label {labels[0]!r}", why="a prompt is tuned to tell labels apart")
     tokens = first_tokens(embeddings, filled(config.template, records[0]).prompt, labels, config.words)
-    train = asked(embeddings, records, labels, tokens, config.template)
-    return train, asked(embeddings, dev_records, labels, tokens, config.template) if dev_records else None
+    limit = room(inputs.model("model"), config.prompt_tokens)
+    train, cut = asked(embeddings, records, labels, tokens, config.template, limit)
+    dev, cut_dev = asked(embeddings, dev_records, labels, tokens, config.template, limit) if dev_records else (None, 0)
+    if cut + cut_dev:
+        run.note(texts_shortened=cut + cut_dev)
+    return train, dev
 
 
 def first_tokens(embeddings: Embeddings, text: str, labels: Sequence[str], own: Mapping[str, str]) -> tuple[str, ...]:
@@ -142,17 +149,23 @@ def asked(
     labels: Sequence[str],
     tokens: tuple[str, ...],
     template: str,
-) -> Asked:
-    """The records in words and embedded."""
+    limit: int,
+) -> tuple[Asked, int]:
+    """(the records in words and embedded, how many of their texts are cut to the limit)."""
     texts = [filled(template, record) for record in records]
     once = list(dict.fromkeys(texts))
     after = [[one.suffix for one in once]] if any(one.suffix for one in once) else []
-    return Asked(
-        tuple(embeddings.embed([one.prompt for one in once], *after)),
+    rows = embeddings.embed([one.prompt for one in once], *after)
+    fit = [
+        fitted(embeddings, row, *one, limit=limit, frame=frame(template)) for row, one in zip(rows, once, strict=True)
+    ]
+    told = Asked(
+        tuple(fit),
         tuple(once.index(text) for text in texts),
         tokens,
         tuple(labels.index(record.label) for record in records),
     )
+    return told, sum(len(a) < len(b) for a, b in zip(fit, rows, strict=True))
 
 
 def teller(embeddings: Embeddings, top: int) -> Tell:
@@ -295,8 +308,9 @@ def cost(config: Setting, sizes: Sizes, layers: int) -> Cost:
     read = ceil(longest) + len(config.template.encode()) + SPECIALS + config.prompt_tokens + 1
     looks = 1 + rounds // config.dev_every + config.restarts
     tried = rounds * generation(config) * train + looks * dev + (0 if dev else train)
-    # Once: the table, each text, and each beginning of each label's word, of which there are no more than records.
-    once = 1 + (train + dev) * (LETTERS + 2)
+    # Once: the table, each text, what stays of one that is cut, and each beginning of each label's word, of which
+    # there are no more than records.
+    once = 1 + (train + dev) * (LETTERS + 3)
     prompt = layers * config.prompt_tokens * facts.width
     return Cost(
         flops=2.0 * facts.parameters * tried * read,

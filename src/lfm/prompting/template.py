@@ -37,6 +37,11 @@ def checked(template: str, *, fills: bool) -> str:
     return template
 
 
+def frame(template: str) -> str:
+    """The template's words ahead of the answer, without a record's."""
+    return filled(template, Pair(text="", text_b="", label="")).prompt
+
+
 def filled(template: str, record: Label | Pair, *, before: str = "") -> Asked:
     """The record in the template's words, after `before`. A record's own text is never read as a template."""
     if not template:

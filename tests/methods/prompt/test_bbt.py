@@ -299,6 +299,76 @@ def test_a_prompt_of_no_tokens_changes_nothing(cat: Model) -> None:
     assert said == bare[Text]().generate(prompts, max_tokens=3, temperature=1.0, seed=4)
 
 
+# Texts that are too long
+
+
+LONG = [Label(text="The mat and the town and the dog . " * 40 + r.text, label=r.label) for r in TRAIN]
+"""Each far beyond the 128 tokens of the tiny models' context."""
+
+
+def kinds(here: Path) -> dict[str, tuple[Model, str]]:
+    """A model of each kind, and a template with words around the text, and after the answer where it reads those."""
+    return {
+        "causal": (load(tiny.causal(here / "causal")), "So : {text} It was"),
+        "masked": (load(tiny.masked(here / "masked")), "so : {text} it was {mask} , no less"),
+        "seq2seq": (load(tiny.seq2seq(here / "seq2seq", max_position_embeddings=128)), "So : {text} It was"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "seq2seq"])
+def test_a_text_that_is_too_long_loses_its_beginning_and_the_template_stays(kind: str, tmp_path: Path) -> None:
+    """What is read is, row by row, the text whose beginning was left out by hand."""
+    model, template = kinds(tmp_path)[kind]
+    embeddings, room = model.ask(Embeddings), 60
+    for record in LONG:
+        whole = blackbox.filled(template, record)
+        (rows,) = embeddings.embed([whole.prompt], *([[whole.suffix]] if whole.suffix else []))
+        read = blackbox.fitted(embeddings, rows, *whole, limit=room, frame=blackbox.frame(template))
+        assert len(rows) > len(read) == room
+        words = record.text.split()
+        ends = [Label(text=" ".join(words[i:]), label="") for i in range(1, len(words))]
+        by_hand = [blackbox.filled(template, end) for end in ends]
+        suffixes = [[one.suffix for one in by_hand]] if whole.suffix else []
+        cut = embeddings.embed([one.prompt for one in by_hand], *suffixes)
+        near = min(cut, key=lambda one: (abs(len(one) - room), len(one)))
+        head = 3  # what opens the text and "so :", and the tail is the template's and the text's own end
+        assert torch.equal(read[:head], near[:head]) and torch.equal(read[-40:], near[-40:])
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "seq2seq"])
+def test_long_texts_are_learnt_from_and_asked_alike(kind: str, tmp_path: Path) -> None:
+    """The notes tell how many were cut; and the made model, asked in the same words, tells what training saw."""
+    model, template = kinds(tmp_path)[kind]
+    how: dict[str, Any] = {**SMALL, "template": template, "prompt_tokens": 20}
+    words = {"good": "cat", "bad": "dog"}
+    made, run = tune(model, tmp_path / "work", LONG, LONG[2:], words=words, **how)
+    assert run.notes["texts_shortened"] == len(LONG) + len(LONG[2:])
+    asked = [blackbox.filled(template, record) for record in LONG]
+    suffixes = [[one.suffix for one in asked]] if kind == "masked" else []
+    prompts, asks = [one.prompt for one in asked], made.ask(Logprobs)
+    scores = [asks.score(prompts, [f" {word}"] * len(asked), *suffixes) for word in words.values()]
+    told = np.array([[score.total for score in row] for row in scores])
+    right = [["good", "bad"].index(record.label) for record in LONG]
+    hits = (told.argmax(0) == right)[2:].mean()
+    assert hits == pytest.approx(float(run.notes["accuracy_after"]))
+    _, short = tune(model, tmp_path / "short", TRAIN, words=words, **how)
+    assert "texts_shortened" not in short.notes
+
+
+def test_a_template_that_leaves_no_room_is_refused_and_says_what_would_do(cat: Model, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"So : .* cannot be left out.*room for 3.*prompt_tokens"):
+        tune(cat, tmp_path, LONG, template="So : {text} It was a", prompt_tokens=124, d=8, calls=24)
+
+
+def test_over_http_long_texts_are_cut_the_same(cat: Model, tmp_path: Path) -> None:
+    here, run = tune(cat, tmp_path / "here", LONG, **SMALL)
+    with running(cat) as url:
+        there, over = tune(open_api(f"api:{url}", cache=tmp_path / "cache"), tmp_path / "there", LONG, **SMALL)
+        assert over.notes["texts_shortened"] == run.notes["texts_shortened"] == len(LONG)
+        scores = [m.ask(Logprobs).score([LONG[0].text], [" good"])[0].total for m in (here, there)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
 # As a program
 
 

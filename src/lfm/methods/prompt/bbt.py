@@ -17,9 +17,11 @@ Model: Embeddings. Data: train, and dev to choose by (else what train has beyond
 chooses). Each gives at most `examples` records, evenly of each class: label or pair records, worded by
 `template` ("{text}", "{text_b}"; their own wording by default) and `words` (label → word; the label by default).
 Result: a program that holds P (t, width) and its model; as a second format, a PEFT prompt, where that is a local
-causal checkpoint. model=api:URL tunes for any endpoint that takes input embeddings and gives its table (`lfm serve`).
-Errors: ConfigError where two labels' words begin with the same token; DataError for a single label; BudgetError stops
-it, and it goes on from there.
+causal checkpoint. A text that is too long with the prompt before it loses its beginning, in training as when asked;
+the template, and what follows the answer, stay (`texts_shortened` tells how many). model=api:URL tunes for any
+endpoint that takes input embeddings and gives its table (`lfm serve`).
+Errors: ConfigError where two labels' words begin with the same token; DataError for a single label, or where a
+template leaves a text no room; BudgetError stops it, and it goes on from there.
 
     lfm run prompt.bbt model=serve:model train=train.jsonl dev=dev.jsonl --set d=50 --set calls=200 --out tuned
 """
@@ -35,6 +37,7 @@ from lfm.core.heavy import torch
 from lfm.models.program import program
 from lfm.models.prompted import peft_format, prompted
 from lfm.prompting import blackbox
+from lfm.prompting.template import frame
 
 ID = "prompt.bbt"
 
@@ -59,7 +62,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     """The part behind the saved prompt."""
-    return prompted(parts.model("model"), parts.tensors["prompt"])
+    return prompted(parts.model("model"), parts.tensors["prompt"], frame(config.template))
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -27,6 +27,7 @@ from lfm.core.heavy import torch
 from lfm.models.program import program
 from lfm.models.prompted import deep_prompted, prefix_format
 from lfm.prompting import blackbox
+from lfm.prompting.template import frame
 
 ID = "prompt.bbtv2"
 
@@ -52,7 +53,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     """The part with the saved prompts at its blocks."""
-    return deep_prompted(parts.model("model"), parts.tensors["prompt"])
+    return deep_prompted(parts.model("model"), parts.tensors["prompt"], frame(config.template))
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

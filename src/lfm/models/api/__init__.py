@@ -38,7 +38,7 @@ def open_api(
     meter = meter or Meter(budget or Budget())
     meter.spent()  # a damaged ledger is told of before anything is asked
     client = Client(endpoint, meter, patience or Patience(), key_for(endpoint))
-    endpoint, told = capabilities.named(client, endpoint)
+    endpoint, told, context = capabilities.named(client, endpoint)
     answers = Cache(cache or default_cache())
     can = told.can if told else capabilities.probed(client, endpoint, answers)
     # A server on this machine that tells what it serves is known by that, and not by a port that may change.
@@ -64,5 +64,5 @@ def open_api(
         kind="api",
         gives=gives,
         identify=lambda: digest_of({"identity": identity, "can": declared}),
-        look=lambda: capabilities.facts_of(told),
+        look=lambda: capabilities.facts_of(told, context),
     )

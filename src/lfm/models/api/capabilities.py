@@ -72,15 +72,16 @@ def bound(text: str) -> int:
     return max(len(form.encode("utf-8", "surrogatepass")) for form in forms)
 
 
-def named(client: Client, endpoint: Endpoint) -> tuple[Endpoint, Told | None]:
-    """The endpoint with its model's name, and what the server tells of it unasked (our own server does)."""
+def named(client: Client, endpoint: Endpoint) -> tuple[Endpoint, Told | None, int]:
+    """The endpoint with its model's name, and what the server tells of it unasked: our own server its abilities, and
+    some others how many tokens it reads (0 where it does not say)."""
     try:
         entries = answers.read(client.get("/models", **PROBE), answers.Models, endpoint.url).data
     except (Refused, EndpointError) as error:
         if not endpoint.model or isinstance(error, Closed):
             raise _plain(endpoint, error) from None
         # transformers' server answers 500 where it has no cache directory, and serves all the same.
-        return endpoint, None
+        return endpoint, None, 0
     names = [entry["id"] for entry in entries if isinstance(entry.get("id"), str)]
     if not endpoint.model:
         if len(names) != 1:
@@ -93,9 +94,10 @@ def named(client: Client, endpoint: Endpoint) -> tuple[Endpoint, Told | None]:
         endpoint = endpoint._replace(model=names[0])
     entry = next((entry for entry in entries if entry.get("id") == endpoint.model), {})
     if EXTENSION not in entry:
-        return endpoint, None
+        context = entry.get("max_model_len")
+        return endpoint, None, context if isinstance(context, int) and context > 0 else 0
     try:
-        return endpoint, msgspec.convert(entry[EXTENSION], Told)
+        return endpoint, msgspec.convert(entry[EXTENSION], Told), 0
     except msgspec.ValidationError as error:
         raise EndpointError(f"{endpoint.url} tells abilities that make no sense", why=str(error)) from None
 
@@ -110,9 +112,9 @@ def probed(client: Client, endpoint: Endpoint, cache: Cache) -> Capabilities:
     return can
 
 
-def facts_of(told: Told | None) -> Facts:
-    """What is known of the model behind an endpoint."""
-    known = {"task": "causal-lm"} if told is None else told.facts
+def facts_of(told: Told | None, context: int = 0) -> Facts:
+    """What is known of the model behind an endpoint. context: the tokens it reads, as other servers than ours tell."""
+    known = {"task": "causal-lm", "context": context} if told is None else told.facts
     plain = Facts()
     found = {
         name: tuple(map(str, known[name])) if name == "labels" else known[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 import tiny
 from case import Case
 from lfm import runs
-from lfm.core import Inputs, Logprobs
-from lfm.core.errors import DataError
+from lfm.core import Inputs, Logprobs, Model, Text
+from lfm.core.errors import ConfigError, DataError
+from lfm.core.model import Facts, Score
 from lfm.data import files
 from lfm.data.records import Fact
 from lfm.methods.prompt import lpaqa
 from lfm.methods.prompt.lpaqa import Config, learned
 from lfm.models import load
-from lfm.prompting.relations import mined, own, spotted
+from lfm.prompting.relations import mined, own, paraphrased, spotted
 from lfm.runs.run import LocalRun
 
 
@@ -93,6 +95,90 @@ def test_prompts_without_subjects_are_refused() -> None:
     bad = [Fact(subject="France", relation="capital", object="Paris", prompt="The capital is")]
     with pytest.raises(DataError, match="holds its subject"):
         lpaqa.agree(Config(), Inputs({}, {"train": bad}))
+
+
+class Writer:
+    """Says what a function makes of each text it is asked for, and of its place among them."""
+
+    def __init__(self, say: Callable[[str, int], str]) -> None:
+        self.say, self.asked = say, list[str]()
+
+    def generate(self, prompts: Sequence[str], **_: Any) -> list[str]:
+        self.asked += prompts
+        return [self.say(prompt, i) for i, prompt in enumerate(prompts)]
+
+    def model(self) -> Model:
+        return Model(ref="writer", kind="module", gives={Text: lambda: self}, identify=lambda: "w", look=Facts)
+
+
+def test_paraphrases_name_the_subject_and_end_with_the_object_the_commonest_first() -> None:
+    lines = [
+        " [X] is governed from [Y].",
+        "- [X] is governed from [Y]",
+        "3. “Go to [X] and see [Y]”",
+        "[Y] is the capital of [X].",  # the object comes first: a causal model could not be asked
+        "[X] has [Y] in it",  # words after the object
+        "[X] of [X] is [Y].",
+        "[X] [Y]",
+        "no idea",
+        "",
+        "The capital of [X] is [Y].",  # known
+    ]
+    writer = Writer(lambda _, i: lines[i])
+    templates = own(FACTS)
+    assert paraphrased([writer], templates, len(lines), 0) == [
+        "{subject} is governed from",
+        "Go to {subject} and see",
+    ]
+    assert all("\n- The capital of [X] is [Y].\n- [X] has the town [Y].\n-" in asked for asked in writer.asked)
+
+
+def test_two_writers_translate_there_and_back() -> None:
+    there = Writer(lambda text, _: text.replace("The capital of", "Die Hauptstadt von").replace(" is ", " ist "))
+    back = Writer(
+        lambda text, i: text.replace("Die Hauptstadt von", ("The seat of", "The main town of")[i % 2 or i > 3])
+    )
+    said = paraphrased([there, back], own(FACTS), 6, 0)
+    assert said == ["The main town of {subject} ist", "The seat of {subject} ist"]
+    assert there.asked == ["The capital of [X] is [Y]."] * 6 and back.asked[0].startswith("Die Hauptstadt von [X] ist")
+
+
+def test_a_paraphrase_that_tells_the_facts_gets_the_weight(tmp_path: Path) -> None:
+    """A model that knows the capitals in one wording alone, which no fact brings and only the paraphraser says."""
+
+    class Knows:
+        def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> Any:
+            known = {f.subject: f.object for f in FACTS}
+            return [
+                Score((said,), (-0.1 if said.strip() == known[prompt.removesuffix(" is ruled from")] else -5.0,))
+                if prompt.endswith(" is ruled from")
+                else Score((said,), (-1.0,))
+                for prompt, said in zip(prompts, continuations, strict=True)
+            ]
+
+    knows = Model(
+        ref="k", kind="module", gives={Logprobs: Knows}, identify=lambda: "k", look=lambda: Facts(task="causal-lm")
+    )
+    writer = Writer(lambda _, i: "[X] is ruled from [Y]." if i % 2 else "[X] is near [Y].")
+    inputs = Inputs({"model": (knows,), "paraphraser": (writer.model(),)}, {"train": FACTS})
+    for config, told in ((Config(mine=0), 1 / 3), (Config(paraphrases=2), 1.0)):
+        (tmp_path / str(told)).mkdir()
+        run = LocalRun(0, tmp_path / str(told))
+        made = lpaqa.run(config, inputs, run)
+        assert run.notes["accuracy_together"] == pytest.approx(told)
+    score = made.ask(Logprobs).score(["The capital of Italy is"] * 2, [" Rome", " Paris"])
+    assert score[0].total > score[1].total + 1
+    assert len(writer.asked) == lpaqa.DRAWS * 2
+
+
+def test_paraphrases_that_nobody_writes_are_refused(tmp_path: Path) -> None:
+    writer = Writer(lambda *_: "").model()
+    model = load(tiny.masked(tmp_path / "model"))
+    with pytest.raises(ConfigError, match=r"nobody writes.*paraphraser=REF"):
+        lpaqa.agree(Config(paraphrases=2), Inputs({"model": (model,)}, {"train": FACTS}))
+    lpaqa.agree(Config(paraphrases=2), Inputs({"model": (model,), "paraphraser": (writer,)}, {"train": FACTS}))
+    with pytest.raises(ConfigError, match="asked for nothing"):
+        lpaqa.agree(Config(), Inputs({"model": (model,), "paraphraser": (writer,)}, {"train": FACTS}))
 
 
 @pytest.mark.slow

@@ -6,13 +6,15 @@
 Paper: How Can We Know What Language Models Know? (LPAQA), arXiv 1911.12543: prompts of a relation are mined (the words
 between subject and object), paraphrased, ranked by how many known facts they tell; the best are weighed evenly (top-k)
 or by w. Here p is over the objects of the relation's known facts while w is found, by L-BFGS from w = 0, with ρ = 0.01,
-so that a prompt which is always best does not take all. Differs: paraphrases are those that the facts bring: there is
-no model that translates to and fro here. Mined prompts end where the object begins, so that causal models can be asked.
+so that a prompt which is always best does not take all. `paraphrases` of a relation's commonest prompt come, as in the
+paper, from two models that translate it there and back; from one, or the model itself where it writes, they are what it
+says after the prompts that the facts bring. Differs: they are ranked by how often they are said, in place of the round
+trip's probability; prompts end where the object begins, so that causal models can be asked.
 
-Model: Logprobs. Data: train, facts with their relation and paraphrases; text, to mine prompts in. Result: a
-program that gives Logprobs: a text that is one of the known prompts of a relation is asked in all kept ways, whatever
-its subject (score is then Σ softmax(w)_t log p, which is no distribution); any other text is put to the model as it is.
-Errors: DataError where no prompt holds its subject.
+Model: Logprobs. Paraphraser: Text. Data: train, facts with their relation and paraphrases; text, to mine prompts in.
+Result: a program that gives Logprobs: a text that is one of the known prompts of a relation is asked in all kept ways,
+whatever its subject (score is then Σ softmax(w)_t log p, which is no distribution); any other text is put to the model
+as it is. Errors: DataError where no prompt holds its subject; ConfigError for paraphrases that nobody writes.
 
     lfm run prompt.lpaqa model=model train=facts.jsonl --out asked
 """
@@ -20,17 +22,16 @@ Errors: DataError where no prompt holds its subject.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import lfm.core
-from lfm.core import Cost, Data, DataSlot, Inputs, Logprobs, Meta, Method, Model, Parts, Run, Sizes, Slot
-from lfm.core.errors import DataError
+from lfm.core import Cost, Data, DataSlot, Inputs, Logprobs, Meta, Method, Model, Parts, Run, Sizes, Slot, Text
+from lfm.core.errors import ConfigError, DataError
 from lfm.core.heavy import F, torch
-from lfm.core.model import Ranked, Score
 from lfm.data.records import Fact
 from lfm.models.program import program
-from lfm.prompting.reading import WIDE, Reader, looked_up
-from lfm.prompting.relations import SUBJECT, mined, own, spotted
+from lfm.prompting.reading import Reader
+from lfm.prompting.relations import SAID, SUBJECT, Ensemble, mined, own, paraphrased
 from lfm.prompting.template import Asked
 
 if TYPE_CHECKING:
@@ -39,12 +40,15 @@ if TYPE_CHECKING:
 ID = "prompt.lpaqa"
 RIDGE = 0.01
 """ρ: the penalty on a relation's weights."""
+DRAWS = 4
+"""Samples for each paraphrase that is wanted: many are said twice, or are none."""
 
 
 class Config(lfm.core.Config, frozen=True):
     weigh: Annotated[Literal["learned", "even"], Meta(description="the kept prompts by w, or alike")] = "learned"
     keep: Annotated[int, Meta(ge=1, description="prompts of a relation that are kept: the best on train")] = 10
     mine: Annotated[int, Meta(ge=0, description="mined prompts of a relation that are tried: the commonest")] = 20
+    paraphrases: Annotated[int, Meta(ge=0, description="written prompts of a relation that are tried")] = 0
     facts: Annotated[int, Meta(ge=1, description="most facts of a relation that are asked")] = 32
     objects: Annotated[int, Meta(ge=2, description="most objects of a relation that are told apart")] = 32
 
@@ -54,12 +58,19 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     reader = Reader(model)
     texts = [record.text for record in inputs.records("text")]
     relations = grouped(inputs.records("train"))
+    writers = [one.ask(Text) for one in writing(inputs)] if config.paraphrases else []
+    draws = DRAWS * config.paraphrases
     kept: dict[str, list[Any]] = {}
     known: dict[str, list[str]] = {}
     single, together = [], []
     for name, facts in run.track(relations.items(), "relation", len(relations)):
         known[name] = own(facts)
-        tried = list(dict.fromkeys([*known[name], *mined(facts, texts)[: config.mine]]))
+        found = mined(facts, texts)[: config.mine]
+        if config.paraphrases and known[name]:
+            seed = run.seed_for("paraphrases", name)
+            said = run.step(f"said {name}", lambda k=known[name], s=seed: paraphrased(writers, k, draws, s))
+            found += said[: config.paraphrases]
+        tried = list(dict.fromkeys([*known[name], *found]))
         if not tried:
             continue
         facts = facts[: config.facts]
@@ -80,6 +91,11 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         raise DataError("no prompt of any fact holds its subject", fix="facts whose prompts name their subjects")
     run.note(accuracy_of_the_commonest=sum(single) / len(single), accuracy_together=sum(together) / len(together))
     return program(ID, config, Parts({"model": (model,)}, {}, {"kept": kept, "known": known}), opened)
+
+
+def writing(inputs: Inputs) -> Sequence[Model]:
+    """Who writes paraphrases: those that are given, else the model."""
+    return inputs.all("paraphraser") or inputs.all("model")
 
 
 def grouped(facts: Sequence[Fact]) -> dict[str, list[Fact]]:
@@ -119,64 +135,30 @@ def learned(told: Tensor, gold: Tensor) -> Tensor:
 
 def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
     """The model behind the saved prompts."""
-    return {Logprobs: lambda: Ensemble(parts)}
-
-
-@final
-class Ensemble:
-    """Known prompts asked in all kept ways."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._model, self._kept, self._known = parts.model("model"), parts.state["kept"], parts.state["known"]
-
-    def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
-        ways = [self._ways(prompt) for prompt in prompts]
-        endings = list(suffixes) or [""] * len(prompts)
-        rows = [(text, c, s) for way, c, s in zip(ways, continuations, endings, strict=True) for text, _ in way]
-        scores = iter(self._model.ask(Logprobs).score(*map(list, zip(*rows, strict=True)))) if rows else iter(())
-        found = []
-        for way, continuation in zip(ways, continuations, strict=True):
-            each = [next(scores) for _ in way]
-            one = len(each) == 1 and way[0][1] == 1.0
-            total = sum(weight * score.total for (_, weight), score in zip(way, each, strict=True))
-            found.append(each[0] if one else Score((continuation,), (total,)))
-        return found
-
-    def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
-        """What a way does not tell has the most that is possible there."""
-        ways = [self._ways(prompt) for prompt in prompts]
-        endings = list(suffixes) or [""] * len(prompts)
-        texts = [text for way in ways for text, _ in way]
-        ends = [end for way, end in zip(ways, endings, strict=True) for _ in way]
-        told = iter(self._model.ask(Logprobs).top(texts, max(k, WIDE), ends))
-        found: list[Ranked] = []
-        for way in ways:
-            each = [looked_up(next(told)) for _ in way]
-            tokens = dict.fromkeys(token for one in each for token in one.exact)
-            mixed = {
-                token: sum(w * one.exact.get(token, max(one.left, -1e4)) for (_, w), one in zip(way, each, strict=True))
-                for token in tokens
-            }
-            found.append(tuple(sorted(mixed.items(), key=lambda pair: -pair[1])[:k]))
-        return found
-
-    def _ways(self, prompt: str) -> list[tuple[str, float]]:
-        spot = spotted(prompt, self._known)
-        if spot is None or spot.relation not in self._kept:
-            return [(prompt, 1.0)]
-        return [(template.replace(SUBJECT, spot.subject), weight) for template, weight in self._kept[spot.relation]]
+    model, state = parts.model("model"), parts.state
+    return {Logprobs: lambda: Ensemble(model, state["kept"], state["known"])}
 
 
 def agree(config: Config, inputs: Inputs) -> None:
     if not any(fact.subject in fact.prompt for fact in inputs.records("train")):
         raise DataError("no prompt of any fact holds its subject", fix="facts whose prompts name their subjects")
+    given = inputs.all("paraphraser")
+    if given and not config.paraphrases:
+        raise ConfigError("a paraphraser is given and asked for nothing", fix="paraphrases=8")
+    if config.paraphrases and not all(model.can(Text) for model in writing(inputs)):
+        raise ConfigError(
+            "nobody writes paraphrases: the model gives no text", fix="paraphraser=REF, a model that does"
+        )
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     facts, given = sizes.model("model"), sizes.data["train"]
-    ways = config.keep + (config.mine if "text" in sizes.data else 0)
-    queries = given.records * ways * min(config.objects, max(given.records, 1))
-    tokens = int(queries * given.tokens / max(given.records, 1))
+    ways = config.keep + (config.mine if "text" in sizes.data else 0) + config.paraphrases
+    asked = given.records * ways * min(config.objects, max(given.records, 1))
+    # of each relation, of which there are no more than facts
+    said = given.records * config.paraphrases * DRAWS * max(1, len(sizes.models.get("paraphraser", ())))
+    queries = asked + said
+    tokens = int(queries * given.tokens / max(given.records, 1)) + said * SAID
     return Cost(
         flops=2.0 * facts.parameters * tokens,
         steps=given.records,
@@ -190,7 +172,12 @@ def cost(config: Config, sizes: Sizes) -> Cost:
 METHOD = Method(
     paper="https://arxiv.org/abs/1911.12543",
     config=Config,
-    models={"model": Slot((Logprobs,), help="a language model that knows facts; an endpoint that scores text will do")},
+    models={
+        "model": Slot(
+            (Logprobs,), also=(Text,), help="a language model that knows facts; an endpoint that scores text will do"
+        ),
+        "paraphraser": Slot((Text,), min=0, max=2, help="says prompts in other words; two translate, there and back"),
+    },
     data={
         "train": DataSlot(Data.FEW_SHOT, kinds=("fact",), help="known facts, to weigh the prompts of each relation"),
         "text": DataSlot(Data.UNLABELED, kinds=("text",), optional=True, help="text to mine prompts in"),

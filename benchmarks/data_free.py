@@ -14,6 +14,7 @@ the whole run, of which the student's own steps are `alone`'s. Rows already in -
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import statistics
@@ -107,7 +108,9 @@ def new_conv(seed: int, here: Path) -> Model:
 
 @cache
 def taught_conv() -> Model:
-    build, here = partial(conv, 32, 4), Path(tempfile.mkdtemp())
+    build, scratch = partial(conv, 32, 4), tempfile.TemporaryDirectory()
+    atexit.register(scratch.cleanup)  # its weights are read as long as it is asked
+    here = Path(scratch.name)
     with seeded(0):
         module = build()
     pixels, classes = digits("")

@@ -370,11 +370,18 @@ def test_another_trainings_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0{}      "])
-def test_a_damaged_checkpoint_is_said_to_be_so(damage: bytes, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_told_of_and_trained_again(damage: bytes, tmp_path: Path) -> None:
+    """The same bytes as without one; the run's other results, which an error would take with it, stay."""
     (tmp_path / "fit").mkdir()
     (tmp_path / "fit" / checkpoint.FILE).write_bytes(damage)
-    with pytest.raises(CorruptError, match="remove it"):
-        fit(network(), RECORDS, collate, loss, SETTINGS, LocalRun(0, tmp_path))
+    with pytest.raises(CorruptError, match="is not a checkpoint"):
+        checkpoint.read(tmp_path / "fit")
+    run, plain = LocalRun(0, tmp_path), LocalRun(0, tmp_path / "plain")
+    again, whole = network(), network()
+    fit(again, RECORDS, collate, loss, SETTINGS, run)
+    fit(whole, RECORDS, collate, loss, SETTINGS, plain)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert "fit_began_again" in run.notes and "fit_began_again" not in plain.notes
 
 
 def test_what_a_killed_training_drew_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 import msgspec
 
 import lfm.core
-from lfm.core import Codec, Cost, Gradients, Meta, Model, Run
+from lfm.core import Codec, Cost, Gradients, Logits, Meta, Model, Run
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import nn, torch
+from lfm.core.model import Classes
 from lfm.distilling.bank import Bank
 from lfm.distilling.pictures import Frame, frame_of, same, seen
 from lfm.distilling.student import Taught, formed, smaller
@@ -105,14 +106,14 @@ class Scene:
 def scene(config: DataFree, teacher: Model, student: Model, run: Run, tell: Teacher | None = None) -> Scene:
     """The models on the device. tell: how a teacher without gradients is asked. ConfigError, ModelError."""
     place = device()
-    frame = frame_of(teacher, config.image, config.mean, config.std).to(place)
+    frame = frame_of(_seeing(config, teacher, student), config.image, config.mean, config.std).to(place)
     theirs = frame_of(student, config.image, config.mean, config.std).to(place)
     module = None
     if tell is None:
         module = teacher.ask(Gradients).module().to(place).eval().requires_grad_(False)
         tell = Teacher(lambda images, known=module: forward(known, {PIXELS: images}))
     learner = formed(student.ask(Gradients).module(), _shape(config), run).to(place)
-    labels = teacher.facts.labels
+    labels = labels_of(teacher)
     order = [student.facts.labels.index(name) for name in labels] if labels and student.facts.labels else []
     own = _width(student, learner, theirs)
     classes = (len(labels) or own) if module is None else _width(teacher, module, frame)
@@ -131,6 +132,21 @@ def scene(config: DataFree, teacher: Model, student: Model, run: Run, tell: Teac
         () if order == list(range(len(order))) else order,
         module,
     )
+
+
+def labels_of(teacher: Model) -> tuple[str, ...]:
+    """The classes that a teacher tells, by name; empty where they have none."""
+    return teacher.ask(Classes).labels if names(teacher) else teacher.facts.labels
+
+
+def names(teacher: Model) -> bool:
+    """Whether it is asked about pictures themselves and names their classes: it reads no batch."""
+    return teacher.can(Classes) and not (teacher.can(Logits) or teacher.can(Gradients))
+
+
+def _seeing(config: DataFree, teacher: Model, student: Model) -> Model:
+    """Whose pictures are made: the teacher's; of one that takes any picture and says no size, the student's."""
+    return student if names(teacher) and not (teacher.can(Codec) or config.image) else teacher
 
 
 def _width(model: Model, module: nn.Module, frame: Frame) -> int:
@@ -270,9 +286,9 @@ def agree(config: DataFree, teacher: Model, student: Model) -> None:
                 why=f"its task is {model.facts.task}",
                 fix="give a model that does",
             )
-        if not model.can(Codec):
+        if not model.can(Codec) and _seeing(config, model, student) is model:
             frame_of(model, config.image, config.mean, config.std)
-    t, s = teacher.facts.labels, student.facts.labels
+    t, s = labels_of(teacher), student.facts.labels
     if t and s and set(t) != set(s):
         shown = ["; ".join(labels[:5]) for labels in (t, s)]
         raise MismatchError(

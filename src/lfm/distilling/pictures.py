@@ -10,6 +10,7 @@ from lfm.core.heavy import F, np, torch
 from lfm.core.model import Codec, Model
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -34,6 +35,11 @@ class Frame(NamedTuple):
     def scaled(self, unit: Tensor) -> Tensor:
         """0 … 1 to pixel values."""
         return self.low + unit * (self.high - self.low)
+
+    def shown(self, images: Tensor) -> list[NDArray[np.uint8]]:
+        """Pixel values (B, C, H, W) as pictures of 256 shades: (H, W, 3), or (H, W) of one channel."""
+        shades = (self.unit(images).clamp(0, 1) * 255).round().to(torch.uint8).cpu().permute(0, 2, 3, 1)
+        return list((shades[..., 0] if shades.shape[-1] == 1 else shades).numpy())
 
     def noise(self, many: int, generator: torch.Generator | None = None) -> Tensor:
         """(many, C, H, W) normal pixel values of mean 0 and deviation 1, clamped: where optimised pictures begin."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lfm.core import launched
-from lfm.core.errors import DivergedError, OutputError
+from lfm.core.errors import CorruptError, DivergedError, OutputError
 from lfm.core.heavy import torch
 from lfm.models.device import device as choose
 from lfm.train import checkpoint, world
@@ -56,6 +56,7 @@ def loop(
 
     Step s draws from torch's generators seeded by (run, name, s), so what it draws depends on nothing before it. Every
     `every` seconds the state goes to run.work/name, and in the end, unless the run has trained for less than that.
+    A checkpoint that cannot be read is none: the loop begins again, and says so in the run's notes.
     Raises DivergedError at a loss or weight that is not finite, OutputError where the checkpoint there is another
     loop's. remedy, where: what to try then, and on what it was.
     begin: called with the first step to do. told: called with each loss, gives what is shown beside the progress.
@@ -99,7 +100,11 @@ def loop(
     def agreed(value: bool) -> bool:
         return world.agreed(value, device) if agree else value
 
-    kept = checkpoint.read(directory)
+    try:
+        kept = checkpoint.read(directory)
+    except CorruptError:  # the same bytes come of beginning anew; what else the run has kept is not lost with it
+        kept = None
+        run.note(**{f"{name}_began_again": "its checkpoint could not be read"})
     if kept is not None:
         tensors, facts = kept
         if facts["start"] != state.start or facts["steps"] != steps:

@@ -160,3 +160,14 @@ def test_what_batch_norms_remember_makes_pictures_worth_learning_from(tmp_path: 
         bn: rate(distill(teacher, student, tmp_path / str(bn), kind="fast", bn=bn, **settings)[0]) for bn in (10.0, 0.0)
     }
     assert rate(teacher) > 0.97 and rates[10.0] > rates[0.0] + 0.1 and rates[10.0] > 0.4, rates
+
+
+def test_a_bank_smaller_than_a_batch_matters_only_where_pictures_are_kept(
+    pair: tuple[Model, Model], tmp_path: Path
+) -> None:
+    small = QUICK | {"bank": 2}
+    with pytest.raises(ConfigError, match="no batch of 4"):
+        distill(*pair, tmp_path / "kept", **small, kind="fast")
+    made, _ = distill(*pair, tmp_path / "a", **small, kind="dafl")
+    other, _ = distill(*pair, tmp_path / "b", **QUICK, kind="dafl")
+    assert made.digest == other.digest

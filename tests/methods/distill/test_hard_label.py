@@ -7,19 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import tiny
 from case import Case
-from lfm.core import Inputs, Logits, Model
-from lfm.core.errors import ConfigError
+from lfm import runs
+from lfm.core import Codec, Inputs, Logits, Model
+from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.method import check
+from lfm.core.model import Classes
 from lfm.distilling import datafree
+from lfm.distilling.pictures import frame_of
 from lfm.distilling.telling import TOLD
 from lfm.methods.distill import hard_label
 from lfm.models import load
 from lfm.runs.run import LocalRun
+from lfm.train import checkpoint
 from lfm.train.losses import entropy
 
 QUICK: dict[str, Any] = {"steps": 6, "batch_size": 4, "bank": 64, "width": 4, "latent": 8, "climbs": 2}
@@ -89,6 +94,79 @@ def test_a_killed_run_pays_no_question_twice(pair: tuple[Model, Model], tmp_path
     again, resumed = distill(broken.model, pair[1], tmp_path / "broken", **settings)
     assert again.digest == made.digest
     assert broken.asked == whole.asked == run.notes["queries"] == resumed.notes["queries"]
+
+
+class Names:
+    """A teacher that is shown pictures and names their classes: by which third of them is the brightest."""
+
+    labels = ("a", "b", "c")
+
+    def __init__(self) -> None:
+        self.asked, self.seen = 0, list[Any]()
+
+    def tell(self, records: Any) -> Any:
+        self.asked += len(records)
+        self.seen += [record.image for record in records]
+        bright = [[part.mean() for part in np.array_split(record.image, 3)] for record in records]
+        return np.log(np.eye(3)[np.argmax(bright, -1)] * 0.98 + 0.01)
+
+
+@pytest.mark.parametrize("settings", [ENTROPY, BOUNDARY])
+def test_a_teacher_of_class_names_alone_is_shown_pictures_and_counted(
+    pair: tuple[Model, Model], tmp_path: Path, settings: Any
+) -> None:
+    """It says no size, so pictures are the student's, in 256 shades; the student's classes are in another order."""
+    teacher = Names()
+    model = Model("a service", "program", {Classes: lambda: teacher}, lambda: "it")
+    made, run = distill(model, pair[1], tmp_path, **settings)
+    size = pair[1].ask(Codec).images([np.zeros((8, 8, 3), np.uint8)])["pixel_values"].shape[-2:]
+    assert {(picture.shape, picture.dtype) for picture in teacher.seen} == {((*size, 3), np.dtype(np.uint8))}
+    assert teacher.asked == run.notes["queries"] <= settings["queries"]
+    assert made.digest != pair[1].digest
+    with pytest.raises(MismatchError, match="different classes"):
+        other = Model("a service", "program", {Classes: lambda: Two()}, lambda: "two")
+        distill(other, pair[1], tmp_path / "two", **settings)
+
+
+class Two(Names):
+    labels = ("a", "b")  # type: ignore[assignment]
+
+
+def test_a_picture_of_one_channel_is_shown_grey() -> None:
+    frame = frame_of(Model("bare", "module", {}, lambda: ""), (1, 2, 2), (0.5,), (0.25,))
+    shown = frame.shown(torch.tensor([[[[-2.0, 2.0], [0.0, 9.0]]]]))
+    assert shown[0].tolist() == [[0, 255], [128, 255]]
+
+
+@pytest.mark.parametrize("settings", [ENTROPY, BOUNDARY])
+def test_a_checkpoint_torn_by_a_kill_costs_no_question(
+    pair: tuple[Model, Model], tmp_path: Path, settings: Any
+) -> None:
+    """The training is done again from its beginning, to the same bytes; each answer was kept by itself as it came."""
+
+    def order(teacher: Model, out: str) -> runs.Order:
+        models = {"teacher": [teacher], "student": [pair[1]]}
+        return runs.Order(
+            "distill.hard_label", models, settings=settings | {"checkpoint_every": 0.0}, out=tmp_path / out
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hard_label, "CHUNK", 5)
+        whole = Counted(pair[0])
+        done = runs.execute(order(whole.model, "whole"))
+        broken = Counted(pair[0])
+        broken.stop = whole.calls - 1  # amid the questions that are asked together last
+        with pytest.raises(KeyboardInterrupt):
+            runs.execute(order(broken.model, "broken"))
+        work = tmp_path / ".broken.lfm" / "distil"
+        work.mkdir(exist_ok=True)
+        kept = work / checkpoint.FILE
+        kept.write_bytes(kept.read_bytes()[:-100] if kept.exists() else b"torn")
+        broken.stop = -1
+        again = runs.execute(order(broken.model, "broken"))
+    assert again.output.digest == done.output.digest
+    assert broken.asked == whole.asked == done.notes["queries"] == again.notes["queries"]
+    assert "distil_began_again" in again.notes and "distil_began_again" not in done.notes
 
 
 def test_the_generators_loss_is_that_written_out() -> None:

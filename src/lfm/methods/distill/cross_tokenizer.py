@@ -45,7 +45,7 @@ from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import TOLD
 from lfm.models import forward
 from lfm.models.codec import pad, pad_id
-from lfm.train import fit, training
+from lfm.train import fit, training, worded
 from lfm.train.losses import kl
 
 if TYPE_CHECKING:
@@ -253,6 +253,7 @@ def agree(config: Config, inputs: Inputs) -> None:
                 why="tokens are compared where both models have read the same text and say what comes next",
                 fix="two causal language models",
             )
+    worded(inputs.records("train"))
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -48,7 +48,7 @@ from lfm.distilling import lesson as lessons
 from lfm.distilling.answering import Answering
 from lfm.distilling.student import formed, smaller
 from lfm.models import device, forward, structure
-from lfm.train import fit, seeded, training
+from lfm.train import fit, seeded, training, worded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,6 +131,7 @@ def agree(config: Config, inputs: Inputs) -> None:
     teacher, student = inputs.model("teacher"), inputs.model("student")
     lessons.agree(teacher, student)
     inside.agree(teacher, student)
+    worded(inputs.records("train"))
     answering.agree(config, teacher)
 
 

@@ -92,6 +92,7 @@ class Config(DataFree, frozen=True):
     generator_lr: Annotated[
         Annotated[float, Meta(gt=0)] | None, Meta(description="rate of the generator (Adam); null: the kind's")
     ] = None
+    bank: Annotated[int, Meta(ge=1, description="pictures kept at most, of cmi and fast; the oldest give way")] = 4096
     before: Annotated[int, Meta(ge=0, description="rounds before the student's first step, of cmi and fast")] = 10
     latent: Annotated[int, Meta(ge=1, description="numbers that a picture is made from")] = 256
     width: Annotated[int, Meta(ge=1, description="channels of the generator's last layer; half of the others'")] = 64
@@ -208,13 +209,17 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
     with ExitStack() as stack:
         synthesise, beside = (inverted if kept else trained)(config, kind, scene, run, stack)
-        room = config if kept else msgspec.structs.replace(config, bank=config.batch_size)
-        datafree.distil(scene, synthesise, room, run, loss=loss, beside=beside)
+        datafree.distil(scene, synthesise, roomy(config), run, loss=loss, beside=beside)
     return gradients.rewrap(scene.student)
 
 
+def roomy(config: Config) -> Config:
+    """The settings with a bank of no more than a batch where pictures are seen once."""
+    return config if config.kind in KEPT else msgspec.structs.replace(config, bank=config.batch_size)
+
+
 def agree(config: Config, inputs: Inputs) -> None:
-    datafree.agree(config, inputs.model("teacher"), inputs.model("student"))
+    datafree.agree(roomy(config), inputs.model("teacher"), inputs.model("student"))
     if config.contrast and config.kind not in KEPT:
         raise ConfigError(f"{config.kind} keeps no pictures to hold new ones against", fix="contrast of cmi or fast")
 

@@ -17,9 +17,10 @@ labels are scaled to `sharp`, on average, for a picture's own class. 5,000 quest
 digits: .167 of the test images by `entropy`, .114 by `boundary` (seed 0, benchmarks/data_free.py), with .1 for chance,
 since the teacher named two classes for nine in ten of the pictures made: look at that first.
 
-Models: teacher (Logits, of which only the largest is read), student (Gradients), each with Codec or with `image`,
-`mean` and `std`. Data: none. Errors: MismatchError and ConfigError before any weight is read; ConfigError where
-`queries` are too few; DivergedError.
+Models: teacher (Logits, of which only the largest is read; or Classes alone, which is shown pictures of 256 shades, of
+the student's size where it says none), student (Gradients), each with Codec or with `image`, `mean` and `std`. Data:
+none. Errors: MismatchError and ConfigError before any weight is read; ConfigError where `queries` are too few;
+DivergedError.
 
     lfm run distill.hard_label teacher=big student=small --set queries=500 --set rounds=8 --set steps=50 --out taught
 """
@@ -33,6 +34,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from lfm.core import Codec, Cost, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import F, torch
+from lfm.core.model import Classes
+from lfm.data.records import Image
 from lfm.distilling import datafree, deciding, generator
 from lfm.distilling.datafree import PIXELS, DataFree, Scene, Teacher
 from lfm.distilling.generator import Pace
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
     from lfm.core.model import Batch
     from lfm.distilling.bank import Bank
+    from lfm.distilling.pictures import Frame
 
 NAMED = "named"
 """In the bank: the class that the teacher named."""
@@ -81,19 +85,18 @@ Ask = Callable[["Tensor", str], "Tensor"]
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher, student = inputs.model("teacher"), inputs.model("student")
-    logits = teacher.ask(Logits).logits
-    scene = datafree.scene(
-        config, teacher, student, run, Teacher(lambda images: logits({PIXELS: images}).argmax(-1).to(images.device))
-    )
-
+    scene = datafree.scene(config, teacher, student, run, Teacher(lambda images: named(teacher, scene.frame, images)))
     enough(config, scene.classes)
 
     def ask(images: Tensor, name: str) -> Tensor:
-        """What was answered under that name, or is now. Counted either way, since it is one question."""
+        """What was answered under that name, or is now; kept as it comes. Counted either way: it is one question."""
         before = scene.asked.queries
-        kept = run.step(name, lambda: torch.cat([scene.asked(part) for part in images.split(CHUNK)]).cpu())
+        parts = [
+            run.step(f"{name} {i * CHUNK}", lambda part=part: scene.asked(part).cpu())
+            for i, part in enumerate(images.split(CHUNK))
+        ]
         scene.asked.queries = before + len(images)
-        return kept.to(images.device)
+        return torch.cat(parts).to(images.device)
 
     synthesise, beside = (exploring if config.kind == "entropy" else measuring)(config, scene, ask, run)
 
@@ -104,6 +107,14 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
     datafree.distil(scene, synthesise, config, run, loss=loss, beside=beside)
     return student.ask(Gradients).rewrap(scene.student)
+
+
+def named(teacher: Model, frame: Frame, images: Tensor) -> Tensor:
+    """The number of the class (n,) that the teacher names of pictures (n, C, H, W): all that is read of its answer."""
+    if not datafree.names(teacher):
+        return teacher.ask(Logits).logits({PIXELS: images}).argmax(-1).to(images.device)
+    told = teacher.ask(Classes).tell([Image(image=picture, label="") for picture in frame.shown(images)])
+    return torch.from_numpy(told.argmax(-1)).to(images.device)
 
 
 Made = tuple[Callable[[int, "Bank"], "Batch | None"], Mapping[str, State]]
@@ -207,7 +218,13 @@ def measured(config: Config, scene: Scene, ask: Ask, run: Run) -> Batch:
 def agree(config: Config, inputs: Inputs) -> None:
     teacher, student = inputs.model("teacher"), inputs.model("student")
     datafree.agree(config, teacher, student)
-    if classes := len(teacher.facts.labels) or len(student.facts.labels):
+    if datafree.names(teacher) and config.image and config.image[0] not in (1, 3):
+        raise ConfigError(
+            f"pictures of {config.image[0]} channels cannot be shown",
+            why="a teacher that names classes is shown grey ones or coloured ones",
+            fix="image=[1,28,28] or image=[3,32,32], or as the student reads them",
+        )
+    if classes := len(datafree.labels_of(teacher)) or len(student.facts.labels):
         enough(config, classes)
 
 
@@ -232,7 +249,9 @@ METHOD = Method(
     paper="arXiv:2312.05924",
     config=Config,
     models={
-        "teacher": Slot((Logits,), also=(Codec,), help="the classifier of images whose classes are learned"),
+        "teacher": Slot(
+            (), any_of=(Classes, Logits), also=(Codec,), help="the classifier of images whose classes are learned"
+        ),
         "student": Slot((Gradients,), also=(Codec,), help="the classifier that learns them"),
     },
     run=run,

@@ -36,7 +36,7 @@ from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import IDS, TOLD, gap
 from lfm.distilling.together import told_by, told_by_all
 from lfm.models import forward
-from lfm.train import fit, training
+from lfm.train import fit, training, worded
 from lfm.train.losses import complete, kl
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def agree(config: Config, inputs: Inputs) -> None:
     teachers = inputs.all("teacher")
     for teacher in teachers:
         lessons.agree(teacher, inputs.model("student"))
+    worded(inputs.records("train"))
     if config.weights and (len(config.weights) != len(teachers) or min(config.weights) < 0 or not sum(config.weights)):
         raise ConfigError(
             f"weights={list(config.weights)} for {len(teachers)} teachers",

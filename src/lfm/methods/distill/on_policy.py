@@ -45,7 +45,7 @@ from lfm.distilling.telling import TOLD
 from lfm.models import forward
 from lfm.models.codec import pad, pad_id
 from lfm.models.device import device
-from lfm.train import fit, training, world
+from lfm.train import fit, training, worded, world
 from lfm.train.gradient import autocast
 from lfm.train.losses import jsd, kl
 from lfm.train.setting import steps_of
@@ -197,6 +197,7 @@ def agree(config: Config, inputs: Inputs) -> None:
             fix="a causal language model; distill.response teaches the others",
         )
     lessons.agree(teacher, student)
+    worded(inputs.records("train"))
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

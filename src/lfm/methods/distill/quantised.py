@@ -33,7 +33,7 @@ from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Met
 from lfm.distilling import lesson as lessons
 from lfm.distilling.telling import taught
 from lfm.models import layers
-from lfm.train import Fit, fit, training
+from lfm.train import Fit, fit, training, worded
 
 
 class Config(Fit, frozen=True):
@@ -66,6 +66,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 def agree(config: Config, inputs: Inputs) -> None:
     for teacher in inputs.all("teacher"):
         lessons.agree(teacher, inputs.model("model"))
+    worded(inputs.records("train"))
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

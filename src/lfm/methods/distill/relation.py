@@ -46,7 +46,7 @@ from lfm.distilling import lesson as lessons
 from lfm.distilling.answering import Answering
 from lfm.distilling.student import formed, smaller
 from lfm.models import structure
-from lfm.train import fit, training
+from lfm.train import fit, training, worded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +101,7 @@ def related(config: Config, s: Tensor, t: Tensor) -> Tensor:
 def agree(config: Config, inputs: Inputs) -> None:
     teacher, student = inputs.model("teacher"), inputs.model("student")
     lessons.agree(teacher, student)
+    worded(inputs.records("train"))
     answering.agree(config, teacher)
 
 

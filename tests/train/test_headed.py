@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lfm.models.headless import Headless
-from lfm.train.headed import Best, headed
+from lfm.train.headed import Best, headed, rowwise
 from lfm.train.losses import Divergence, complete, kd, kd_topk
 
 KINDS: tuple[Divergence, ...] = ("forward", "reverse", "jsd")
@@ -215,3 +215,30 @@ def test_it_is_what_the_losses_of_whole_logits_say_and_an_answer_of_no_probabili
             kd(logits, complete(*theirs, 23), 2.0, "jsd"),
         )
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_hang_together_have_the_gradients_of_whole_logits_and_few_are_made_at_once() -> None:
+    """Each row is weighed by all: Σ_i (Σ_j m_j) m_i of two measures, from three rows of logits at a time."""
+    made: list[int] = []
+    goals = torch.randint(23, (7,), generator=torch.Generator().manual_seed(3))
+
+    def measure(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        made.append(len(logits))
+        told = logits.log_softmax(-1)
+        return torch.stack([told.gather(-1, goals[part, None])[:, 0], told.exp().square().sum(-1)], -1)
+
+    def total(each: torch.Tensor) -> torch.Tensor:
+        return (each.sum(0).flip(0) * each).sum()
+
+    one, other = student(), student()
+    found = total(rowwise(one, measure, room=4 * 23 * 3))
+    expected = total(rowwise(F.linear(other.hidden, other.weight, other.bias), measure))
+    found.backward()
+    expected.backward()
+    assert made == [3, 3, 1, 7, *made[4:]] and sorted(made[4:]) == [1, 3, 3]
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    none = Headless(one.hidden[:0], one.weight, one.bias)
+    goals = goals[:0]
+    assert rowwise(none, measure).shape == (0, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 import msgspec
@@ -89,16 +89,26 @@ def told(taught: Lesson, teacher: Model, run: Run, name: str = "teacher") -> Cal
     return lambda chosen: {**taught.collate(chosen), TOLD: kept[list(chosen)]}
 
 
-def behind(taught: Lesson, teacher: Model, run: Run, name: str = "teacher") -> Callable[[Sequence[int]], Batch]:
+def behind(
+    taught: Lesson,
+    teacher: Model,
+    run: Run,
+    name: str = "teacher",
+    collate: Callable[[Sequence[int]], Batch] | None = None,
+) -> Callable[[Sequence[int]], Batch]:
     """As told; but of a language model in this process what its head reads, and the head (HEAD, BIAS), wherever its
-    logits are no more than that: they are then never whole. For losses that know of it (`telling.taught`)."""
+    logits are no more than that: they are then never whole. For losses that know of it (`telling.taught`).
+
+    collate: of batches of another making than the lesson's, of a language model.
+    """
+    read = replace(taught, collate=collate) if collate else taught
     found = getattr(teacher.ask(Logits), "behind", None) if teacher.can(Logits) and not taught.order else None
     body = found(taught.collate(taught.numbers[:1])) if found else None
     if body is None:
-        return told(taught, teacher, run, name)
+        return told(read, teacher, run, name)
 
     def asked(chosen: Sequence[int]) -> Batch:
-        batch = taught.collate(chosen)
+        batch = read.collate(chosen)
         states, weight, bias = body(batch)
         heard = {TOLD: taught.task.scored(states, batch)[0].clone(), HEAD: weight}
         return {**batch, **heard, **({} if bias is None else {BIAS: bias})}

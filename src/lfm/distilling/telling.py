@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lfm.core.heavy import F
 from lfm.models import forward
@@ -27,7 +27,9 @@ HEAD, BIAS = "teacher.head", "teacher.bias"
 """The names of its head's weight (V, d) and bias (V,), where it tells what that reads: TOLD is then (N, d)."""
 
 
-def gap(logits: Tensor, batch: Batch, temperature: float = 1.0, kind: Divergence = "forward") -> Tensor:
+def gap(
+    logits: Tensor, batch: Batch, temperature: float = 1.0, kind: Divergence = "forward", beta: float = 0.5
+) -> Tensor:
     """T² · D between a student's logits (N, V) and what was told of the same places: a mean over them, a scalar.
 
     Of the k likeliest alone D is over k + 1 outcomes, or, with another temperature or divergence, over the answers that
@@ -38,39 +40,61 @@ def gap(logits: Tensor, batch: Batch, temperature: float = 1.0, kind: Divergence
         ids = batch[IDS]
         if temperature == 1 and kind == "forward":
             return kd_topk(logits, ids, theirs)
-        return kd(logits, complete(ids, theirs, logits.shape[-1]), temperature, kind)
+        return kd(logits, complete(ids, theirs, logits.shape[-1]), temperature, kind, beta)
     width = min(logits.shape[-1], theirs.shape[-1])  # a vocabulary may be padded to a round number
-    return kd(logits[:, :width], theirs[:, :width], temperature, kind)
+    return kd(logits[:, :width], theirs[:, :width], temperature, kind, beta)
+
+
+def heard(batch: Batch, rows: slice = slice(None)) -> Tensor:
+    """A teacher's logits (n, V) at some of the N places of which it tells more than its likeliest answers."""
+    told = batch[TOLD][rows]
+    return F.linear(told, batch[HEAD], batch.get(BIAS)) if HEAD in batch else told
+
+
+def scoring(lesson: Lesson, module: nn.Module) -> Callable[[nn.Module, Batch], tuple[Headless | Tensor, Tensor]]:
+    """(module or a copy of it, batch) → what answers the N places that the task scores, and their labels (N,).
+
+    Of a language model whose head is a plain linear layer that ends in the logits, what the head reads, and the head;
+    else logits (N, V).
+    """
+    batch = lesson.collate(lesson.numbers[:1])
+    body = headless(module, batch) if batch["labels"].ndim == 2 else None
+
+    def answered(module: nn.Module, batch: Batch) -> tuple[Headless | Tensor, Tensor]:
+        if body is None:
+            return lesson.task.scored(forward(module, batch), batch)
+        answering = body(module, batch)
+        # what is scored of hidden states is what is scored of the logits that they would give
+        hidden, labels = lesson.task.scored(answering.hidden, batch)
+        return answering._replace(hidden=hidden), labels
+
+    return answered
 
 
 def taught(
-    lesson: Lesson, module: nn.Module, alpha: float, temperature: float = 1.0, kind: Divergence = "forward"
+    lesson: Lesson,
+    module: nn.Module,
+    alpha: float,
+    temperature: float = 1.0,
+    kind: Divergence = "forward",
+    beta: float = 0.5,
 ) -> Callable[[nn.Module, Batch], Tensor]:
     """(module or a copy of it, batch) → (1 − α) CE(y, p) + α T² D, the mean over what the task scores, a scalar.
 
     A language model's head reads only the places that are scored, a few at a time, where it is a plain linear layer
     that ends in the logits: these are then never whole (`headed`), and neither are those of a teacher that tells HEAD.
     """
-    batch = lesson.collate(lesson.numbers[:1])
-    body = headless(module, batch) if batch["labels"].ndim == 2 else None
+    answered = scoring(lesson, module)
 
-    def whole(module: nn.Module, batch: Batch) -> Tensor:
-        logits, labels = lesson.task.scored(forward(module, batch), batch)
-        if HEAD in batch:
-            batch = {**batch, TOLD: F.linear(batch[TOLD], batch[HEAD], batch.get(BIAS))}
-        soft = gap(logits, batch, temperature, kind)
-        return soft if alpha == 1 else (1 - alpha) * F.cross_entropy(logits, labels) + alpha * soft
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        student, labels = answered(module, batch)
+        theirs = batch[TOLD]
+        if isinstance(student, Headless):
+            teacher = Best(batch[IDS], theirs) if IDS in batch else theirs
+            teacher = Headless(theirs, batch[HEAD], batch.get(BIAS)) if HEAD in batch else teacher
+            how: Any = {"alpha": alpha, "temperature": temperature, "kind": kind, "beta": beta}
+            return headed(student, teacher, labels, **how)
+        soft = gap(student, {**batch, TOLD: heard(batch)}, temperature, kind, beta)
+        return soft if alpha == 1 else (1 - alpha) * F.cross_entropy(student, labels) + alpha * soft
 
-    if body is None:
-        return whole
-
-    def part(module: nn.Module, batch: Batch) -> Tensor:
-        answering = body(module, batch)
-        # what is scored of hidden states is what is scored of the logits that they would give
-        hidden, labels = lesson.task.scored(answering.hidden, batch)
-        student, theirs = answering._replace(hidden=hidden), batch[TOLD]
-        teacher = Best(batch[IDS], theirs) if IDS in batch else theirs
-        teacher = Headless(theirs, batch[HEAD], batch.get(BIAS)) if HEAD in batch else teacher
-        return headed(student, teacher, labels, alpha=alpha, temperature=temperature, kind=kind)
-
-    return part
+    return loss

@@ -13,24 +13,26 @@ if TYPE_CHECKING:
 Divergence = Literal["forward", "reverse", "jsd"]
 
 
-def kd(student: Tensor, teacher: Tensor, temperature: float = 1.0, kind: Divergence = "forward") -> Tensor:
+def kd(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, kind: Divergence = "forward", beta: float = 0.5
+) -> Tensor:
     """T² · D(p_T^t, p_T^s) with p_T = softmax(logits / T), mean over rows (1503.02531).
 
     forward: KL(teacher ‖ student), covers all of the teacher's modes. reverse: KL(student ‖ teacher), keeps to them.
-    jsd: the mean of both sides' KL to their middle (2306.13649, β = ½). T² keeps the gradient's size as T grows.
+    jsd: the mean of both sides' KL to their middle (2306.13649), by β. T² keeps the gradient's size as T grows.
     """
     t = F.log_softmax(teacher.float() / temperature, -1)
     s = F.log_softmax(student.float() / temperature, -1)
-    return temperature**2 * divergence(s, t, kind).mean()
+    return temperature**2 * divergence(s, t, kind, beta).mean()
 
 
-def divergence(student: Tensor, teacher: Tensor, kind: Divergence = "forward") -> Tensor:
+def divergence(student: Tensor, teacher: Tensor, kind: Divergence = "forward", beta: float = 0.5) -> Tensor:
     """D of log-probabilities (…, V), in nats, one number a row. A probability of zero (log −inf) counts as none."""
     if kind == "forward":
         return kl(teacher, student)
     if kind == "reverse":
         return kl(student, teacher)
-    return jsd(student, teacher)
+    return jsd(student, teacher, beta)
 
 
 def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:

@@ -15,15 +15,18 @@ import tiny
 from case import Case
 from lfm.core import Codec, Gradients, Inputs, Logits, Model
 from lfm.core.errors import ConfigError, MismatchError
+from lfm.core.heavy import F
 from lfm.core.method import check
 from lfm.data import records as data
 from lfm.data.files import write
 from lfm.data.task import task_for
 from lfm.distilling import drawing
-from lfm.distilling.telling import TOLD
+from lfm.distilling import lesson as lessons
+from lfm.distilling.telling import HEAD, TOLD
 from lfm.methods.distill import on_policy
 from lfm.models import forward, load
 from lfm.runs.run import LocalRun
+from lfm.train import headed
 from lfm.train.losses import kl
 
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -78,6 +81,39 @@ def test_a_teacher_has_nothing_to_say_against_itself(kind: str, root: Path, tmp_
     assert run.notes["loss_before"] == pytest.approx(0.0, abs=1e-5)
 
 
+def test_minillms_loss_is_the_same_through_the_head_and_from_whole_logits(root: Path) -> None:
+    """The teacher's logits and the student's, whole or made a few places at a time; the gradient too."""
+    teacher, student = load(root / "0"), load(root / "1")
+    lesson = lessons.lesson(TEXTS[:4], teacher, student)
+    config = on_policy.Config(kind="minillm", temperature=2.0, heat=2.0)
+    module = student.ask(Gradients).module()
+    through = on_policy.policy(config, lesson, module)
+    batch = lessons.behind(lesson, teacher, LocalRun(0, root / "run"))([0, 1, 2, 3])
+    assert HEAD in batch
+    rows, linear = list[int](), F.linear
+
+    def traced(hidden: Any, weight: Any, bias: Any = None) -> Any:
+        rows.extend([len(hidden)] * (len(weight) == student.facts.vocabulary))
+        return linear(hidden, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(headed.ROOM, "cpu", 4 * student.facts.vocabulary * 5)
+        patch.setattr(F, "linear", traced)
+        loss = through(module, batch)
+        loss.backward()
+    assert rows and max(rows) == 5
+    found = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    module.zero_grad()
+    patched = lambda module, batch: lesson.task.scored(forward(module, batch), batch)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_policy, "scoring", lambda *_: patched)
+        plain = on_policy.policy(config, lesson, module)(module, batch)
+        plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    for a, b in zip(found, [p.grad for p in module.parameters() if p.grad is not None], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_minillms_estimate_is_the_gradient_of_the_sequences_divergence() -> None:
     """All pairs of two-token texts over three words, weighed by how likely they are drawn: ∇ KL(p_s ‖ p_t), exactly.
 
@@ -104,14 +140,15 @@ def test_minillms_estimate_is_the_gradient_of_the_sequences_divergence() -> None
         labels[:, 1:] = said.reshape(2, 2)
         # drawn from the student: the weights p_s / p̃ are 1 with no mixture, and the estimate has no approximation
         chance = s.gather(-1, said[:, None]).sum().exp().item()
-        loss = on_policy.weighed((s.exp() * (s - t)).sum(-1), s, t, said, {"labels": labels}, 0.0)
+        one, other_one = (x.gather(-1, said[:, None])[:, 0] for x in (s, t))
+        loss = on_policy.weighed((s.exp() * (s - t)).sum(-1), one, other_one, {"labels": labels}, 0.0)
         for into, part in zip(found, torch.autograd.grad(loss, [first, second]), strict=True):
             into += chance * 2 * part  # a mean over two tokens a text, of a loss that is their sum
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     # the weight of a token is p_s over the mixture that it is drawn from
-    s, t = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
-    one = on_policy.weighed(torch.ones(1), s, t, torch.tensor([0]), {"labels": torch.tensor([[-100, 0]])}, mix)
+    ours, its = torch.tensor([0.5]).log(), torch.tensor([0.9]).log()
+    one = on_policy.weighed(torch.ones(1), ours, its, {"labels": torch.tensor([[-100, 0]])}, mix)
     assert one.item() == pytest.approx(0.5 / ((1 - mix) * 0.5 + mix * 0.9))
 
 

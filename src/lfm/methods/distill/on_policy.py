@@ -13,7 +13,8 @@ on the student's words, each token outside the teacher's `top` likeliest drawn a
 Differs: one update for each draw, so MiniLLM's old policy is the present one and its clipping has nothing to clip;
 rewards have the mean of the batch's other rows taken off, which changes no expectation (the authors whiten them).
 `alpha` < 1 adds the records' own tokens on their batches, as MiniLLM's L_PT does. Prompts are what comes before a
-completion, before a conversation's last turn, or a text's first tokens.
+completion, before a conversation's last turn, or a text's first tokens. Neither model's logits are ever whole, where
+they are a linear function of hidden states: they are made a few places at a time, of `minillm` twice.
 
 Measured (docs/distilling.md; one seed, two of a 0.26 M story model's five blocks): on its own words the student ends
 nearer to its teacher, KL 1.42 (gkd), 1.39 (speculative), 1.30 (minillm) nats a token against 1.51 by forward KL on
@@ -30,9 +31,8 @@ before any weight is read; ConfigError where weights are held in parts (FSDP); D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import ConfigError, MismatchError
@@ -41,22 +41,26 @@ from lfm.data.language import IGNORED, context_of
 from lfm.distilling import drawing
 from lfm.distilling import lesson as lessons
 from lfm.distilling.student import Taught, formed, smaller
-from lfm.distilling.telling import TOLD
-from lfm.models import forward
+from lfm.distilling.telling import heard, scoring, taught
 from lfm.models.codec import pad, pad_id
 from lfm.models.device import device
 from lfm.train import fit, training, worded, world
 from lfm.train.gradient import autocast
-from lfm.train.losses import jsd, kl
+from lfm.train.headed import rowwise
+from lfm.train.losses import kl
 from lfm.train.setting import steps_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lfm.core.model import Batch
+    from lfm.distilling.lesson import Lesson
+    from lfm.train.losses import Divergence
 
 DRAWN = "drawn"
 """The name in a batch that tells it is drawn, not the records'."""
+ENDS: Mapping[float, Divergence] = {0.0: "forward", 1.0: "reverse"}
+"""What JSD_β is in the limit."""
 
 
 class Config(Taught, frozen=True):
@@ -92,18 +96,15 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         batch = lesson.collate(numbers)
         return draw(numbers, batch) if own else batch
 
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        logits, labels = lesson.task.scored(forward(module, batch), batch)
-        width = min(logits.shape[-1], batch[TOLD].shape[-1])  # a vocabulary may be padded to a round number
-        s, t = (F.log_softmax(x[:, :width].float() / config.temperature, -1) for x in (logits, batch[TOLD]))
-        apart = kl(s, t) if config.kind == "minillm" else jsd(s, t, config.beta)
-        if DRAWN in batch:
-            policy = config.kind == "minillm"
-            return weighed(apart, s, t, labels, batch, config.mix) if policy else config.temperature**2 * apart.mean()
-        told = config.temperature**2 * apart.mean()
-        return told if config.alpha == 1 else (1 - config.alpha) * F.cross_entropy(logits, labels) + config.alpha * told
+    told = lessons.behind(lesson, teacher, run, collate=collate)
+    kind = "reverse" if config.kind == "minillm" else ENDS.get(config.beta, "jsd")
+    how: Any = {"temperature": config.temperature, "kind": kind, "beta": config.beta}
+    on_records = taught(lesson, module, config.alpha, **how)
+    on_drawn = policy(config, lesson, module) if config.kind == "minillm" else taught(lesson, module, 1.0, **how)
 
-    told = lessons.told(replace(lesson, collate=collate), teacher, run)
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        return (on_drawn if DRAWN in batch else on_records)(module, batch)
+
     losses = fit(module, lesson.numbers, told, loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)
@@ -157,13 +158,31 @@ def prompts_of(batch: Batch, tokens: int) -> list[list[int]]:
     return found
 
 
-def weighed(apart: Tensor, s: Tensor, t: Tensor, labels: Tensor, batch: Batch, mix: float) -> Tensor:
+def policy(config: Config, lesson: Lesson, module: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
+    """MiniLLM's loss of a module on a drawn batch."""
+    answered = scoring(lesson, module)
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        student, labels = answered(module, batch)
+
+        def measure(logits: Tensor, part: slice) -> Tensor:
+            t = heard(batch, part)
+            width = min(logits.shape[-1], t.shape[-1])  # a vocabulary may be padded to a round number
+            s, t = (F.log_softmax(x[:, :width].float() / config.temperature, -1) for x in (logits, t))
+            return torch.stack([kl(s, t), *(x.gather(-1, labels[part, None])[:, 0] for x in (s, t))], -1)
+
+        apart, said, theirs = rowwise(student, measure).unbind(-1)
+        return weighed(apart, said, theirs, batch, config.mix)
+
+    return loss
+
+
+def weighed(apart: Tensor, said: Tensor, theirs: Tensor, batch: Batch, mix: float) -> Tensor:
     """MiniLLM's surrogate, whose gradient is the paper's estimate: a mean over N drawn tokens.
 
-    apart: (N,) KL(p_s ‖ p_t). s, t: (N, V) log-probabilities. labels: (N,) what was drawn.
+    apart: (N,) KL(p_s ‖ p_t). said, theirs: (N,) log p_s and log p_t of what was drawn.
     """
-    said, theirs = (x.gather(-1, labels[:, None])[:, 0] for x in (s, t))
-    now = said.detach()
+    now, theirs = said.detach(), theirs.detach()
     weight = now.exp() / ((1 - mix) * now.exp() + mix * theirs.exp())
     told = to_come(theirs - now, (batch["labels"][:, 1:] != IGNORED).to(now.device))
     return (weight * (apart - told * said)).mean()
@@ -203,7 +222,7 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     teacher, student = sizes.model("teacher"), smaller(config, sizes.model("student"))
     amount = sizes.data["train"]
-    whole = training(config, student, amount, forwards=teacher.parameters)
+    whole = training(config, student, amount, forwards=teacher.parameters, logits=0)
     helped = config.kind == "speculative" or (config.kind == "minillm" and config.mix > 0)
     batches = steps_of(config, max(amount.records, 1)) * config.accumulate * config.own
     drawn = batches * min(config.batch_size, max(amount.records, 1)) * (config.prompt + config.new)

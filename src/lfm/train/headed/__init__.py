@@ -10,16 +10,17 @@ compiled kernels and without leaving small gradients out).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from lfm.core.heavy import torch
+from lfm.core.heavy import F, torch
 from lfm.models.headless import Headless
 from lfm.train.losses import Divergence
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Best", "headed"]
+__all__ = ["Best", "headed", "rowwise"]
 
 ROOM = {"cpu": 2**24, "cuda": 2**28}
 """Bytes of the logits that there are at once, by kind of device."""
@@ -58,3 +59,32 @@ def headed(
     room = room or ROOM.get(student.hidden.device.type, ROOM["cpu"])
     setting = Setting(alpha, temperature, kind, beta, room)
     return Swept.apply(*student, teacher, labels, setting, wants)  # type: ignore[return-value]
+
+
+def rowwise(student: Headless | Tensor, measure: Callable[[Tensor, slice], Tensor], *, room: int = 0) -> Tensor:
+    """What is measured of each of N rows of logits, (N, …): measure(logits (n, V), which rows) → (n, …).
+
+    For losses that `headed` does not take, since their rows hang together: by a reward, or a span. The logits of a head
+    are made a few rows at a time, and made again in the backward pass; those that are there anyway (N, V) are measured
+    as they are. At least fp32. room: as in `headed`.
+    """
+    if isinstance(student, torch.Tensor):
+        return measure(_wide(student), slice(0, len(student)))
+    from torch.utils.checkpoint import checkpoint
+
+    hidden, weight, bias = student
+    rows = max(1, (room or ROOM.get(hidden.device.type, ROOM["cpu"])) // (4 * len(weight)))
+    parts = [slice(first, min(first + rows, len(hidden))) for first in range(0, max(len(hidden), 1), rows)]
+
+    def measured(read: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+        return measure(_wide(F.linear(read.to(weight.dtype), weight, bias)), part)
+
+    again = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in student)
+    if not again:
+        return torch.cat([measured(hidden[part], weight, bias, part) for part in parts])
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(measured, hidden[part], weight, bias, part, **how) for part in parts])  # type: ignore[arg-type]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -265,7 +265,7 @@ def _numeric(finding: Finding, column: str) -> bool:
 def _cell(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float)):
         return words.number(value)
-    return words.short(value if isinstance(value, str) else msgspec.json.encode(value).decode(), 90)
+    return words.short(value if isinstance(value, str) else msgspec.json.encode(value).decode(), 240)
 
 
 def figures(run: RunRecord, finding: Finding | None) -> list[Figure]:

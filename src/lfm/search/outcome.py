@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean, pvariance
 from typing import Any, NamedTuple
 
 import msgspec
 
+from lfm.core.errors import LfmError
 from lfm.core.finding import Finding, Scatter, table
 
 Z = 1.96
@@ -33,6 +36,16 @@ class Result(NamedTuple):
     def better(self, other: Result) -> bool:
         """Of equal scores the one that trains fewer numbers."""
         return (self.score, -self.trained) > (other.score, -other.trained)
+
+
+def failed(error: Exception) -> Result:
+    """A training that came to nothing, and why: what a user's error says; of any other its kind, its first line and
+    where it was raised."""
+    if isinstance(error, LfmError):
+        return Result(0.0, 0.0, [], 0, 0.0, f"{error.what}{f' ({error.why})' if error.why else ''}")
+    said = (str(error).strip().splitlines() or ["no message"])[0]
+    *_, last = [""] + [f", {Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+    return Result(0.0, 0.0, [], 0, 0.0, f"unexpected {type(error).__name__}{last}: {said}")
 
 
 class Ended(NamedTuple):

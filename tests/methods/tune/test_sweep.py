@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import html
 import json
+import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import torch
 
 import lfm.core
 import tiny
 import tunings
 from case import Case
-from lfm import runs
+from lfm import report, runs
 from lfm.core import Codec, Gradients, Inputs, Meta, Method, Slot, finding, registry
-from lfm.core.errors import ConfigError, DataError, MismatchError
+from lfm.core.errors import ConfigError, DataError, DivergedError, MismatchError
 from lfm.data.files import write
 from lfm.data.records import Label
 from lfm.methods.tune import sweep
 from lfm.models import load
 from lfm.runs.run import LocalRun
+from lfm.search import Trial
 from lfm.train import Fit
 from lfm.tuners import candidates
 
@@ -100,6 +105,88 @@ def test_nothing_is_trained_twice_and_after_a_kill_no_finished_try_again_but_the
     assert runs.execute(order(tmp_path)).output.digest == left_alone.output.digest
     again = Counter(trained) - Counter(once)
     assert set(trained) == set(once) and again.total() <= 2 and again[trained[3]] == 1
+
+
+class Unlucky(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (Unlucky("a bug\nof many lines"), r"unexpected Unlucky, test_sweep\.py:\d+: a bug"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "OutOfMemoryError, .*CUDA out of memory",
+        ),
+        (MemoryError(), "MemoryError, .*no message"),
+        (AssertionError("shapes"), "AssertionError, .*shapes"),
+        (DivergedError("fit diverged at step 3", why="the loss is nan"), r"^tune.bitfit: fit diverged .*loss is nan\)"),
+    ],
+)
+def test_a_try_that_fails_says_so_and_the_others_go_on(
+    error: Exception, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sweep.cut
+
+    def cut(config: Any, share: float) -> Any:
+        if type(config).__module__.endswith("bitfit"):
+            raise error
+        return real(config, share)
+
+    monkeypatch.setattr(sweep, "cut", cut)
+    done = runs.execute(order(tmp_path))
+    assert done.notes["method"] == "tune.lora" and re.search(says, str(done.notes["failed"]))
+    rows = finding.read(tmp_path / "out").rows
+    assert {row["method"] for row in rows if not row["why not"]} == {"tune.lora"}
+    failed = [row for row in rows if row["why not"]]
+    assert failed and {row["method"] for row in failed} == {"tune.bitfit"} and failed[0]["dev"] is None
+    assert re.search(says.removeprefix("^tune.bitfit: "), str(failed[0]["why not"]))
+    report.write(tmp_path / "out")
+    assert str(failed[0]["why not"]) in html.unescape((tmp_path / "out" / "report.html").read_text())
+
+
+def test_a_loss_that_is_no_number_is_a_failure_and_where_all_fail_that_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sweep.marked
+
+    def marked(records: Any, model: Any) -> Any:
+        found = real(records, model)
+        return found._replace(loss=[math.nan] * len(found.loss))
+
+    monkeypatch.setattr(sweep, "marked", marked)
+    with pytest.raises(MismatchError, match=r"no method could.*tune.lora: its loss on dev is nan; tune.bitfit: its"):
+        runs.execute(order(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["files"]
+
+
+def test_an_interruption_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(config: Any, share: float) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "cut", cut)
+    with pytest.raises(KeyboardInterrupt):
+        runs.execute(order(tmp_path))
+
+
+def test_of_several_processes_an_unexpected_error_ends_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them would go on to the next try while the others wait for it in this one."""
+
+    def cut(config: Any, share: float) -> Any:
+        raise Unlucky
+
+    monkeypatch.setattr(sweep, "cut", cut)
+    here = order(tmp_path)
+    inputs = Inputs({"model": (load(tmp_path / "files" / "base"),)}, {"train": LABELS})
+    config, run = lfm.core.config.configure(sweep.Config, here.settings), Trial(LocalRun(0, tmp_path / "work"), "sweep")
+    with pytest.raises(MismatchError, match="unexpected Unlucky"):
+        sweep.run(config, inputs, run)
+    monkeypatch.setattr(sweep.launched, "size", lambda: 2)
+    with pytest.raises(Unlucky):
+        sweep.run(config, inputs, run)
 
 
 def test_methods_are_found_by_what_they_declare(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ a part of `train` where there is none. Its interval is over those records: that 
 difference of two methods, record by record, that of Bonett and Price (2012): Wald's, with four and two records added.
 Quality is the share of records told right (of running text: of tokens); of equals the lower loss is better, then fewer
 trained numbers. The result is the winner's model as it was tried (after a kill it may be trained once more, to the same
-bytes); beside it lie all tries as a table, and quality against trained numbers and time as plots. A method that cannot
-do it says so there.
+bytes); beside it lie all tries as a table, and quality against trained numbers and time as plots. A try that fails, by
+whatever error, says so there, and the others go on.
 
 Models: any with Gradients and a codec. Data: any records with a task. Errors: ConfigError for methods that do not fit;
 MismatchError where none could be trained; DataError for too few records.
@@ -25,8 +25,10 @@ MismatchError where none could be trained; DataError for too few records.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import math
 import random
 import shutil
 import time
@@ -36,16 +38,31 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 import lfm.core
-from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot, registry
+from lfm.core import (
+    Codec,
+    Cost,
+    Data,
+    DataSlot,
+    Gradients,
+    Inputs,
+    Meta,
+    Method,
+    Model,
+    Run,
+    Sizes,
+    Slot,
+    launched,
+    registry,
+)
 from lfm.core.config import configure
-from lfm.core.errors import DataError, LfmError, MismatchError
+from lfm.core.errors import DataError, DivergedError, LfmError, MismatchError
 from lfm.core.method import check
 from lfm.data.records import kind_of
 from lfm.models.device import device
 from lfm.search import Trial
 from lfm.search.alternatives import fixed
 from lfm.search.halving import halving, shares
-from lfm.search.outcome import Ended, Result, furthest, noted, ranked, told
+from lfm.search.outcome import Ended, Result, failed, furthest, noted, ranked, told
 from lfm.train import LEARNT
 from lfm.train.examine import marked
 from lfm.tuners.candidates import candidates, fits, knobs
@@ -80,6 +97,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         if key not in known:
             kept: list[Any] = run.step(f"try {key}", lambda: list(tried(id, settings, lengths[rung], key)))
             known[key] = Result(*kept)
+            if known[key].error:
+                gc.collect()  # what a failed try held on to is memory of the next
         return known[key]
 
     def tried(id: str, settings: dict[str, float], share: float, key: str) -> Result:
@@ -91,8 +110,13 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
             seconds = round(clock() - began, 3)
             dev = marked(records["dev"], model)
             valid = marked(records["valid"], model).right if share == 1 else []
-        except LfmError as error:
-            return Result(0.0, 0.0, [], 0, 0.0, f"{error.what}{f' ({error.why})' if error.why else ''}")
+            if not math.isfinite(mean(dev.loss)):
+                raise DivergedError(f"its loss on dev is {mean(dev.loss)}")
+        except Exception as error:
+            if launched.size() > 1 and not isinstance(error, LfmError):
+                raise  # the other processes are in the midst of this try
+            shutil.rmtree(trial.work, ignore_errors=True)
+            return failed(error)
         trained = trial.notes.get("trained", inputs.model("model").facts.parameters)
         found = Result(mean(dev.right), mean(dev.loss), valid, int(trained), seconds, "")
         best = share == 1 and all(found.better(one.result) for one in held)
@@ -138,9 +162,15 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         if not one.whole:
             done.append(Ended(one.id, one.settings, 1.0, result(one.id, one.settings, config.rungs - 1)))
     order = ranked(done)
+    reasons = list(dict.fromkeys(f"{e.id}: {e.result.error}" for e in done if e.result.error))
     if not order:
-        reasons = "; ".join(dict.fromkeys(e.result.error for e in done if e.result.error))
-        raise MismatchError("no method could be trained on these records", why=reasons)
+        raise MismatchError(
+            "no method could be trained on these records",
+            why="; ".join(reasons),
+            fix="`lfm --debug run ID …` of one of them shows all of its error",
+        )
+    if reasons:
+        run.note(failed="; ".join(reasons))
     found = told(done, order)
     found.beside(run.work)
     first = order[0]

@@ -12,14 +12,16 @@ from safetensors.torch import save_file
 
 import tiny
 from lfm.core import Gradients, Inputs, Model, Sizes, registry
-from lfm.core.errors import ConfigError, MismatchError
+from lfm.core.errors import ConfigError, DivergedError, MismatchError
+from lfm.core.model import Facts
 from lfm.distilling.bank import Bank
-from lfm.distilling.datafree import PIXELS, DataFree, agree, distil, optimizer_of, scene
+from lfm.distilling.datafree import PIXELS, DataFree, agree, costs, distil, optimizer_of, response, scene
 from lfm.distilling.pictures import frame_of, seen
 from lfm.distilling.telling import TOLD
 from lfm.models import forward, load
 from lfm.runs.run import LocalRun
-from lfm.train import state_of
+from lfm.train import Fit, state_of
+from lfm.train.setting import rate
 
 QUICK: dict[str, Any] = {"steps": 6, "batch_size": 4, "bank": 8, "checkpoint_every": 0.0}
 
@@ -112,6 +114,89 @@ def test_answers_beside_the_pictures_are_not_asked_again(models: tuple[Model, Mo
     asked, kept = trained(models, tmp_path / "asked"), trained(models, tmp_path / "kept", told=True)
     assert kept[2] == asked[2] == 48  # once for each picture in place of once for each use
     assert kept[0] == pytest.approx(asked[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_the_students_steps_are_nesterovs_with_the_gradient_cut_to_a_norm(
+    models: tuple[Model, Model], tmp_path: Path, clip: float
+) -> None:
+    """A loss of constant slope 3 for each weight: by hand v ← .9 v + g, θ ← θ − η (g + .9 v), with g the slope, or what
+    `clip` leaves of it; η rises in the first half of the steps and falls to nothing in the second."""
+    given: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.0, "clip": clip, "checkpoint_every": 0.0}
+    config = DataFree(steps=6, batch_size=4, bank=4, warmup=0.5, schedule="linear", **given)
+    stage = scene(config, *models, LocalRun(0, tmp_path))
+    before = [p.detach().clone() for p in stage.student.parameters()]
+    images = stage.frame.noise(4, torch.Generator().manual_seed(0))
+    modes: list[bool] = []
+
+    def loss(rows: Any) -> torch.Tensor:
+        modes.append(stage.student.training)
+        return 3 * sum((p.double().sum() for p in stage.student.parameters()), torch.zeros(()).double())
+
+    values = [3 * sum(float(p.double().sum()) for p in before)]
+    losses = distil(stage, lambda step, bank: {PIXELS: images}, config, LocalRun(0, tmp_path / "run"), loss=loss)
+    count = sum(p.numel() for p in before)
+    slope = min(3.0, clip / count**0.5) if clip else 3.0
+    assert slope < 3 or not clip
+    moved, v = 0.0, 0.0
+    for step in range(6):
+        v = 0.9 * v + slope
+        moved += rate(Fit(lr=0.1, warmup=0.5, schedule="linear"), step, 6) * (slope + 0.9 * v)
+        values.append(values[0] - 3 * count * moved)
+    for p, was in zip(stage.student.parameters(), before):
+        torch.testing.assert_close(was - p.detach(), torch.full_like(was, moved), rtol=1e-3, atol=2e-6)
+    assert losses == pytest.approx(values[:-1], rel=1e-4) and all(
+        modes
+    )  # the loss itself is told, norm and all left out
+
+
+def test_a_gradient_that_is_not_finite_stops_the_student_though_the_loss_is_finite(
+    models: tuple[Model, Model], tmp_path: Path
+) -> None:
+    config = DataFree(**QUICK)
+    stage = scene(config, *models, LocalRun(0, tmp_path))
+    images = stage.frame.noise(4, torch.Generator().manual_seed(0))
+
+    def loss(rows: Any) -> torch.Tensor:  # √0 has no slope
+        return sum(((0 * p).square().sum().sqrt() for p in stage.student.parameters()), torch.zeros(()))
+
+    with pytest.raises(DivergedError, match=r"lr=1e-04"):
+        distil(stage, lambda step, bank: {PIXELS: images}, config, LocalRun(0, tmp_path / "run"), loss=loss)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_what_is_learned_is_the_divergence_of_softened_answers(
+    models: tuple[Model, Model], tmp_path: Path, divergence: Any
+) -> None:
+    """T² D(p_T, q_T) in plain sums, at T = 2; where the rows have the teacher's answers it is not asked."""
+    config = DataFree(**QUICK, temperature=2.0, divergence=divergence)
+    stage = scene(config, *models, LocalRun(0, tmp_path))
+    images = stage.frame.noise(3, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        told = stage.asked(images)
+        p, q = (torch.softmax(x.double() / 2, -1) for x in (told, stage.answer(images)))
+        value = float(response(stage, {PIXELS: images}, config))
+        assert stage.asked.queries == 6
+        assert float(response(stage, {PIXELS: images, TOLD: told}, config)) == pytest.approx(value, rel=1e-5)
+        assert stage.asked.queries == 6
+
+    def kl(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a * (a / b).log()).sum(-1).mean())
+
+    half = (p + q) / 2
+    by_hand = {"forward": kl(p, q), "reverse": kl(q, p), "jsd": (kl(p, half) + kl(q, half)) / 2}
+    assert value == pytest.approx(4 * by_hand[divergence], rel=1e-4)
+
+
+def test_a_plan_is_the_students_steps_the_teachers_answers_and_the_making() -> None:
+    """By hand for 10 steps of 4: the student 6 · 150 P an image, the teacher 2 · 150 P an answer; 8 pictures made in 3
+    passes forth and as much again back."""
+    teacher, student = Facts(parameters=1000), Facts(parameters=100)
+    config = DataFree(steps=10, batch_size=4)
+    told = costs(config, teacher, student, 8, 3)
+    assert told.flops == pytest.approx(40 * 6 * 150 * 100 + (40 + 8 * 3 * 2) * 2 * 150 * 1000)
+    assert (told.steps, told.queries, told.memory) == (10 + 8 // 4 * 3, 40 + 8 * 3, 4 * (1000 + 4 * 100))
+    assert costs(config, teacher, student, 8, 3, 8).queries == 8 + 8 * 3
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:

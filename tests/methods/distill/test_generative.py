@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +21,17 @@ from lfm.core import Codec, Gradients, Inputs, Logits, Model
 from lfm.core.errors import ConfigError
 from lfm.core.method import check
 from lfm.data.task import task_for
+from lfm.distilling import datafree
+from lfm.distilling.bank import Bank
+from lfm.distilling.contrasting import Contrast
+from lfm.distilling.datafree import PIXELS
+from lfm.distilling.generator import Pace, Terms
+from lfm.distilling.telling import TOLD
 from lfm.methods.distill import generative
 from lfm.models import forward, load
 from lfm.runs import refs
 from lfm.runs.run import LocalRun
-from lfm.train import Fit, fit, seeded
+from lfm.train import Fit, fit, seeded, state_of
 
 QUICK: dict[str, Any] = {"steps": 4, "batch_size": 4, "bank": 16, "width": 4, "latent": 8, "before": 1}
 
@@ -83,6 +91,146 @@ def test_every_question_is_counted(
 ) -> None:
     _, run = distill(*pair, tmp_path, kind=kind, **(QUICK | settings))
     assert run.notes["queries"] == asked
+
+
+@pytest.mark.parametrize(
+    "kind, weights, pace, every, contrast",
+    [
+        ("zskt", {"adv": 1}, (1, 1e-3), 5, 0),
+        ("cmi", {"adv": 0.5, "bn": 1, "oh": 1}, (200, 1e-3, 1e-3), 50, 0.8),
+        ("fast", {"adv": 1.33, "bn": 10, "oh": 0.5}, (5, 3e-3, 1e-2), 20, 0),
+    ],
+)
+def test_a_kinds_numbers_are_those_of_its_published_scripts(
+    kind: Any, weights: Any, pace: Any, every: int, contrast: float
+) -> None:
+    """scripts/zskt_cifar10.sh of zju-vipa/CMI (3f791f9), scripts/cmi_cifar.sh and fast_cifar.sh (run/r34-5) of
+    zju-vipa/Fast-Datafree (7627110); `every` of cmi and fast is ours."""
+    settled = generative.settled(generative.Config(kind=kind))
+    assert settled == (Terms(**weights), Pace(*pace), every, contrast)
+
+
+def test_a_settings_number_takes_the_kinds_place_and_z_keeps_its_ratio() -> None:
+    settled = generative.settled(
+        generative.Config(kind="fast", generator_lr=6e-3, rounds=7, every=3, contrast=0.25, adv=0.0, bn=2.0)
+    )
+    assert settled.terms == Terms(adv=0.0, bn=2.0, oh=0.5) and (settled.every, settled.contrast) == (3, 0.25)
+    assert settled.pace == pytest.approx((7, 6e-3, 2e-2))
+
+
+def inverting(
+    pair: tuple[Model, Model], work: Path, monkeypatch: pytest.MonkeyPatch, found: Any, **settings: Any
+) -> tuple[Any, Any, list[Any]]:
+    """What makes pictures and its states, with the descent replaced by `found`, L_G by 10 and L_C by 3; and which
+    classes and flags L_G was asked with."""
+    asked: list[Any] = []
+
+    @contextmanager
+    def judge(*_: Any, **how: Any) -> Iterator[Any]:
+        asked.append(how)
+
+        def judged(images: torch.Tensor, classes: Any, adversarial: bool) -> torch.Tensor:
+            asked.append((images, classes, adversarial))
+            return torch.tensor(10.0)
+
+        yield judged
+
+    @contextmanager
+    def contrasting(*_: Any) -> Iterator[Any]:
+        head = nn.Linear(1, 1)
+        optimizer = torch.optim.Adam(head.parameters())
+        yield Contrast(
+            lambda images, bank: (torch.tensor(3.0), images[:, 0, 0]), optimizer, state_of(head, "", optimizer)
+        )
+
+    monkeypatch.setattr(generative.generator, "judge", judge)
+    monkeypatch.setattr(generative, "contrasting", contrasting)
+    monkeypatch.setattr(generative.generator, "found", found)
+    config = generative.Config(**QUICK | settings)
+    run = LocalRun(0, work)
+    stage = datafree.scene(config, *pair, run)
+    made = generative.inverted(config, generative.settled(config), stage, run, ExitStack())
+    return made[0], made[1], asked
+
+
+def test_the_first_rounds_leave_the_student_out_and_the_losses_add(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L = L_G + .7 L_C, with the classes that were drawn; pictures z makes, that z has a gradient of."""
+    values: list[float] = []
+
+    def found(make: Any, loss: Any, net: Any, z: torch.Tensor, pace: Any, beside: Any) -> Any:
+        assert z.requires_grad and z.shape == (4, 8) and len(beside) == 1
+        value, rows = loss(make())
+        values.append(float(value))
+        return rows, []
+
+    synthesise, kept, asked = inverting(pair, tmp_path, monkeypatch, found, kind="cmi", contrast=0.7, before=2, every=3)
+    bank = Bank(16, torch.device("cpu"))
+    for step in range(7):
+        made = synthesise(step, bank)
+        assert (made is not None) == (step % 3 == 0)
+    assert values == pytest.approx([10 + 0.7 * 3] * 5) and len(bank) == 2 * 4
+    assert asked[0] == {"agreed": True} and set(kept) == {"head"}
+    assert [flag for _, _, flag in asked[1:]] == [False, False, True, True, True]
+    assert all(classes is not None and classes.shape == (4,) for _, classes, _ in asked[1:])
+
+
+def test_where_generators_begin_is_learned_from_the_sum_of_their_gradients(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First-order MAML by Adam (β .5, .999) at the generator's rate times a round's steps, whose gradients are summed:
+    against torch's own Adam on the same sums. What each round's own copy went through is forgotten."""
+    sums = [1.0, -3.0, 0.5]
+
+    def found(make: Any, loss: Any, net: Any, z: Any, pace: Any, beside: Any) -> Any:
+        begun.append([p.detach().clone() for p in net.parameters()])
+        rows = loss(make())[1]
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(99.0)
+        return rows, [torch.full_like(p, sums[len(begun) - 1]) for p in net.parameters()]
+
+    begun: list[list[torch.Tensor]] = []
+    synthesise, kept, _ = inverting(
+        pair, tmp_path, monkeypatch, found, kind="fast", rounds=4, generator_lr=2e-3, before=0, every=1
+    )
+    for step in range(3):
+        rows = synthesise(step, Bank(16, torch.device("cpu")))
+        assert rows is not None and set(rows) == {PIXELS, TOLD}
+    expected = [p.clone().requires_grad_() for p in begun[0]]
+    adam = torch.optim.Adam(expected, lr=2e-3 * 4, betas=(0.5, 0.999))
+    for round in (1, 2):
+        for p in expected:
+            p.grad = torch.full_like(p, sums[round - 1])
+        adam.step()
+        for p, q in zip(expected, begun[round]):
+            torch.testing.assert_close(p.detach(), q)
+    assert set(kept) == {"generator"}
+
+
+def test_what_is_moved_is_moved_before_it_is_judged_and_each_time_it_is_learned_from(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(make: Any, loss: Any, net: Any, z: Any, pace: Any, beside: Any) -> Any:
+        return loss(make())[1], [torch.zeros_like(p) for p in net.parameters()]
+
+    def jittered(images: torch.Tensor, by: float, flip: bool) -> torch.Tensor:
+        moved.append((by, flip))
+        return images + 1000
+
+    moved: list[Any] = []
+    monkeypatch.setattr(generative, "jittered", jittered)
+    synthesise, _, asked = inverting(pair, tmp_path, monkeypatch, found, kind="fast", before=0, jitter=0.3, flip=True)
+    rows = synthesise(0, Bank(16, torch.device("cpu")))
+    assert rows is not None and set(rows) == {PIXELS} and moved == [(0.3, True)]
+    torch.testing.assert_close(asked[1][0], rows[PIXELS] + 1000)
+    monkeypatch.undo()
+    moved.clear()
+    monkeypatch.setattr(generative, "jittered", jittered)
+    settings = QUICK | {"kind": "fast", "flip": True, "rounds": 1, "every": 9}
+    distill(*pair, tmp_path / "run", **settings)
+    assert len(moved) == 2 + 4  # a descent's step of each round, and each of the student's
 
 
 def test_contrast_needs_pictures_that_are_kept(pair: tuple[Model, Model], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import promptings
@@ -15,9 +16,9 @@ import tiny
 import tunings
 from case import Case
 from lfm import zoo
-from lfm.core import Codec, Gradients, Inputs, Logits, Text
+from lfm.core import Codec, Gradients, Inputs, Logits, Model, Sizes, Text
 from lfm.core.errors import ConfigError
-from lfm.core.method import check
+from lfm.core.method import Amount, check
 from lfm.data import files
 from lfm.data.files import write
 from lfm.methods.prompt import dynamic, soft
@@ -124,6 +125,97 @@ def fixed(kind: str, here: Path, rows: Tensor, **settings: Any) -> tuple[Any, An
     with torch.no_grad():
         theirs.prompt_encoder["default"].embedding.weight.copy_(rows)
     return Weaving(module, weave).eval(), theirs.eval()
+
+
+def test_what_is_chosen_and_by_what_is_as_the_settings_say(tmp_path: Path) -> None:
+    """t + 1 lengths and places, the input's own scores where they go by it; nothing for what is fixed. The rows to
+    begin with are the pool's prompts one after the other, and the temperature comes to `coldest` at the last step."""
+    base = load(tiny.masked(tmp_path / "base"))
+    module: Any = base.ask(Gradients).module()
+    begin = torch.randn(2 * 3, 32)
+    expected: list[tuple[dict[str, Any], dict[str, tuple[int, bool]]]] = [
+        (ALL, {"prompt": (2, True), "shorter": (4, True), "after": (4, True)}),
+        ({"position": "task", "length": "fixed", "pool": 1}, {"after": (4, False)}),
+        ({"position": "fixed", "length": "task", "pool": 1}, {"shorter": (4, False)}),
+        ({"position": "task", "length": "input", "pool": 1}, {"shorter": (4, True), "after": (4, False)}),
+    ]
+    for settings, choosers in expected:
+        config = dynamic.Config(prompt_tokens=3, coldest=0.2, **settings)
+        rows = begin[: 3 * config.pool]
+        weave = dynamic.placing(config, module, dynamic._closing(base), rows, 8)
+        held: dict[str, Any] = dict(weave.choosers.items())
+        assert {n: (len(c.bias), c.weight is not None) for n, c in held.items()} == choosers
+        assert torch.equal(weave.prompts[-1], rows[-3:])
+        weave.get_buffer("seen").fill_(8)
+        assert weave.temperature() == pytest.approx(0.2)
+        weave.get_buffer("seen").fill_(4)
+        assert weave.temperature() == pytest.approx(0.2**0.5)
+
+
+def test_an_inputs_state_is_read_without_dropout_or_padding_and_leaves_the_mode(tmp_path: Path) -> None:
+    base = load(tiny.masked(tmp_path / "base", hidden_dropout_prob=0.5))
+    module: Any = base.ask(Gradients).module()
+    codec = base.ask(Codec)
+    short, both = codec.texts(["the cat"]), codec.texts(["the cat", "the dog sat on the mat"])
+    look = dynamic.placing(dynamic.Config(prompt_tokens=3), module, frozenset(), torch.randn(3, 32), 1)._look
+
+    def state(batch: Any) -> Tensor:
+        return look(
+            Read(batch["input_ids"], batch["attention_mask"], module.get_input_embeddings()(batch["input_ids"]))
+        )
+
+    for training in (True, False):
+        module.train(training)
+        assert torch.equal(state(both), state(both)) and module.training is training
+        torch.testing.assert_close(state(both)[:1], state(short), rtol=1e-4, atol=1e-5)
+    assert dynamic._closing(base) == {codec.tokenizer.sep_token_id}  # of BERT's, which has no token for an end
+    assert dynamic._closing(load(tiny.causal(tmp_path / "causal"))) == {2}  # </s>
+
+
+def test_what_is_told_is_the_likeliest_choices(tmp_path: Path) -> None:
+    """Two of five rows left out and one of the others after the input, whichever way a draw would go."""
+    base = load(tiny.masked(tmp_path / "base"))
+    module: Any = base.ask(Gradients).module()
+    config = dynamic.Config(prompt_tokens=5, position="task", length="task")
+    weave: Any = dynamic.placing(config, module, dynamic._closing(base), torch.randn(5, 32), 1)
+    for name, choice in (("shorter", 2), ("after", 1)):
+        weave.choosers[name].bias.data[choice] = 0.1
+    woven = Weaving(module, weave).train()
+    told = dynamic.told(woven, base, tunings.MODELS["masked"][1])
+    assert told == {"length": 3.0, "after_the_input": 1.0} and woven.training
+
+
+def test_a_run_hands_on_its_steps_its_head_and_its_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    real = dynamic.placing
+
+    def placing(*given: Any) -> Placing:
+        steps.append(given[-1])
+        return real(*given)
+
+    monkeypatch.setattr(dynamic, "placing", placing)
+    base, records = load(tiny.classifier(tmp_path / "base")), tunings.MODELS["classifier"][1]
+    inputs = check(ID, dynamic.METHOD, Inputs({"model": (base,)}, {"train": records, "dev": records}))
+    run = LocalRun(0, tmp_path / "work")
+    config = dynamic.Config(prompt_tokens=3, steps=4, accumulate=2, batch_size=2, pool=2)
+    made = dynamic.run(config, inputs, run)
+    assert isinstance(made, Model)
+    assert steps == [4 * 2] and len(run.curves["fit held out"]) > 0  # the temperature falls a little at each pass
+    assert made.facts.context == (base.facts.context or 0) - 3
+    head = {f"head/{n}" for n, _ in base.ask(Gradients).module().named_parameters() if n.startswith("classifier")}
+    made.save(out := promptings.directory(tmp_path / "out"))
+    kept = {n for file in out.glob("*.safetensors") for n in load_file(file)}
+    assert head and {n for n in kept if n.startswith("head/")} == head
+
+
+def test_a_plan_has_the_numbers_that_train_and_a_pass_of_the_input_alone(tmp_path: Path) -> None:
+    """Pool: prompts and their scores; places and lengths: a score each of t + 1; and half as much arithmetic again."""
+    facts = load(tiny.masked(tmp_path / "base")).facts
+    sizes, config = Sizes({"model": (facts,)}, {"train": Amount(8, 80)}), dynamic.Config(prompt_tokens=3, pool=2)
+    numbers = 2 * (3 * 32 + 32) + 2 * 4 * 32
+    soft_ = prompts.cost_of(config, sizes, numbers)
+    told = dynamic.cost(config, sizes)
+    assert told == soft_._replace(flops=1.5 * soft_.flops)
 
 
 @pytest.mark.parametrize("kind", promptings.KINDS)

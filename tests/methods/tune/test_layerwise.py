@@ -10,9 +10,9 @@ import torch
 
 import tiny
 from case import Case
-from lfm.core import Codec, Gradients, Inputs, Logits, Model
+from lfm.core import Codec, Gradients, Inputs, Logits, Model, Sizes
 from lfm.core.errors import ConfigError
-from lfm.core.method import check
+from lfm.core.method import Amount, check
 from lfm.data import records as data
 from lfm.data.files import write
 from lfm.methods.tune import layerwise
@@ -79,6 +79,48 @@ def test_rates_fall_by_the_block(make: Any, tmp_path: Path) -> None:
     assert 0 < sum(p.requires_grad for p in module.parameters()) < len(found)
 
 
+def test_adams_first_step_is_each_parameters_own_rate(tmp_path: Path) -> None:
+    """m/√v of AdamW's first step is ±1 wherever there is a gradient: so what moved most moved by lr · decay^depth, the
+    head's depth 0, the last block's 1, the first's 2, that of what precedes them 3."""
+    tiny.classifier(tmp_path / "base")
+    settings: dict[str, Any] = {"steps": 1, "lr": 1e-3, "warmup": 0.0, "schedule": "constant", "weight_decay": 0.0}
+    made, run = tune(tmp_path / "base", tmp_path / "work", last=2, decay=0.25, **settings)
+    before = load(tmp_path / "base").ask(Gradients).module().state_dict()
+    module = made.ask(Gradients).module()
+    moved: dict[int, float] = {}
+    for name, after in module.state_dict().items():
+        depth = next((d for part, d in (("classifier", 0), ("layer.1.", 1), ("layer.0.", 2)) if part in name), 3)
+        if after.is_floating_point() and "pooler" not in name:
+            moved[depth] = max(moved.get(depth, 0.0), float((after - before[name]).abs().max()))
+    assert moved == pytest.approx({d: 1e-3 * 0.25**d for d in range(4)}, rel=1e-2)
+    assert run.notes["trained"] == sum(p.numel() for p in module.parameters())
+    assert all(p.requires_grad for p in module.parameters())
+    shallow, run = tune(tmp_path / "base", tmp_path / "shallow", last=1, **settings)
+    module = shallow.ask(Gradients).module()
+    above = [p.numel() for n, p in module.named_parameters() if "embeddings" not in n and "layer.0." not in n]
+    assert run.notes["trained"] == sum(above) and all(p.requires_grad for p in module.parameters())
+
+
+def test_of_equal_depths_the_shallower_is_taken_and_patience_alone_looks_at_dev(tmp_path: Path) -> None:
+    """At a rate that moves nothing in fp32 all depths lose the same; each is trained under a name of its own."""
+    tiny.classifier(tmp_path / "base")
+    _, run = tune(tmp_path / "base", tmp_path / "still", DEV, lr=1e-30, checkpoint_every=0.0)
+    assert run.notes["held_out_last_1"] == run.notes["held_out_last_2"] and run.notes["last"] == 1
+    assert set(run.curves) == {"last 1", "last 2"}
+    _, run = tune(tmp_path / "base", tmp_path / "patient", DEV, patience=1, last=1)
+    assert set(run.curves) == {"last 1", "last 1 held out"}
+
+
+def test_a_plan_is_the_sum_over_the_depths_that_are_tried(tmp_path: Path) -> None:
+    """flops = tokens · (4 P + 2 P k / L) for each k: forward and activations' gradients whole, weights' of k blocks."""
+    facts = load(tiny.classifier(tmp_path / "base")).facts
+    sizes = Sizes({"model": (facts,)}, {"train": Amount(8, 80)})
+    one, two, both = (layerwise.cost(layerwise.Config(last=k, steps=5, batch_size=4), sizes) for k in (1, 2, 0))
+    assert facts.layers == 2 and one.flops == pytest.approx(5 * 4 * 10 * facts.parameters * (4 + 2 / 2))
+    assert two.flops == pytest.approx(5 * 4 * 10 * facts.parameters * (4 + 2))
+    assert (both.flops, both.steps) == (one.flops + two.flops, 10) and both.memory == two.memory > one.memory
+
+
 def test_held_out_records_choose_how_deep(tmp_path: Path) -> None:
     """Of the trainings, which are those with k given, the one with the least held-out loss is the result."""
     tiny.classifier(tmp_path / "base")
@@ -97,8 +139,9 @@ def test_held_out_records_choose_how_deep(tmp_path: Path) -> None:
 
 def test_what_says_nothing_of_depth_is_refused(tmp_path: Path) -> None:
     tiny.classifier(tmp_path / "base")
-    with pytest.raises(ConfigError, match="last=2"):
-        tune(tmp_path / "base", tmp_path / "w", last=9)
+    for last in (3, 9):
+        with pytest.raises(ConfigError, match="last=2"):
+            tune(tmp_path / "base", tmp_path / "w", last=last)
     agree = layerwise.METHOD.agree
     assert agree
     with pytest.raises(ConfigError, match=r"dev=FILE.*last=K"):

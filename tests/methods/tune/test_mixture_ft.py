@@ -9,13 +9,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
 
 import tiny
 from case import Case
 from lfm import models, zoo
-from lfm.core import Codec, Gradients, Inputs, Model
-from lfm.core.errors import MismatchError
-from lfm.core.method import check
+from lfm.core import Codec, Gradients, Inputs, Model, Sizes
+from lfm.core.errors import DataError, MismatchError
+from lfm.core.method import Amount, check
 from lfm.data import files
 from lfm.data import records as data
 from lfm.data.files import write
@@ -57,6 +59,82 @@ def test_the_loss_is_the_tasks_and_a_share_of_the_texts(base: Model, tmp_path: P
     for share in (0.0, 0.5, 2.0):
         _, run = tuned(base, tmp_path, steps=1, share=share)
         assert run.notes["loss_before"] == pytest.approx(told[0] + share * told[1], rel=1e-5)
+
+
+def test_a_step_goes_down_both_losses_and_held_out_is_the_tasks_alone(base: Model, tmp_path: Path) -> None:
+    """AdamW's first step goes against the gradient's sign: against that of L_task + share · L_text, where the two
+    losses want opposite things too."""
+    module = base.ask(Gradients).module()
+    slopes, told = [], []
+    for records in (FACTS, TEXTS):
+        task = task_for(records, base.ask(Codec), base.facts)
+        batch = task.collate(records)
+        value = task.loss(forward(module, batch), batch)
+        told.append(float(value.detach()))
+        slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, [*module.parameters()])]))
+    before = parameters_to_vector(module.parameters()).detach()
+    settings: dict[str, Any] = {"steps": 1, "lr": 1e-3, "warmup": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+    made, _ = tuned(base, tmp_path, share=2.0, **settings)
+    moved = parameters_to_vector(made.ask(Gradients).module().parameters()).detach() - before
+    both = slopes[0] + 2.0 * slopes[1]
+    clear = both.abs() > 1e-3 * both.abs().max()
+    for other in slopes:
+        assert int((clear & (other.sign() == -both.sign())).sum()) > 100
+    assert torch.equal(moved[clear].sign(), -both[clear].sign())
+    _, run = fuse(
+        mixture_ft,
+        tmp_path,
+        {"model": [base]},
+        {"train": FACTS, "dev": FACTS, "text": TEXTS},
+        **settings | {"lr": 1e-30, "share": 2.0},
+    )
+    assert run.curves["fit held out"] == [pytest.approx(told[0], rel=1e-5)]
+
+
+@pytest.mark.parametrize(
+    ("adds", "bos", "eos", "start"),
+    [([1], "<s>", "</s>", ""), ([], "<s>", "</s>", "<s>"), ([], None, "</s>", "</s>"), ([], None, None, "")],
+)
+def test_texts_are_drawn_as_the_model_believes_from_its_opening(
+    adds: list[int], bos: str | None, eos: str | None, start: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """At temperature 1, which is the model's own distribution; from the opening token, put there once."""
+    asked: list[Any] = []
+
+    class Speaker:
+        def __init__(self, *_: object) -> None: ...
+
+        def generate(self, prompts: list[str], **how: Any) -> list[str]:
+            asked.append((prompts, how))
+            return said
+
+    class Tokenizer:
+        bos_token, eos_token = bos, eos
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": adds}
+
+    monkeypatch.setattr(mixture_ft, "LocalText", Speaker)
+    config, run = mixture_ft.Config(samples=3, tokens=7), LocalRun(0, tmp_path)
+    codec: Any = type("Codec", (), {"tokenizer": Tokenizer()})()
+    said = [" a town ", "", "  ", "b"]
+    assert mixture_ft.samples(config, torch.nn.Identity(), codec, run) == ["a town", "b"]
+    how = {"max_tokens": 7, "temperature": 1.0, "seed": run.seed_for("samples")}
+    assert asked == [([start] * 3, how)]
+    said = ["", " "]
+    with pytest.raises(DataError, match=r"tells nothing of its own.*text=FILE"):
+        mixture_ft.samples(config, torch.nn.Identity(), codec, run)
+
+
+def test_a_plan_counts_both_tasks_and_the_telling(base: Model) -> None:
+    """A step is 6 P a token of a record and of a text beside it; told texts take 2 P a token more, and are tokens."""
+    facts, config = base.facts, mixture_ft.Config(steps=5, batch_size=4, samples=10, tokens=8)
+    train = Amount(6, 60)
+    given = mixture_ft.cost(config, Sizes({"model": (facts,)}, {"train": train, "text": Amount(10, 80)}))
+    told = mixture_ft.cost(config, Sizes({"model": (facts,)}, {"train": train}))
+    assert given.flops == pytest.approx(5 * 4 * (10 + 8) * 6 * facts.parameters)
+    assert told.flops == pytest.approx(given.flops + 2 * facts.parameters * 80)
+    assert (given.steps, given.tokens, told.steps, told.tokens) == (5, 0, 5 + 8, 80)
 
 
 def test_texts_that_the_model_tells_are_kept_over_a_kill_and_keyed_by_the_seed(base: Model, tmp_path: Path) -> None:

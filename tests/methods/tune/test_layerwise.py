@@ -79,6 +79,17 @@ def test_rates_fall_by_the_block(make: Any, tmp_path: Path) -> None:
     assert 0 < sum(p.requires_grad for p in module.parameters()) < len(found)
 
 
+def test_without_blocks_the_layers_that_hold_weights_are_counted_the_last_as_the_head() -> None:
+    net = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    assert layerwise.parts(net)[0] == [] and len(layerwise.parts(net)) - 2 == 2
+    rates = layerwise.freeze(net, 1, 0.5)
+    assert [(rates(f"{n}.weight"), net.get_parameter(f"{n}.weight").requires_grad) for n in range(3)] == [
+        (0.25, False),
+        (0.5, True),
+        (1.0, True),
+    ]
+
+
 def test_adams_first_step_is_each_parameters_own_rate(tmp_path: Path) -> None:
     """m/√v of AdamW's first step is ±1 wherever there is a gradient: so what moved most moved by lr · decay^depth, the
     head's depth 0, the last block's 1, the first's 2, that of what precedes them 3."""

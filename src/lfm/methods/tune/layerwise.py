@@ -65,8 +65,8 @@ def depths(blocks: int) -> list[int]:
 def parts(module: nn.Module) -> list[list[str]]:
     """Names of modules by depth: what precedes the blocks, each block, what follows (either may be empty)."""
     found, blocks = stages(module), all_blocks(module)
-    if not blocks:
-        return [[], *found[:-1], found[-1]]
+    if not blocks:  # each layer counts as one; the last is what follows
+        return [[], *([name] for name, part in module.named_modules() if [*part.parameters(recurse=False)])]
 
     def inside(stage: list[str], block: str) -> bool:
         return any(f"{name}.".startswith(f"{block}.") for name in stage)

@@ -32,6 +32,10 @@ ASKED: tuple[type, ...] = tuple(
 LENGTH = "_lfm_tokens_of"
 """Where one who counts leaves for the next how many tokens texts have: the next may not see the tokenizer."""
 
+CHARGED = "charged"
+"""What an endpoint's interfaces tell: the tokens that they were charged so far, by the server's own count where it has
+one. A question that was answered before took none."""
+
 RANKED = list[tuple[str, float]]
 
 
@@ -41,7 +45,8 @@ class Tally:
     """Who counts. kept: where answers lie; without it, what is asked again counts again. counts: until that is ended.
 
     A question's tokens are those of its text and of its answer by the model's tokenizer; where it has none, its bytes,
-    which tokens never exceed. BudgetError, and nothing asked, where the meter's budget does not allow a call.
+    which tokens never exceed, and once it is answered what the endpoint was charged. BudgetError, and nothing asked,
+    where the meter's budget does not allow a call.
     """
 
     meter: Meter
@@ -77,7 +82,8 @@ class Tally:
         object.__setattr__(made, LENGTH, length)
         for name, asking in ASKING.items():
             if callable(own := getattr(opened, name, None)):
-                object.__setattr__(made, name, partial(asking, Call(self, name, own, length, model)))
+                charged = getattr(opened, CHARGED, None)
+                object.__setattr__(made, name, partial(asking, Call(self, name, own, length, model, charged)))
         return made
 
 
@@ -92,13 +98,14 @@ class Question(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Call:
-    """One way to ask one model. own: how the model answers; tokens: how many it makes of texts."""
+    """One way to ask one model. own: how it answers; tokens: how many it makes of texts; charged: see CHARGED."""
 
     tally: Tally
     name: str
     own: Callable[..., Any]
     tokens: Callable[[Sequence[str]], list[int]]
     model: Model
+    charged: Callable[[], int] | None = None
 
     def answered(
         self,
@@ -124,12 +131,14 @@ class Call:
             new = list(first.values())
             charge = (sum(questions[i].times for i in new), sum(questions[i].tokens for i in new))
             meter.reserve(*charge)
+            before = self.charged() if self.charged else 0
             try:
                 answers = ask(new)
             except Exception:
                 meter.give_back(*charge)
                 raise
-            meter.give_back(0, unused(answers))
+            most = charge[1]
+            meter.give_back(0, max(0, most - (self.charged() - before)) if self.charged else unused(answers))
             made = dict(zip(first, answers, strict=True))
             if cache is not None:
                 cache.put({key: msgspec.msgpack.encode(answer) for key, answer in made.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from lfm.core.model import Classes, Score
 from lfm.data import files
 from lfm.data.records import Label
 from lfm.methods.prompt import advise
+from lfm.models import load
+from lfm.models.api import Budget, Meter, open_api
 from lfm.prompting.advice import Attempt, best, expected
 from lfm.runs.run import LocalRun
+from lfm.serve import running
 
 SEEN = {"bright": "good", "warm": "good", "dull": "bad", "cold": "bad"}
 RECORDS = [Label(text=f"day {n} was {word}", label=label) for n in range(6) for word, label in SEEN.items()]
@@ -71,7 +75,11 @@ def test_no_more_is_asked_than_allowed_and_what_is_told_is_what_was_asked(querie
     try:
         _, run = advised(spoken, tmp_path, queries=queries)
     except MismatchError as error:
-        assert "more queries" in error.fix and queries < 60
+        enough = int(error.fix.split()[1])
+        assert queries < enough <= 60
+        for allowed, fits in ((enough - 1, False), (enough, True)):  # what is told is just enough
+            with nullcontext() if fits else pytest.raises(MismatchError):
+                advised(Knowing(), tmp_path / str(allowed), queries=allowed)
     else:
         assert run.notes["asked"] == len(spoken.asked) == len(set(spoken.asked))
     assert len(spoken.asked) <= queries
@@ -100,6 +108,20 @@ def test_a_killed_search_asks_nothing_again(tmp_path: Path) -> None:
     assert not set(killed.asked) & set(going_on.asked)
     assert sorted(killed.asked + going_on.asked) == sorted(whole.asked)
     assert again.digest == made.digest and resumed.notes["accuracy"] == run.notes["accuracy"]
+
+
+def test_over_http_the_tokens_are_those_that_the_endpoint_was_charged(tmp_path: Path) -> None:
+    """By the server's own count, which is far from the bytes that a client without its tokenizer has to reckon with."""
+    with running(load(tiny.causal(tmp_path / "model"))) as url:
+        meter = Meter(Budget())
+        over = open_api(f"api:{url}", cache=tmp_path / "cache", meter=meter)
+        (tmp_path / "run").mkdir()
+        run = LocalRun(0, tmp_path / "run")
+        before = meter.spent()
+        advise.run(advise.Config(queries=400, methods=MANUAL), Inputs({"model": (over,)}, {"train": RECORDS}), run)
+        after = meter.spent()
+    assert run.notes["asked"] == after.queries - before.queries
+    assert run.notes["asked_tokens"] == after.tokens - before.tokens > 0
 
 
 class Mumbling:

@@ -75,12 +75,13 @@ class Config(lfm.core.Config, frozen=True):
 
 
 class Try(NamedTuple):
-    """A method at a size, and what it says that it will ask."""
+    """A method at a size, and what it says that it will ask: to be made, and to be judged on all records."""
 
     id: str
     changed: dict[str, Any]
     settings: dict[str, Any]
     queries: int
+    judging: int
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
@@ -93,6 +94,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     halves = evenly(records["train"], (len(records["train"]) + 1) // 2, run.seed_for("halves"))
     done: list[Attempt] = []
     held: dict[str, Model] = {}  # the best that was made since the run began, alone
+    least: dict[str, int] = {}  # what the smallest try of each method takes
 
     def given(method: Method[Any]) -> dict[str, list[Label | Pair]]:
         """What it learns from; of that the half chooses, where a method asks for such records."""
@@ -134,8 +136,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         """The method as large as may be at this share of the budget, and of what is left when its judging is paid."""
         method = registry.get(id).method
         known = [a.queries for a in done if a.id == id and a.right]
-        judging = len(records["dev"]) * (1 if known else len(labels))
-        left = config.queries - (done[-1].spent if done else 0) - judging
+        left = config.queries - (done[-1].spent if done else 0)
         base = configure(method.config, fixed(method, config.settings), where=id)
 
         sizes = files.sizes(Inputs({"model": (model,)}, given(method)))
@@ -146,9 +147,11 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
             return cost.queries + len(records["dev"]) * max(0, cost.each - len(labels))
 
         for changed, made in smaller(base, queries):
-            asked = queries(made)
-            if asked <= min(share * config.queries, left):
-                return Try(id, changed, fixed(method, config.settings) | changed, asked)
+            asked, each = queries(made), method.cost(made, sizes).each or len(labels)
+            judging = len(records["dev"]) * (1 if known else min(each, len(labels)))
+            least[id] = asked + judging
+            if asked <= share * config.queries and asked + judging <= left:
+                return Try(id, changed, fixed(method, config.settings) | changed, asked, judging)
         return None
 
     def status() -> str:
@@ -160,7 +163,9 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     for share in SHARES:
         known = {(a.id, str(a.settings)) for a in done}
         now = (one for id in reaching(ids, done) if (one := sized(id, share)) is not None)
-        queue = sorted((one for one in now if (one.id, str(one.changed)) not in known), key=lambda one: one.queries)
+        queue = sorted(
+            (one for one in now if (one.id, str(one.changed)) not in known), key=lambda one: one.queries + one.judging
+        )
         for one in run.track(queue, f"tries of at most 1/{round(1 / share)} of the budget", len(queue), beside=status):
             now_fits = sized(one.id, share)  # what is left has become less
             if now_fits is None or now_fits.queries < one.queries:
@@ -178,8 +183,11 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         reasons = "; ".join(dict.fromkeys(a.error for a in done if a.error)) or (
             f"{config.queries:,} queries are too few to make the smallest and judge it on {len(records['dev'])} records"
         )
-        raise MismatchError("no method could be tried on these records", why=reasons, fix="allow more queries")
-    chosen = Try(first.id, first.settings, fixed(registry.get(first.id).method, config.settings) | first.settings, 0)
+        enough = min(least.values(), default=0)
+        small_budget = f"allow {enough:,} queries or more, or judge on fewer records: judged=N"
+        fix = small_budget if enough > config.queries else "try one by itself: `lfm run` says more"
+        raise MismatchError("no method could be tried on these records", why=reasons, fix=fix)
+    chosen = Try(first.id, first.settings, fixed(registry.get(first.id).method, config.settings) | first.settings, 0, 0)
     key = digest_of([chosen.id, chosen.settings])[:16]
     tally.counts, made = True, held.get(key) or remade(chosen)
     valid: list[float] = []

@@ -53,6 +53,10 @@ class Line:
     def url(self) -> str:
         return self.client.endpoint.url
 
+    def charged(self) -> int:
+        """The tokens that the endpoint's budget was charged so far."""
+        return self.client.meter.spent().tokens
+
     def table(self) -> bytes:
         """The input-embedding table as a safetensors file."""
         key = digest_of([self.identity, "table"])
@@ -154,6 +158,7 @@ class ApiText:
 
     def __init__(self, line: Line) -> None:
         self._line = line
+        self.charged = line.charged
 
     def generate(
         self,
@@ -196,6 +201,7 @@ class ApiLogprobs:
 
     def __init__(self, line: Line) -> None:
         self._line = line
+        self.charged = line.charged
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
         line, pairs = self._line, list(zip(prompts, continuations, strict=True))
@@ -249,6 +255,7 @@ class ApiVectors:
 
     def __init__(self, line: Line) -> None:
         self._line, self._width = line, 0
+        self.charged = line.charged
 
     def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
         line = self._line
@@ -274,6 +281,7 @@ class ApiChatTop:
 
     def __init__(self, line: Line) -> None:
         self._line = line
+        self.charged = line.charged
 
     def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Ranked]:
         line, most = self._line, min(k, self._line.can.chat_top_k)
@@ -288,6 +296,7 @@ class ApiEmbeddings:
 
     def __init__(self, line: Line) -> None:
         self._line = line
+        self.charged = line.charged
         self._table: Tensor | None = None
 
     def table(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ import tiny
 from lfm.core import Codec, Gradients
 from lfm.models import forward, load
 from lfm.models import layers as found
+from lfm.models.activations import is_gelu_in_steps
 from lfm.models.quiet import quiet
 from lfm.train.lean import lean
 from lfm.train.lean.modules import LEVELS, Adapted, Frozen, keeping, kept
@@ -31,6 +33,13 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "masked": tiny.masked,
     "seq2seq": tiny.seq2seq,
 }
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models here are so small that their products would be left as they are."""
+    monkeypatch.setattr(sys.modules["lfm.train.lean"], "LEAST", 0)
+    monkeypatch.setattr(sys.modules["lfm.train.lean"], "MANY", 0)
 
 
 def peft_module(base: Path | nn.Module, **settings: Any) -> Any:
@@ -156,8 +165,8 @@ def test_what_a_gpt2s_block_keeps(drop: float, narrow: bool, most: float) -> Non
 
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("name", ["gelu_new", "quick_gelu", "gelu_fast", "gelu_accurate", "gelu_python"])
-def test_an_activation_function_of_steps_gives_the_same_bits(name: str, narrow: bool) -> None:
-    """And keeps what it read, and no more."""
+def test_an_activation_function_of_steps_gives_the_same(name: str, narrow: bool) -> None:
+    """And keeps what it read, and no more. GELU's tanh form to rounding, others to the bit."""
     random = torch.Generator().manual_seed(0)
     inputs = torch.randn(64, 8, generator=random).to(torch.bfloat16 if narrow else torch.float32)
     pull = torch.randn(64, 8, generator=random).to(inputs.dtype)
@@ -179,8 +188,29 @@ def test_an_activation_function_of_steps_gives_the_same_bits(name: str, narrow: 
 
     y, gradient, theirs = both(nullcontext())
     again, same, ours = both(lean(made))
-    assert torch.equal(again, y) and torch.equal(same, gradient)
+    allowed = (0.05 if narrow else 1e-5) if is_gelu_in_steps(made[0]) else 0.0
+    torch.testing.assert_close(again, y, rtol=allowed, atol=allowed)
+    torch.testing.assert_close(same, gradient, rtol=allowed, atol=allowed)
     assert ours == inputs.untyped_storage().nbytes() < theirs
+
+
+def test_products_too_small_to_pay_for_our_calls_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows · 8 tokens through a LoRA's layer and a frozen one, 4 × 4 each: 128 multiplications a row."""
+    monkeypatch.setattr(sys.modules["lfm.train.lean"], "LEAST", 2 * 128)
+    monkeypatch.setattr(sys.modules["lfm.train.lean"], "MANY", 3 * 128)
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module: Any = peft.get_peft_model(layers, peft.LoraConfig(target_modules=["0"], r=2))  # type: ignore[arg-type]
+
+    def ours(rows: int) -> set[str]:
+        with lean(module):
+            above = [module(torch.ones(rows, 8, 4, requires_grad=True)).grad_fn]
+        found = set()
+        while above:
+            found |= {type(node).__name__ for node in above}
+            above = [child for node in above for child, _ in node.next_functions if child is not None]
+        return found & {"AdaptedBackward", "FrozenBackward"}
+
+    assert [ours(rows) for rows in (1, 2, 3)] == [set(), {"AdaptedBackward"}, {"AdaptedBackward", "FrozenBackward"}]
 
 
 def test_a_function_of_one_step_is_left_alone() -> None:

@@ -24,7 +24,7 @@ def in_one_step(module: nn.Module) -> Iterator[None]:
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if type(child).__module__ == WRITTEN_OUT and _is_gelu(type(child))
+        if is_gelu_in_steps(child)
     ]
     for parent, name, _ in found:
         setattr(parent, name, nn.GELU(approximate="tanh"))
@@ -33,6 +33,11 @@ def in_one_step(module: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in found:
             setattr(parent, name, child)
+
+
+def is_gelu_in_steps(child: nn.Module) -> bool:
+    """Whether it is GELU's tanh form, written out."""
+    return type(child).__module__ == WRITTEN_OUT and _is_gelu(type(child))
 
 
 @cache

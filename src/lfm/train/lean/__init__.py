@@ -14,9 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from lfm.core.heavy import nn, torch
 from lfm.models import structure
+from lfm.models.activations import is_gelu_in_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LEAST = 2**24
+"""Multiplications of a LoRA's layer below which our calls cost more time than what they save."""
+MANY = 2**25
+"""Those of a frozen layer from which on oneDNN's product gains more than our call costs, where nothing is kept less."""
 
 
 @contextmanager
@@ -25,7 +32,8 @@ def lean(module: nn.Module) -> Iterator[int]:
 
     A layer keeps its input in the arithmetic's dtype, shared with the other layers that read it, and A x of r numbers
     a token; peft keeps an input a layer (under autocast a copy each, and one of the frozen weights) and each mask. An
-    activation function of several steps (GPT-2's) keeps what it read, and takes the steps again. Left alone: what peft
+    activation function of several steps keeps what it read: GPT-2's GELU is taken in one step, the same to rounding,
+    and of others the steps are taken again, the same bits. Left alone: products too small to pay for it, and what peft
     does beyond y = W x + b + s B A drop(x) (DoRA and other variants, several adapters at once, merged layers,
     convolutions, trained or sharded weights). A dropout's masks are drawn from a seed that torch's generator gives, so
     that one seed gives one result; they are other masks than peft's.
@@ -39,11 +47,11 @@ def lean(module: nn.Module) -> Iterator[int]:
     try:
         for layer in [*module.modules()]:
             if _is_lora(layer):
-                layer.forward = MethodType(_adapted(narrow, type(layer).forward), layer)
+                layer.forward = MethodType(_adapted(narrow, type(layer).forward, _outs(layer.get_base_layer())), layer)
             elif id(layer) not in inside and _is_plain(layer):
-                layer.forward = MethodType(_frozen(narrow, type(layer).forward), layer)
+                layer.forward = MethodType(_frozen(narrow, type(layer).forward, _outs(layer)), layer)
             elif id(layer) in stepwise:
-                layer.forward = MethodType(_again(type(layer).forward), layer)
+                layer.forward = MethodType(_gelu if is_gelu_in_steps(layer) else _again(type(layer).forward), layer)
             else:
                 continue
             changed.append(layer)
@@ -61,6 +69,11 @@ def _is_lora(layer: nn.Module) -> bool:
 
 def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"
+
+
+def _outs(layer: nn.Module) -> int:
+    weight: Any = layer.weight
+    return int(weight.shape[1 if structure.transposed(layer) else 0])
 
 
 def _has_steps(layer: nn.Module) -> bool:
@@ -88,17 +101,23 @@ def _explicit(kind: str) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _frozen(narrow: Any, plain: Any) -> Any:
+def _frozen(narrow: Any, plain: Any, outs: int) -> Any:
     from lfm.train.lean.modules import Frozen
 
     def forward(self: Any, x: Tensor) -> Tensor:
         dtype = _dtype(x, self.weight)
         if dtype is None or not _still(self.weight, self.bias) or not (torch.is_grad_enabled() and x.requires_grad):
             return plain(self, x)
+        if dtype == self.weight.dtype and x.numel() * outs < MANY:
+            return plain(self, x)
         with _explicit(x.device.type):
             return Frozen.apply(x, narrow(x, dtype), self.weight, self.bias, structure.transposed(self))  # type: ignore[return-value]
 
     return forward
+
+
+def _gelu(self: Any, x: Tensor) -> Tensor:
+    return nn.functional.gelu(x, approximate="tanh")
 
 
 def _again(plain: Any) -> Any:
@@ -112,10 +131,12 @@ def _again(plain: Any) -> Any:
     return forward
 
 
-def _adapted(narrow: Any, plain: Any) -> Any:
+def _adapted(narrow: Any, plain: Any, outs: int) -> Any:
     from lfm.train.lean.modules import Adapted
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.numel() * outs < LEAST:
+            return plain(self, x, *args, **kwargs)
         base = self.get_base_layer()
         dtype = _dtype(x, base.weight)
         active = [name for name in self.active_adapters if name in self.lora_A]

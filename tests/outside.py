@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -70,11 +69,12 @@ def moody(config: Config, inputs: Inputs, run: Run) -> Model:
 
 
 def vandal(config: Config, inputs: Inputs, run: Run) -> Model:
-    """Writes into its input."""
-    with (Path(inputs.model("model").ref) / "model.safetensors").open("r+b") as file:
+    """Writes into its input, beside whose small files the weights lie."""
+    weights = inputs.model("model").ask(Weights)
+    with weights.files()["tokenizer.json"].with_name("model.safetensors").open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"\x01\x02\x03\x3f")
-    return inputs.model("model").ask(Weights).replace({})
+    return weights.replace({})
 
 
 METHODS = {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import pytest
 
@@ -19,9 +21,9 @@ from lfm.core import registry
 from lfm.core.errors import AccessError, SlotError
 from lfm.core.finding import Finding
 from lfm.core.home import home
-from lfm.core.method import Inputs, check
+from lfm.core.method import Inputs, Run, check
 from lfm.core.model import Model
-from lfm.runs.run import LocalRun
+from lfm.runs import ledger
 from lfm.runs.verification import compare
 
 TESTS = Path(__file__).parent.parent / "methods"
@@ -59,7 +61,7 @@ def inputs_of(id: str, case: Case, here: Path) -> Inputs:
     )
 
 
-def spied(model: Model, kinds: tuple[type, ...], used: set[type]) -> Model:
+def spied(model: Model, name: str, kinds: tuple[type, ...], used: set[type]) -> Model:
     """A handle that gives what is declared, remembers what was asked, and does not tell where the model lies."""
     seen = model.only(kinds)
 
@@ -70,38 +72,38 @@ def spied(model: Model, kinds: tuple[type, ...], used: set[type]) -> Model:
 
         return asked
 
-    return replace(seen, ref="spy", gives={k: opener(k, o) for k, o in seen.gives.items()}, _opened={})
+    return replace(seen, ref=name, gives={k: opener(k, o) for k, o in seen.gives.items()}, _opened={})
 
 
-def run_spied(id: str, case: Case, here: Path) -> tuple[Model | Finding, dict[str, set[type]]]:
-    """The method's result on spies, and the interfaces that it asked for, by role."""
-    listed = registry.get(id)
-    config = runs.configured(id, case.settings)
-    whole = check(id, listed.method, inputs_of(id, case, here))
-    used: dict[str, set[type]] = {role: set() for role in whole.models}
-    spies = {
-        role: tuple(spied(m, listed.method.models[role].declared, used[role]) for m in given)
-        for role, given in whole.models.items()
-    }
-    (here / "work").mkdir(exist_ok=True)
-    result = listed.method.run(config, Inputs(spies, whole.data), LocalRun(7, here / "work"))
-    return result, used
+@final
+@dataclass
+class Watched:
+    """A method at work on spies. used: the interfaces that it asked for, by role; result: what it made."""
+
+    used: dict[str, set[type]] = field(default_factory=dict)
+    result: Model | Finding | None = None
 
 
-def uses_what_it_declares(id: str, case: Case, here: Path) -> None:
-    """It works with a handle that gives nothing else, and it asks for everything that it makes a condition."""
-    result, used = run_spied(id, case, here)
-    if isinstance(result, Model):
-        compare(result, result)  # a program asks its parts when it is asked
-        declared = registry.get(id).method.forms
-        assert not declared or (declared[0] == next(iter(result.formats)) and set(result.formats) <= set(declared))
-    out = here / "spied"
-    out.mkdir()
-    result.save(out)
-    for role, slot in registry.get(id).method.models.items():
-        if role in used:
-            unused = set(slot.needs) - used[role]
-            assert not unused, f"{id} demands {[k.__name__ for k in unused]} of {role!r} and never asks for it"
+@contextmanager
+def watching(id: str) -> Iterator[Watched]:
+    """Every run of the method is on spies while this lasts."""
+    module = importlib.import_module(registry.ids()[id])
+    method, seen = module.METHOD, Watched()
+
+    def run(config: Any, inputs: Inputs, run: Run) -> Model | Finding:
+        spies = {
+            role: tuple(
+                spied(m, f"spy {role} {place}", method.models[role].declared, seen.used.setdefault(role, set()))
+                for place, m in enumerate(given)
+            )
+            for role, given in inputs.models.items()
+        }
+        seen.result = method.run(config, Inputs(spies, inputs.data), run)
+        return seen.result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "METHOD", replace(method, run=run))
+        yield seen
 
 
 class Made(NamedTuple):
@@ -113,6 +115,7 @@ class Made(NamedTuple):
     before: dict[str, list[str]]
     done: runs.RunRecord
     ticks: int
+    watched: Watched
 
 
 def digests(id: str, case: Case, here: Path) -> dict[str, list[str]]:
@@ -126,9 +129,26 @@ def made(id: str, case: Case, here: Path) -> Made:
         nonlocal ticks
         ticks += 1
 
-    before = digests(id, case, here)
-    done = runs.execute(order(id, case, here, "out"), show=count)
-    return Made(id, case, here, before, done, ticks)
+    given = inputs_of(id, case, here).models
+    before = {role: [m.digest for m in models] for role, models in given.items()}
+    # a program's parts were spies, which do not tell where they lie: so they are looked for by digest
+    ledger.add(ledger.Entry(digest=m.digest, path=m.ref) for models in given.values() for m in models)
+    with watching(id) as watched:
+        done = runs.execute(order(id, case, here, "out"), show=count)
+    return Made(id, case, here, before, done, ticks, watched)
+
+
+def uses_what_it_declares(one: Made) -> None:
+    """It works with a handle that gives nothing else, and it asks for everything that it makes a condition."""
+    method, result = registry.get(one.id).method, one.watched.result
+    if isinstance(result, Model):
+        compare(result, result)  # a program asks its parts when it is asked
+        forms = method.forms
+        assert not forms or (forms[0] == next(iter(result.formats)) and set(result.formats) <= set(forms))
+    for role, slot in method.models.items():
+        if role in one.watched.used:
+            unused = set(slot.needs) - one.watched.used[role]
+            assert not unused, f"{one.id} demands {[k.__name__ for k in unused]} of {role!r} and never asks for it"
 
 
 def leaves_inputs_alone(one: Made) -> None:
@@ -136,7 +156,8 @@ def leaves_inputs_alone(one: Made) -> None:
 
 
 def same_seed_same_digest(one: Made) -> None:
-    other = runs.execute(order(one.id, one.case, one.here, "other"))
+    with watching(one.id):
+        other = runs.execute(order(one.id, one.case, one.here, "other"))
     assert other.output.digest == one.done.output.digest
 
 
@@ -149,9 +170,9 @@ def saves_what_it_made(one: Made) -> None:
         assert runs.model(out).digest == done.output.digest
 
 
-def refuses_before_loading(id: str, case: Case, here: Path) -> None:
+def refuses_before_loading(one: Made) -> None:
     """A role left empty, and one filled by a model that gives nothing: one clear error, and nothing is opened."""
-    listed = registry.get(id)
+    listed = registry.get(one.id)
 
     def explode() -> Any:
         raise AssertionError("something was opened")
@@ -159,13 +180,13 @@ def refuses_before_loading(id: str, case: Case, here: Path) -> None:
     for role, slot in listed.method.models.items():
         if slot.min == 0:
             continue
-        others = {r: m for r, m in inputs_of(id, case, here).models.items() if r != role}
+        others = {r: m for r, m in inputs_of(one.id, one.case, one.here).models.items() if r != role}
         with pytest.raises(SlotError, match=role):
-            check(id, listed.method, Inputs(others, {}))
+            check(one.id, listed.method, Inputs(others, {}))
         nothing = Model(ref="an empty model", kind="checkpoint", gives={}, identify=explode, look=explode)
         with pytest.raises(AccessError, match="an empty model") as caught:
             given = {**others, role: (nothing,) * slot.min}
-            check(id, listed.method, Inputs(given, {}), alternatives=lambda: ["probe.other"])
+            check(one.id, listed.method, Inputs(given, {}), alternatives=lambda: ["probe.other"])
         assert "probe.other" in str(caught.value)
         for kind in (*slot.needs, *slot.any_of):
             assert kind.__name__.lower() in str(caught.value)
@@ -201,7 +222,8 @@ def interrupted(one: Made, out: str, points: Sequence[int]) -> int:
                 raise Interrupted
 
         try:
-            done = runs.execute(order(one.id, one.case, one.here, out), show=stop)
+            with watching(one.id):
+                done = runs.execute(order(one.id, one.case, one.here, out), show=stop)
         except Interrupted:
             reached += 1
             assert not (one.here / out).exists()
@@ -218,7 +240,7 @@ def example_of(doc: str) -> list[str]:
     return shlex.split(found)[1:]
 
 
-def example_runs(id: str, case: Case, here: Path, run_command: Callable[[list[str]], int]) -> None:
+def example_runs(id: str, run_command: Callable[[list[str]], int]) -> None:
     """The docstring's `lfm run …` line, as written, where the case's files lie."""
     command = example_of(registry.get(id).doc)
     assert command, f"the docstring of {id} has no example"

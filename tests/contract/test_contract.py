@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -13,29 +12,18 @@ from lfm.core import registry
 OURS = sorted(id for id, module in registry.ids().items() if module.startswith("lfm.methods."))
 
 
-def settled(here: Path, patch: pytest.MonkeyPatch) -> Path:
-    """A directory to work in, with a home of its own."""
-    patch.setenv("LFM_HOME", str(here / "home"))
-    patch.chdir(here)
-    return here
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return settled(tmp_path, monkeypatch)
-
-
 @pytest.fixture(scope="module", params=OURS)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[contract.Made]:
-    """A method's run, which several promises are about."""
+    """A method's run in a directory with a home of its own: what its promises are about."""
     with pytest.MonkeyPatch.context() as patch:
-        here = settled(tmp_path_factory.mktemp("made"), patch)
+        here = tmp_path_factory.mktemp("made")
+        patch.setenv("LFM_HOME", str(here / "home"))
+        patch.chdir(here)
         yield contract.made(request.param, contract.case_of(request.param)(here), here)
 
 
-@pytest.mark.parametrize("id", OURS)
-def test_it_uses_the_access_it_declares_and_no_other(id: str, here: Path) -> None:
-    contract.uses_what_it_declares(id, contract.case_of(id)(here), here)
+def test_it_uses_the_access_it_declares_and_no_other(made: contract.Made) -> None:
+    contract.uses_what_it_declares(made)
 
 
 def test_it_leaves_its_inputs_as_they_were(made: contract.Made) -> None:
@@ -55,13 +43,12 @@ def test_interrupted_and_resumed_it_gives_the_same_digest(made: contract.Made) -
     contract.resumes_to_the_same_digest(made)
 
 
-@pytest.mark.parametrize("id", OURS)
-def test_an_unmet_slot_fails_before_anything_is_opened(id: str, here: Path) -> None:
-    contract.refuses_before_loading(id, contract.case_of(id)(here), here)
+def test_an_unmet_slot_fails_before_anything_is_opened(made: contract.Made) -> None:
+    contract.refuses_before_loading(made)
 
 
-@pytest.mark.parametrize("id", OURS)
-def test_the_example_in_its_docstring_runs(id: str, here: Path) -> None:
+def test_the_example_in_its_docstring_runs(made: contract.Made, monkeypatch: pytest.MonkeyPatch) -> None:
     from lfm import cli
 
-    contract.example_runs(id, contract.case_of(id)(here), here, cli.run)
+    monkeypatch.setenv("LFM_HOME", str(made.here / "another home"))  # nothing that was kept before helps it
+    contract.example_runs(made.id, cli.run)

@@ -25,23 +25,24 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_honest_method_passes(here: Path) -> None:
-    contract.uses_what_it_declares("edit.nudge", CASE, here)
     made = contract.made("edit.nudge", CASE, here)
+    contract.uses_what_it_declares(made)
     contract.leaves_inputs_alone(made)
     contract.same_seed_same_digest(made)
     contract.saves_what_it_made(made)
     contract.resumes_to_the_same_digest(made)
-    contract.refuses_before_loading("edit.nudge", CASE, here)
+    contract.refuses_before_loading(made)
 
 
 def test_one_that_reads_more_than_it_declares_is_caught(here: Path) -> None:
     with pytest.raises(AccessError, match="weights"):
-        contract.uses_what_it_declares("edit.sneak", CASE, here)
+        contract.made("edit.sneak", CASE, here)
 
 
 def test_one_that_demands_more_than_it_reads_is_caught(here: Path) -> None:
+    made = contract.made("edit.boast", CASE, here)
     with pytest.raises(AssertionError, match="never asks"):
-        contract.uses_what_it_declares("edit.boast", CASE, here)
+        contract.uses_what_it_declares(made)
 
 
 @pytest.mark.parametrize("promise", [contract.same_seed_same_digest, contract.resumes_to_the_same_digest])

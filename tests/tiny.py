@@ -7,9 +7,12 @@ spread wider than usual (std 0.2) so that a random model's first choice stands c
 from __future__ import annotations
 
 import re
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Path])
 
 CONTEXT = 128
 LABELS = ("cats", "dogs", "birds")
@@ -132,6 +135,33 @@ def _write(path: Path, seed: int, make: Any, processor: Any) -> Path:
     return path
 
 
+KEPT = 2**20
+"""Bytes of a model that are kept in memory, to be written again."""
+
+
+def _kept(make: F) -> F:
+    """Many tests begin with the same few models: of the same arguments, one is made once a process."""
+    known: dict[str, dict[str, bytes]] = {}
+
+    @wraps(make)
+    def written(path: Path, **how: Any) -> Path:
+        key = repr(sorted(how.items()))
+        if key in known:
+            path.mkdir(parents=True, exist_ok=True)
+            for name, content in known[key].items():
+                (path / name).write_bytes(content)
+            return path
+        alone = not path.exists() or not any(path.iterdir())
+        make(path, **how)
+        files = [file for file in path.iterdir() if file.is_file()]
+        if alone and sum(file.stat().st_size for file in files) <= KEPT:
+            known[key] = {file.name: file.read_bytes() for file in files}
+        return path
+
+    return cast(F, written)
+
+
+@_kept
 def causal(path: Path, *, seed: int = 0, **config: Any) -> Path:
     """A Llama-shaped causal LM (2 blocks, width 32, grouped-query attention)."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -154,6 +184,7 @@ def causal(path: Path, *, seed: int = 0, **config: Any) -> Path:
     return _write(path, seed, lambda: LlamaForCausalLM(LlamaConfig(**(shape | config))), tokenizer)
 
 
+@_kept
 def conv1d(path: Path, *, seed: int = 0) -> Path:
     """A GPT-2-shaped causal LM: no gate, its projections have biases and are stored (in, out)."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -180,6 +211,7 @@ def _bert(tokenizer: Any, config: dict[str, Any]) -> Any:
     return BertConfig(**(shape | config))
 
 
+@_kept
 def masked(path: Path, *, seed: int = 0, **config: Any) -> Path:
     """A BERT-shaped masked LM."""
     from transformers import BertForMaskedLM
@@ -188,6 +220,7 @@ def masked(path: Path, *, seed: int = 0, **config: Any) -> Path:
     return _write(path, seed, lambda: BertForMaskedLM(_bert(tokenizer, config)), tokenizer)
 
 
+@_kept
 def classifier(path: Path, *, seed: int = 0, labels: tuple[str, ...] = LABELS, **config: Any) -> Path:
     """A BERT-shaped text classifier over `labels`."""
     from transformers import BertForSequenceClassification
@@ -197,6 +230,7 @@ def classifier(path: Path, *, seed: int = 0, labels: tuple[str, ...] = LABELS, *
     return _write(path, seed, lambda: BertForSequenceClassification(shape), tokenizer)
 
 
+@_kept
 def encoder(path: Path, *, seed: int = 0, **config: Any) -> Path:
     """A BERT-shaped text encoder without a head."""
     from transformers import BertModel
@@ -205,6 +239,7 @@ def encoder(path: Path, *, seed: int = 0, **config: Any) -> Path:
     return _write(path, seed, lambda: BertModel(_bert(tokenizer, config)), tokenizer)
 
 
+@_kept
 def seq2seq(path: Path, *, seed: int = 0, **config: Any) -> Path:
     """A T5-shaped encoder-decoder."""
     from transformers import T5Config, T5ForConditionalGeneration
@@ -225,6 +260,7 @@ def seq2seq(path: Path, *, seed: int = 0, **config: Any) -> Path:
     return _write(path, seed, lambda: T5ForConditionalGeneration(T5Config(**(shape | config))), tokenizer)
 
 
+@_kept
 def vit(path: Path, *, seed: int = 0, labels: tuple[str, ...] = DIGITS, channels: int = 3, **config: Any) -> Path:
     """A ViT for 8×8 images over `labels`."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -250,6 +286,7 @@ TONES = ("low", "middle", "high")
 RATE = 16000
 
 
+@_kept
 def hearer(path: Path, *, seed: int = 0, labels: tuple[str, ...] = TONES, **config: Any) -> Path:
     """A wav2vec2-shaped classifier of sounds: convolutions over samples, then 2 blocks."""
     from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassification
@@ -275,6 +312,7 @@ def hearer(path: Path, *, seed: int = 0, labels: tuple[str, ...] = TONES, **conf
     return _write(path, seed, lambda: Wav2Vec2ForSequenceClassification(made), extractor)
 
 
+@_kept
 def spectral(path: Path, *, seed: int = 0, labels: tuple[str, ...] = TONES, **config: Any) -> Path:
     """An AST-shaped classifier of sounds: patches of a spectrum of 16 bands, 2 blocks."""
     from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
@@ -296,6 +334,7 @@ def spectral(path: Path, *, seed: int = 0, labels: tuple[str, ...] = TONES, **co
     return _write(path, seed, lambda: ASTForAudioClassification(made), extractor)
 
 
+@_kept
 def listener(path: Path, *, seed: int = 0, labels: tuple[str, ...] = TONES, **config: Any) -> Path:
     """A whisper-shaped encoder with classes: spectra of half a second, 2 blocks."""
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForAudioClassification

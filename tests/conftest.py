@@ -1,11 +1,12 @@
-"""What every test runs under: one thread a process (tiny models gain nothing from more), no example by the clock, and
-machine code of loops, which takes seconds to make, made once for all of them."""
+"""What every test runs under: one thread a process (tiny models gain nothing from more), no example by the clock,
+nobody waiting for the disk, and machine code of loops, which takes seconds to make, made once for all of them."""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads torch
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
 
@@ -26,4 +27,12 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
         (shared / "compiled").mkdir(exist_ok=True)
         patch.setattr(compiled, "home", lambda: shared)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """What a killed process wrote is the kernel's, and there; a test can pull no plug."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # still an error for what is not open
         yield

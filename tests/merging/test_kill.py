@@ -15,6 +15,7 @@ import pytest
 import tiny
 from lfm.core.home import home
 from lfm.runs.machine import matrix_rate
+from lfm.tensors import compiled
 from lfm.tensors.known import SETTLED
 from lfm.tensors.write import SHARD
 
@@ -34,9 +35,9 @@ def kill(here: Path, words: list[str], points: int) -> list[dict[str, object]]:
         tiny.causal(here / name, seed=seed)
     (here / "home").mkdir()
     matrix_rate()  # known, so that all runs do the same
-    for kept in ("compiled", "machines"):  # a ledger of its own, kernels that are there already
-        (home() / kept).mkdir(parents=True, exist_ok=True)
-        (here / "home" / kept).symlink_to(home() / kept)
+    for kept, lies in (("compiled", compiled.home()), ("machines", home())):  # a ledger of its own
+        (lies / kept).mkdir(parents=True, exist_ok=True)
+        (here / "home" / kept).symlink_to(lies / kept)
     time.sleep(SETTLED)  # so that the first run keeps its inputs' digests, and all do the same
     environment = os.environ | {
         "LFM_HOME": str(here / "home"),

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, final
@@ -254,8 +254,14 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: metadata.version(name) for name in PACKAGES},
+        **_packages(),
     }
+
+
+@cache
+def _packages() -> dict[str, str]:
+    """Asked once: each version is parsed out of a file."""
+    return {name: metadata.version(name) for name in PACKAGES}
 
 
 def _alternatives(opened: Mapping[str, tuple[Model, ...]]) -> list[str]:

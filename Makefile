@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all lint types docs clean
+.PHONY: demo test test-all lint compiled types docs clean
 
 $(VENV)/ready-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -16,16 +16,20 @@ $(VENV)/ready-%: pyproject.toml constraints.txt
 demo: $(VENV)/ready-run
 	$(BIN)/lfm demo
 
-test: $(VENV)/ready-dev lint
+test: $(VENV)/ready-dev lint compiled
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-test-all: $(VENV)/ready-dev lint types
+test-all: $(VENV)/ready-dev lint types compiled
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m ''
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+
+# Tests start many processes; each would compile our sources anew where Python is told to write no bytecode.
+compiled: $(VENV)/ready-dev
+	$(BIN)/python -m compileall -q src
 
 types: $(VENV)/ready-dev
 	$(BIN)/pyright

@@ -125,7 +125,7 @@ steps:
         go(text, workers=2)
     told = json.loads(Path("out", RECIPE).read_text())
     assert [part["status"] for part in told["parts"]] == ["failed", "waiting"]
-    assert set(go(text, workers=2).values()) == {"done"}
+    assert set(go(text).values()) == {"done"}
     notes = record.read(Path("out/a")).notes
     assert notes["began_in"] != notes["process"], "the step that the first process kept was not made again"
 

@@ -124,6 +124,11 @@ def test_over_http_the_tokens_are_those_that_the_endpoint_was_charged(tmp_path: 
     assert run.notes["asked_tokens"] == after.tokens - before.tokens > 0
 
 
+def test_tokens_that_are_too_few_are_told_as_that(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match=r"0 of 5 tokens are spent.*allow more tokens"):
+        advised(Knowing(), tmp_path, queries=400, tokens=5)
+
+
 class Mumbling:
     """It says the right word after each record, and counts."""
 

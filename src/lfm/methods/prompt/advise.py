@@ -57,6 +57,12 @@ SHARES = (1 / 16, 1 / 4, 1.0)
 TOGETHER = 16
 """Records that are judged between two looks at the budget."""
 
+REASONS = 3
+"""Why tries came to nothing, of which so many are told."""
+
+SHORT = "tokens are spent"
+"""How a budget says that it was the tokens."""
+
 KINDS = ("label", "pair")
 FAULTS = (AccessError, BudgetError, ConfigError, DataError, MismatchError)
 """What rules out a try and not the run: a server that fails is no method's fault."""
@@ -180,12 +186,15 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         small = min(small, len(done))
     first = best(done)
     if first is None:
-        reasons = "; ".join(dict.fromkeys(a.error for a in done if a.error)) or (
+        faults = list(dict.fromkeys(a.error for a in done if a.error))
+        reasons = "; ".join(faults[:REASONS]) or (
             f"{config.queries:,} queries are too few to make the smallest and judge it on {len(records['dev'])} records"
         )
         enough = min(least.values(), default=0)
         small_budget = f"allow {enough:,} queries or more, or judge on fewer records: judged=N"
         fix = small_budget if enough > config.queries else "try one by itself: `lfm run` says more"
+        if config.tokens and faults and all(SHORT in fault for fault in faults):
+            fix = "allow more tokens"
         raise MismatchError("no method could be tried on these records", why=reasons, fix=fix)
     chosen = Try(first.id, first.settings, fixed(registry.get(first.id).method, config.settings) | first.settings, 0, 0)
     key = digest_of([chosen.id, chosen.settings])[:16]

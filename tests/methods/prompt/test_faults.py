@@ -108,6 +108,7 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "nothing": lambda body: first(body).update({"a": None}),
     "more than certain": lambda body: first(body).update({"a": 0.7}),
     "more than 1 together": lambda body: first(body).update({"a": -0.1, "c": -0.1}),
+    "other tokens": lambda body: body["choices"][0]["logprobs"].update(top_logprobs=[{"zz": -1.0, "zzz": -2.0}]),
     "no tokens": lambda body: body["choices"][0]["logprobs"].update(top_logprobs=[{}]),
     "no log-probabilities": lambda body: body["choices"][0].update(logprobs=None),
 }

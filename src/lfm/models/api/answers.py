@@ -178,13 +178,27 @@ def best(choice: Choice, k: int, url: str, also: Sequence[str] = ()) -> Ranked:
     """The k most probable first tokens of a completion, and these tokens wherever they rank."""
     tops = choice.logprobs.top_logprobs if choice.logprobs is not None else None
     ranked = _ranked(list((tops[0] or {}).items()) if tops else [], url)
+    _among(choice.text, ranked, url)
     return tuple(pair for place, pair in enumerate(ranked) if place < k or pair[0] in also)
 
 
 def best_said(choice: ChatChoice, k: int, url: str) -> Ranked:
     """The k most probable first tokens of a reply."""
     said = (choice.logprobs.content if choice.logprobs is not None else None) or [ChatToken()]
-    return tuple(_ranked([(one.token, one.logprob) for one in said[0].top_logprobs], url)[:k])
+    ranked = _ranked([(one.token, one.logprob) for one in said[0].top_logprobs], url)
+    _among(choice.message.content or "", ranked, url)
+    return tuple(ranked[:k])
+
+
+def _among(said: str, ranked: Sequence[tuple[str, float]], url: str) -> None:
+    """EndpointError where the token that was said, the likeliest, is none of those told: they are another text's.
+
+    Only of plain words: parts of characters and special tokens are spelt in many ways.
+    """
+    word = said.strip()
+    if word.isalnum() and not any(word in token or (token.strip() and token.strip() in word) for token, _ in ranked):
+        told = ", ".join(repr(token) for token, _ in ranked[:3])
+        raise EndpointError(f"{url} said {word!r} and told the log-probabilities of other tokens: {told}, …")
 
 
 def _ranked(told: Sequence[tuple[str, float | None]], url: str) -> list[tuple[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -130,6 +131,13 @@ def test_a_mistake_is_one_error_with_a_way_out(words: list[str], says: str, caps
     captured = capsys.readouterr()
     assert says in " ".join(captured.err.split()) and captured.out == ""
     assert captured.err.count("error") == 1 and "Traceback" not in captured.err
+
+
+def test_a_run_is_no_method_and_where_it_is_told_of_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert cli.run(["show", str(tmp_path)]) == 2
+    said = "".join(capsys.readouterr().err.split())
+    assert "whatarunmade" in said and "report.html" in said and "lfmlineage" in said
 
 
 def test_an_unexpected_exception_is_one_line(

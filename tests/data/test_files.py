@@ -178,8 +178,11 @@ def test_the_right_line_is_of_the_kind_that_is_looked_for(tmp_path: Path, conten
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no data file"):
-        read(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"there is no data file.*zoo:NAME"):
+        read(tmp_path / "nowhere" / "none.jsonl")
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"did you mean .*/train\.jsonl\?"):
+        read(tmp_path / "trian.jsonl")
 
 
 # ------------------------------------------------------------------------------------------ writing

@@ -533,6 +533,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_the_rate_and_a_remedy(tmp
     assert all(bool(torch.isfinite(t).all()) for t in kept[0].values() if t.is_floating_point())
 
 
+def test_what_is_to_be_tried_is_a_tenth_of_the_rate_or_the_default_where_that_is_less(tmp_path: Path) -> None:
+    """lr=1e29 is no remedy for 1e30."""
+    for lr, says in ((5e-4, r"try lr=5e-05 \(the rate"), (1e30, r"try lr=1e-03 \(the default; the rate")):
+        with pytest.raises(DivergedError, match=says):
+            fit(network(), RECORDS, collate, lambda m, b: loss(m, b) * math.nan, Fit(lr=lr), LocalRun(0, tmp_path))
+
+
 def test_a_gradient_that_is_not_finite_stops_it_too(tmp_path: Path) -> None:
     """√ at 0 has a finite value and an infinite slope."""
     module = nn.Linear(6, 3)

@@ -17,6 +17,7 @@ from lfm.core.errors import LfmError
 from lfm.core.method import Data
 from lfm.core.model import INTERFACES, names_of
 from lfm.core.registry import Listed
+from lfm.record import RUN
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -275,6 +276,11 @@ def show(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of its settings.")] = False,
 ) -> None:
     """How a method works: its idea, what it asks for, its settings, and a command line to start from."""
+    if id not in registry.ids() and (Path(id) / RUN).is_file():
+        raise LfmError(
+            f"{id} is what a run made; `lfm show` tells of methods",
+            fix=f"its page is {Path(id) / 'report.html'}; `lfm lineage {id}` tells what it was made from",
+        )
     method = registry.get(id)
     if schema:
         screen.emit(configs.schema(method.method.config))

@@ -161,12 +161,12 @@ def finding(found: Finding, rows: int = 12) -> Table:
     )
     for column in found.columns:
         numeric = any(isinstance(row.get(column), (int, float)) for row in found.rows[:rows])
-        grid.add_column(words.metric(column), justify="right" if numeric else "left")
+        grid.add_column(words.metric(column), justify="right" if numeric else "left", overflow="fold")
     for row in found.rows[:rows]:
         cells = (row.get(column) for column in found.columns)
-        grid.add_row(
-            *(Text(words.short(words.number(c) if c is None or isinstance(c, (int, float)) else c, 40)) for c in cells)
-        )
+        told = [words.number(c) if c is None or isinstance(c, (int, float)) else c for c in cells]
+        # reasons and answers stand last, and are read to their end
+        grid.add_row(*(Text(words.short(c, 160 if at == len(told) - 1 else 40)) for at, c in enumerate(told)))
     if len(found.rows) > rows:
         grid.caption = f"{rows} of {len(found.rows)} rows; table.csv has all"
     return grid

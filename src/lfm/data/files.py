@@ -9,6 +9,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from math import ceil
 from pathlib import Path
 from typing import Any, final
@@ -57,7 +58,14 @@ def read(ref: str | Path, kind: str = "text") -> tuple[Record, ...]:
     if reader is None:
         raise DataError(f"{path} is not a kind of data file that lfm reads", fix=f"use {', '.join(READERS)}")
     if not path.exists():
-        raise DataError(f"there is no data file {path}")
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = get_close_matches(path.name, beside, n=3, cutoff=0.6)
+        raise DataError(
+            f"there is no data file {path}",
+            fix=f"did you mean {' or '.join(str(path.parent / name) for name in near)}?"
+            if near
+            else "a path, or zoo:NAME as `lfm zoo` lists them",
+        )
     try:
         found = _read(path, reader)
     except NoRecord as error:

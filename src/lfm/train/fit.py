@@ -208,7 +208,9 @@ def _where(records: Sequence[Any], chosen: Sequence[int]) -> str:
 
 def _remedy(config: Fit, rate: float) -> str:
     others = [", clip=1"] * (not config.clip) + [", precision=fp32"] * (config.precision in ("bf16", "fp16"))
-    return f"lr={config.lr / 10:.0e} (the rate at that step was {rate:.1e}){''.join(others)}, or a longer warmup"
+    usual = next(f.default for f in msgspec.structs.fields(type(config)) if f.name == "lr")
+    lower, told = min((config.lr / 10, ""), (usual, "the default; "))
+    return f"lr={lower:.0e} ({told}the rate at that step was {rate:.1e}){''.join(others)}, or a longer warmup"
 
 
 def _optimizer(

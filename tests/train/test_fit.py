@@ -720,10 +720,11 @@ def test_each_step_is_a_line_of_metrics_and_none_is_told_twice(tmp_path: Path) -
 
 def test_out_of_memory_says_what_would_fit() -> None:
     def explode(module: nn.Module, batch: Any) -> torch.Tensor:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes.")
+        where = "[enforce fail at alloc_cpu.cpp:127] err == 0. "
+        raise RuntimeError(f"{where}DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes.")
 
     with pytest.raises(
-        MemoryLimitError, match=r"batch_size=16.*can't allocate.*no smaller batch|batch_size=8"
+        MemoryLimitError, match=r"batch_size=16.*MB; can't allocate.*no smaller batch|batch_size=8"
     ) as caught:
         fit(network(), RECORDS, collate, explode, Fit(), LocalRun(0, Path("/x")))
     assert caught.value.exit_code == 6

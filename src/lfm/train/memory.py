@@ -46,9 +46,11 @@ def told_of_memory(module: nn.Module, config: Fit, seen: Sequence[Batch]) -> Ite
         fix = smaller(config, needed, min(limit, 0.9 * needed(config)))
     else:
         return
+    # torch's allocator puts the place in its own code first
+    first = (said.strip().splitlines() or ["no more"])[0].split("DefaultCPUAllocator: ")[-1]
     raise MemoryLimitError(
         f"there is not enough memory for batch_size={config.batch_size} of {length} tokens",
-        why=f"by estimate a step takes {needed(config) / 1e6:.0f} MB; {(said.strip().splitlines() or ['no more'])[0]}",
+        why=f"by estimate a step takes {needed(config) / 1e6:.0f} MB; {first}",
         fix=fix,
     )
 

@@ -167,7 +167,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         raise MismatchError(
             "no method could be trained on these records",
             why="; ".join(reasons),
-            fix="`lfm --debug run ID …` of one of them shows all of its error",
+            fix="`lfm run ID …` of one of them says what would work; with --debug, where an unexpected error arose",
         )
     if reasons:
         run.note(failed="; ".join(reasons))

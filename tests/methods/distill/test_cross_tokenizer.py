@@ -21,8 +21,9 @@ from lfm.data.files import write
 from lfm.data.task import task_for
 from lfm.distilling import spans
 from lfm.methods.distill import cross_tokenizer
-from lfm.models import load
+from lfm.models import load, local
 from lfm.runs.run import LocalRun
+from lfm.train import headed
 from lfm.train.losses import kd
 
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -137,6 +138,28 @@ def test_a_student_of_other_tokens_comes_nearer_to_its_teacher_and_is_saved(
     (tmp_path / "out").mkdir()
     made.save(tmp_path / "out")
     assert load(tmp_path / "out").digest == made.digest
+
+
+@pytest.mark.parametrize("kind", ["spans", "sorted", "uld"])
+def test_a_few_rows_through_the_heads_teach_what_whole_logits_teach(
+    kind: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five places at a time, so that spans lie across chunks; then neither model's head found."""
+    settings: dict[str, Any] = {"steps": 4, "kind": kind, "precision": "fp32"}
+    monkeypatch.setitem(headed.ROOM, "cpu", 4 * 5 * load(root / "unigram").facts.vocabulary)
+    _, few = distill(load(root / "0"), load(root / "unigram"), TEXTS, tmp_path / "few", **settings)
+    monkeypatch.setattr(cross_tokenizer, "headless", lambda *_: None)
+    monkeypatch.setattr(local, "headless", lambda *_: None)
+    _, whole = distill(load(root / "0"), load(root / "unigram"), TEXTS, tmp_path / "whole", **settings)
+    assert few.curves["fit"] == pytest.approx(whole.curves["fit"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["spans", "sorted"])
+def test_a_batch_that_shares_no_span_teaches_nothing(kind: Any, root: Path, tmp_path: Path) -> None:
+    records = [data.Text(text="cat"), TEXTS[0]]
+    settings: dict[str, Any] = {"labels": 0.0, "batch_size": 1, "steps": 2}
+    _, run = distill(load(root / "0"), load(root / "unigram"), records, tmp_path, kind=kind, **settings)
+    assert sorted(run.curves["fit"])[0] == 0.0 < sorted(run.curves["fit"])[1]
 
 
 def test_who_cannot_be_aligned_is_told_so(root: Path, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ both terms are divergences of proper ones, and with equal tokenizers D is ordina
 projection; here it is the rule above. `uld` compares what does not belong together after the first token that differs,
 and is there to be compared with.
 
+Neither model's logits are ever whole, where they are a linear function of hidden states: those of places that are
+looked at are made a few at a time, the student's again for their gradient, since a span's places hang together.
+
 Measured (docs/distilling.md; one seed, a teacher of 3.1 M and 4096 tokens, a student of 0.26 M and 512): of 24 texts
 the student alone comes to 2.00 bits a byte of others, with uld to 1.74, with spans to 1.67; of 400 texts in 100 steps
 to 2.02 alone and 2.08 with spans: it is worth having where records are few, and did not pay where steps were.
@@ -30,33 +33,30 @@ weight is read; ConfigError where weight and labels are 0; DataError where no tw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import ConfigError, DataError, MismatchError
 from lfm.core.heavy import F, nn, torch
 from lfm.data import task as tasks
 from lfm.data.language import IGNORED
+from lfm.distilling import across, spans
 from lfm.distilling import lesson as lessons
-from lfm.distilling import spans as aligning
+from lfm.distilling.across import CHAIN, FIRST, ROWS, SCORED, WHOLE, Read
 from lfm.distilling.student import Taught, formed, smaller
-from lfm.distilling.telling import TOLD
+from lfm.distilling.telling import heard
 from lfm.models import forward
-from lfm.models.codec import pad, pad_id
+from lfm.models.headless import headless
 from lfm.train import fit, training, worded
+from lfm.train.headed import rowwise
 from lfm.train.losses import kl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lfm.core.model import Batch
-    from lfm.distilling.spans import Reading, Span
-
-PLACES, CHAIN, WHOLE = "places", "chain", "whole"
-"""Names in a batch. places: (N,) where the student answers what TOLD is about, in its flat logits. chain: (M, 3) those
-of spans of several tokens, the token and the span's number; whole: (S,) log π_t of these."""
 
 
 class Config(Taught, frozen=True):
@@ -68,153 +68,80 @@ class Config(Taught, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher, student = inputs.model("teacher"), inputs.model("student")
-    codecs = [model.ask(Codec) for model in (student, teacher)]
     records = inputs.records("train")
-    for codec, model in zip(codecs, (student, teacher), strict=True):
-        records = tasks.fit(records, codec, model.facts)
-    task, theirs = (tasks.task_for(records, c, m.facts) for c, m in zip(codecs, (student, teacher), strict=True))
-    both = Pair(*(codec.tokenizer for codec in codecs))
+    for model in (student, teacher):
+        records = tasks.fit(records, model.ask(Codec), model.facts)
+    lesson = lessons.lesson(records, student, student)
     gradients = student.ask(Gradients)
-    module = formed(gradients.module(), config, run, lesson=lessons.lesson(records, student, student))
-    ask = teacher.ask(Logits).logits
-
-    @cache  # a record is read once
-    def readings(number: int) -> Read:
-        ours = aligning.read(records[number], task, both.student)
-        asked = aligning.read(records[number], theirs, both.teacher)
-        return Read(ours, asked, aligning.align(ours, asked))
-
-    if not any(readings(number).spans for number in range(len(records))):
+    module = formed(gradients.module(), config, run, lesson=lesson)
+    read = across.reading(records, student, teacher)
+    if not any(read(number).spans for number in range(len(records))):
         raise DataError(
             "teacher and student never end a token at the same place",
             why="none of the records gives two such places in a row",
             fix="longer records, or a tokenizer that keeps the text as it is",
         )
-    compare = compared(config, both)
-
-    def collate(numbers: Sequence[int]) -> Batch:
-        read = [readings(number) for number in numbers]
-        ours = pad([each.ours.ids for each in read], pad_id(both.student))
-        asked = pad([each.theirs.ids for each in read], pad_id(both.teacher))
-        labels = pad([each.ours.labels for each in read], IGNORED)["input_ids"]
-        labels[:, 0] = IGNORED
-        told = compare.tell(ask(asked), read, ours["input_ids"].shape[1])
-        return {**ours, "labels": labels, **{name: tensor.clone() for name, tensor in told.items()}}
+    spanned = config.kind == "spans"
+    how = {"labels": bool(config.labels), "chains": spanned}
+    collate = across.collating(read, student, teacher, lambda read: pairs(read, config.kind), **how)
+    measured = by_classes(config, student, teacher) if spanned else by_rank(config)
+    body = headless(module, lesson.collate(lesson.numbers[:1]))
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
-        logits = forward(module, batch)
-        total = config.weight * compare.gap(logits.flatten(0, 1), batch)
-        if config.labels:
-            scored, labels = task.scored(logits, batch)
-            total = total + config.labels * F.cross_entropy(scored, labels)
-        return total
+        answers = body(module, batch) if body else forward(module, batch)
+        measure = across.compared(batch, lambda logits, about: measured(logits, heard(batch, about)))
+        said, far = rowwise(across.rows_of(answers, batch[ROWS]), measure).unbind(-1)
+        apart = far.sum()
+        if spanned:
+            ours = across.chained(said[batch[CHAIN][:, 0]], batch[CHAIN][:, 1], len(batch[WHOLE]))
+            apart = config.temperature**2 * apart + kl(_either(batch[WHOLE]), _either(ours)).sum()
+        total = config.weight * apart / max(len(batch[FIRST]), 1)
+        right = batch[SCORED].to(said.dtype)
+        return total - config.labels * (said * right).sum() / right.sum().clamp(min=1)
 
-    losses = fit(module, range(len(records)), collate, loss, config, run)
+    losses = fit(module, lesson.numbers, collate, loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)
 
 
-class Read(NamedTuple):
-    """A record as both read it, and the spans that they share."""
-
-    ours: Reading
-    theirs: Reading
-    spans: list[Span]
-
-
-class Pair(NamedTuple):
-    """The tokenizers."""
-
-    student: Any
-    teacher: Any
+def pairs(read: Read, kind: str) -> list[tuple[int, int]]:
+    """Places of tokens whose predictions are compared, the student's and the teacher's."""
+    if kind != "uld":
+        return [(span.ours[0], span.theirs[0]) for span in read.spans]
+    ours, theirs = ([i for i, label in enumerate(r.labels) if i and label != IGNORED] for r in read[:2])
+    return list(zip(ours, theirs))
 
 
-class Compared(NamedTuple):
-    """tell: the teacher's (B, T, V) logits, the readings and the width of the student's batch → what is told of them.
-    gap: the student's flat logits and the batch → D."""
-
-    tell: Callable[[Tensor, Sequence[Read], int], dict[str, Tensor]]
-    gap: Callable[[Tensor, Batch], Tensor]
+Apart = Callable[["Tensor", "Tensor"], "Tensor"]
+"""(the student's logits (n, V), the teacher's (n, V')) → how far they are from one another, (n,)."""
 
 
-def compared(config: Config, both: Pair) -> Compared:
-    return _spans(config, both) if config.kind == "spans" else _sorted(config)
+def by_rank(config: Config) -> Apart:
+    """Σ_i |sort(p_t)_i − sort(p_s)_i|."""
+
+    def apart(logits: Tensor, told: Tensor) -> Tensor:
+        both = [F.softmax(x.float() / config.temperature, -1).sort(-1, descending=True).values for x in (logits, told)]
+        width = max(x.shape[-1] for x in both)
+        s, t = (F.pad(x, (0, width - x.shape[-1])) for x in both)
+        return (s - t).abs().sum(-1)
+
+    return apart
 
 
-def _sorted(config: Config) -> Compared:
-    def told(logits: Tensor) -> Tensor:
-        return F.softmax(logits.float() / config.temperature, -1).sort(-1, descending=True).values
+def by_classes(config: Config, student: Model, teacher: Model) -> Apart:
+    """KL(P_t ‖ P_s) of the classes that both can tell."""
+    mine, other = (model.ask(Codec).tokenizer for model in (student, teacher))
 
-    def tell(logits: Tensor, read: Sequence[Read], width: int) -> dict[str, Tensor]:
-        pairs = [_pairs(each, config.kind) for each in read]
-        ours = [row * width + place - 1 for row, some in enumerate(pairs) for place, _ in some]
-        theirs = [row * logits.shape[1] + place - 1 for row, some in enumerate(pairs) for _, place in some]
-        return {PLACES: torch.tensor(ours, dtype=torch.long), TOLD: told(_rows(logits.flatten(0, 1), theirs))}
+    @cache
+    def classes(ours: int, theirs: int) -> tuple[Any, Any, int]:
+        found = spans.classes(mine, other, (ours, theirs))
+        return torch.tensor(found.ours), torch.tensor(found.theirs), found.many
 
-    def gap(logits: Tensor, batch: Batch) -> Tensor:
-        if not len(batch[PLACES]):
-            return logits.sum() * 0.0
-        s, t = told(logits[batch[PLACES]]), batch[TOLD]
-        width = max(s.shape[-1], t.shape[-1])
-        s, t = (F.pad(x, (0, width - x.shape[-1])) for x in (s, t))
-        return (s - t).abs().sum(-1).mean()
+    def apart(logits: Tensor, told: Tensor) -> Tensor:
+        ours, theirs, many = classes(logits.shape[-1], told.shape[-1])
+        return kl(summed(told / config.temperature, theirs, many), summed(logits / config.temperature, ours, many))
 
-    return Compared(tell, gap)
-
-
-def _pairs(read: Read, kind: str) -> list[tuple[int, int]]:
-    """Places of tokens whose predictions are compared."""
-    if kind == "sorted":
-        return [(span.ours[0], span.theirs[0]) for span in read[2]]
-    scored = [[i for i, label in enumerate(r.labels) if i and label != IGNORED] for r in read[:2]]
-    return list(zip(*scored))
-
-
-def _spans(config: Config, both: Pair) -> Compared:
-    made: dict[tuple[int, int], tuple[Tensor, Tensor, int]] = {}
-
-    def classes(ours: int, theirs: int) -> tuple[Tensor, Tensor, int]:
-        if (ours, theirs) not in made:
-            found = aligning.classes(both.student, both.teacher, (ours, theirs))
-            made[ours, theirs] = torch.tensor(found.ours), torch.tensor(found.theirs), found.many
-        return made[ours, theirs]
-
-    def tell(logits: Tensor, read: Sequence[Read], width: int) -> dict[str, Tensor]:
-        flat = logits.flatten(0, 1)
-        rows = [(row, mine, other, span) for row, (mine, other, some) in enumerate(read) for span in some]
-        first = [row * width + span.ours[0] - 1 for row, _, _, span in rows]
-        answers = [row * logits.shape[1] + span.theirs[0] - 1 for row, _, _, span in rows]
-        several = [each for each in rows if not each[3].single]
-        ours = [
-            (row * width + place - 1, reading.ids[place], number)
-            for number, (row, reading, _, span) in enumerate(several)
-            for place in range(*span.ours)
-        ]
-        theirs = [
-            (row * logits.shape[1] + place - 1, reading.ids[place], number)
-            for number, (row, _, reading, span) in enumerate(several)
-            for place in range(*span.theirs)
-        ]
-        return {
-            PLACES: torch.tensor(first, dtype=torch.long),
-            TOLD: _rows(flat, answers),
-            CHAIN: _chain(ours),
-            WHOLE: whole(flat, _chain(theirs).to(flat.device), len(several)),
-        }
-
-    def gap(logits: Tensor, batch: Batch) -> Tensor:
-        count = len(batch[PLACES])
-        if not count:
-            return logits.sum() * 0.0
-        t, s = batch[TOLD], logits[batch[PLACES]]
-        ours, theirs, classes_ = classes(s.shape[-1], t.shape[-1])
-        p, q = (summed(x / config.temperature, c, classes_) for x, c in ((t, theirs), (s, ours)))
-        total = config.temperature**2 * kl(p, q).sum()
-        if len(batch[WHOLE]):
-            total = total + kl(*map(_either, (batch[WHOLE], whole(logits, batch[CHAIN], len(batch[WHOLE]))))).sum()
-        return total / count
-
-    return Compared(tell, gap)
+    return apart
 
 
 def summed(logits: Tensor, classes: Tensor, count: int) -> Tensor:
@@ -224,23 +151,9 @@ def summed(logits: Tensor, classes: Tensor, count: int) -> Tensor:
     return p.new_zeros(len(p), count).index_add(1, classes.to(p.device), p).clamp(min=least).log()
 
 
-def whole(logits: Tensor, chain: Tensor, count: int) -> Tensor:
-    """(count,) log-probabilities of spans: the sum over their tokens, chain (M, 3): place in logits, token, span."""
-    told = F.log_softmax(logits[chain[:, 0]].float(), -1).gather(-1, chain[:, 1:2])[:, 0]
-    return told.new_zeros(count).index_add(0, chain[:, 2], told)
-
-
 def _either(logprobs: Tensor) -> Tensor:
     """(N, 2): it, or anything else."""
     return torch.stack([logprobs, torch.log(-torch.expm1(logprobs.clamp(max=-1e-6)))], -1)
-
-
-def _rows(flat: Tensor, places: Sequence[int]) -> Tensor:
-    return flat[torch.tensor(places, dtype=torch.long, device=flat.device)].float()
-
-
-def _chain(found: Sequence[tuple[int, int, int]]) -> Tensor:
-    return torch.tensor(found, dtype=torch.long).reshape(-1, 3)
 
 
 def agree(config: Config, inputs: Inputs) -> None:
@@ -258,7 +171,7 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     teacher, student = sizes.model("teacher"), sizes.model("student")
-    whole = training(config, smaller(config, student), sizes.data["train"], forwards=teacher.parameters)
+    whole = training(config, smaller(config, student), sizes.data["train"], forwards=teacher.parameters, logits=0)
     return whole._replace(memory=whole.memory + 4 * student.parameters)
 
 

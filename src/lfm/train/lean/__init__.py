@@ -47,7 +47,7 @@ def lean(module: nn.Module) -> Iterator[int]:
     try:
         for layer in [*module.modules()]:
             if _is_lora(layer):
-                layer.forward = MethodType(_adapted(narrow, type(layer).forward, _outs(layer.get_base_layer())), layer)
+                layer.forward = MethodType(_adapted(narrow, type(layer).forward, _outs(layer)), layer)
             elif id(layer) not in inside and _is_plain(layer):
                 layer.forward = MethodType(_frozen(narrow, type(layer).forward, _outs(layer)), layer)
             elif id(layer) in stepwise:
@@ -72,8 +72,8 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _outs(layer: nn.Module) -> int:
-    weight: Any = layer.weight
-    return int(weight.shape[1 if structure.transposed(layer) else 0])
+    plain: Any = getattr(layer, "base_layer", layer)
+    return int(plain.weight.shape[1 if structure.transposed(plain) else 0])
 
 
 def _has_steps(layer: nn.Module) -> bool:

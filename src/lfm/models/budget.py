@@ -85,4 +85,6 @@ class Meter:
 
     def give_back(self, queries: int, tokens: int) -> None:
         """Lower the charge by what was reserved and not used."""
+        if not queries and not tokens:
+            return
         self._store.run("UPDATE spent SET queries = queries - ?, tokens = tokens - ?", (queries, tokens))

@@ -36,6 +36,10 @@ class Store:
 
     def run_many(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
         """One statement for each row, all of them or none."""
+        rows = list(rows)
+        if len(rows) == 1:  # a statement is all or none by itself
+            self.run(statement, rows[0])
+            return
 
         def all_or_none() -> None:
             with self._connection:

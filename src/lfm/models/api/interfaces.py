@@ -88,8 +88,9 @@ class Line:
         keys = [digest_of([self.identity, path, dict(q.many), dict(q.shared)]) for q in questions]
         known = self.cache.get(list(dict.fromkeys(keys)))
         missing = list({key: q for key, q in zip(keys, questions, strict=True) if key not in known}.items())
+        meant: dict[str, Any] = {}
 
-        def send(batch: list[tuple[str, Question]]) -> dict[str, bytes]:
+        def send(batch: list[tuple[str, Question]]) -> dict[str, Any]:
             asked = [question for _, question in batch]
             body = {"model": self.model, **asked[0].shared}
             for name in asked[0].many:
@@ -98,16 +99,15 @@ class Line:
             charge = Charge(len(asked), sum(question.tokens for question in asked))
             content = self._granted(path, lambda: self.client.post(path, body, charge, answers.used))
             found = answers.in_order(parse(content), len(asked), self.url)
-            for question, answer in zip(asked, found, strict=True):
-                question.understood(answer)
-            made = {key: msgspec.json.encode(answer) for (key, _), answer in zip(batch, found, strict=True)}
-            self.cache.put(made)
-            return made
+            understood = {key: q.understood(answer) for (key, q), answer in zip(batch, found, strict=True)}
+            self.cache.put({key: msgspec.json.encode(answer) for (key, _), answer in zip(batch, found, strict=True)})
+            return understood
 
-        for made in self.client.map(send, self._batches(missing)):
-            known.update(made)
+        for some in self.client.map(send, self._batches(missing)):
+            meant |= some
         return [
-            q.understood(msgspec.json.decode(known[key], type=kind)) for key, q in zip(keys, questions, strict=True)
+            meant[key] if key in meant else q.understood(msgspec.json.decode(known[key], type=kind))
+            for key, q in zip(keys, questions, strict=True)
         ]
 
     def _batches(self, missing: list[tuple[str, Question]]) -> list[list[tuple[str, Question]]]:

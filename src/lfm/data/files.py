@@ -188,7 +188,7 @@ def _table_bytes(rows: list[dict[str, Any]], separator: str) -> bytes:
     writer = csv.writer(sink, delimiter=separator)  # ends lines with \r\n, and so quotes cells that hold either
     writer.writerow(rows[0])
     for row in rows:
-        writer.writerow(json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for v in row.values())
+        writer.writerow(json.dumps(v, ensure_ascii=False) if isinstance(v, list | bool) else v for v in row.values())
     return sink.getvalue().encode()
 
 
@@ -245,6 +245,8 @@ def digest(records: Sequence[Record]) -> str:
         fields = {name: getattr(record, name) for name in record.__struct_fields__}
         if not fields.get("portability", True):  # the digest that edits had before they could say any
             del fields["portability"]
+        if fields.get("ends"):  # likewise of completions
+            del fields["ends"]
         for kind in media.MEDIA:
             if kind in fields:
                 try:

@@ -126,7 +126,9 @@ def _header(path: Path, row: list[str]) -> list[str]:
 
 
 def _cell(name: str, cell: str) -> Any:
-    """Lists are JSON in their cells; all else is text."""
+    """Lists are JSON in their cells, whether an answer `ends` is true or false; all else is text."""
+    if name == "ends":
+        return {"true": True, "": True, "false": False}.get(cell.strip().lower(), cell)
     if name not in JSON_CELLS:
         return cell
     try:

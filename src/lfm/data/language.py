@@ -14,7 +14,7 @@ from lfm.core.errors import DataError
 from lfm.core.heavy import F, np, torch
 from lfm.core.model import Batch, Codec, Facts
 from lfm.data.chat import rendered
-from lfm.data.records import Chat, Completion, Label, Pair, Record, Text
+from lfm.data.records import Chat, Label, Pair, Record, Text
 from lfm.data.task import Task
 from lfm.data.wording import Wording, wording
 from lfm.models.codec import pad, pad_id
@@ -56,7 +56,8 @@ def answers(codec: Codec, facts: Facts) -> Task:
 
     def rows(records: Sequence[Record]) -> list[Row]:
         said = [wording(r) for r in records]
-        return _answer_rows(said, codec.tokenizer, facts, ends=isinstance(records[0], Completion))
+        ends = [getattr(r, "ends", facts.task == "seq2seq-lm") for r in records]
+        return _answer_rows(said, codec.tokenizer, facts, ends=ends)
 
     return _task("answers", "exact_match", codec, facts, rows)
 
@@ -81,10 +82,13 @@ def named_classes(records: Sequence[Record], codec: Codec, facts: Facts) -> Task
     asked = [Wording("a", " " + name) for name in names]
     ends = facts.task != "masked-lm"
 
-    def rows(records: Sequence[Record]) -> list[Row]:
-        return _answer_rows([wording(r) for r in records], tokenizer, facts, ends=ends)
+    def named(said: Sequence[Wording]) -> list[Row]:
+        return _answer_rows(said, tokenizer, facts, ends=[ends] * len(said))
 
-    spelled = [tuple(t for t in r.labels if t != IGNORED) for r in _answer_rows(asked, tokenizer, facts, ends=ends)]
+    def rows(records: Sequence[Record]) -> list[Row]:
+        return named([wording(r) for r in records])
+
+    spelled = [tuple(t for t in r.labels if t != IGNORED) for r in named(asked)]
     if facts.task == "masked-lm" and len({len(s) for s in spelled}) > 1:
         lengths = ", ".join(f"{name} {len(s)}" for name, s in zip(names, spelled, strict=True))
         raise DataError(
@@ -197,19 +201,20 @@ def _masked_row(ids: list[int], open_places: list[int], text: str, tokenizer: An
     return Row(read, labels)
 
 
-def _answer_rows(said: Sequence[Wording], tokenizer: Any, facts: Facts, *, ends: bool) -> list[Row]:
-    """ends: whether a causal model also learns to stop after the answer (an encoder-decoder always does)."""
+def _answer_rows(said: Sequence[Wording], tokenizer: Any, facts: Facts, *, ends: Sequence[bool]) -> list[Row]:
+    """ends: whether the model also learns to stop after each answer."""
     limit = context_of(tokenizer, facts)
     if facts.task == "seq2seq-lm":
         sources = tokenizer([w.prompt for w in said])["input_ids"]
-        targets = tokenizer(text_target=[w.answer.strip() for w in said])["input_ids"]
-        return [Row(shorten(s, len(s), tokenizer, limit)[0], list(t)) for s, t in zip(sources, targets, strict=True)]
+        targets = map(list, tokenizer(text_target=[w.answer.strip() for w in said])["input_ids"])
+        targets = [t if end or t[-1:] != [tokenizer.eos_token_id] else t[:-1] for t, end in zip(targets, ends)]
+        return [Row(shorten(s, len(s), tokenizer, limit)[0], t) for s, t in zip(sources, targets, strict=True)]
     masked = facts.task == "masked-lm"
     suffixes = [w.suffix if masked else "" for w in said]
     found = spans(tokenizer, [w.prompt for w in said], [w.answer for w in said], suffixes)
     return [
-        (_blank_row if masked else _continued_row)(list(ids), first, last, tokenizer, limit, ends)
-        for ids, first, last in found
+        (_blank_row if masked else _continued_row)(list(ids), first, last, tokenizer, limit, end)
+        for (ids, first, last), end in zip(found, ends, strict=True)
     ]
 
 

@@ -49,10 +49,14 @@ class Chat(Record, tag="chat", frozen=True):
 
 
 class Completion(Record, tag="completion", frozen=True):
-    """A prompt and what should follow it (leading space included where the model needs one)."""
+    """A prompt and what should follow it (leading space included where the model needs one).
+
+    ends: whether it ends there; false of what was cut: that it goes on is not learned, and neither that it ends.
+    """
 
     prompt: str
     completion: str
+    ends: bool = True
 
 
 class Label(Record, tag="label", frozen=True):

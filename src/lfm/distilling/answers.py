@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,13 +52,23 @@ Ask = Callable[[Sequence[int]], Told]
 
 def queries(sizes: Sizes, role: str = "teacher") -> tuple[int, int]:
     """(queries, tokens) that asking costs: nothing where it gives logits or kept answers; one a record where it gives
-    classes; else one a token, of half a record's tokens on the mean."""
+    classes; else one a token of who reads the answers, of half a record's tokens on the mean."""
     given, amount = next(iter(sizes.gives.get(role, ())), ()), sizes.data["train"]
     if Logits in given or Answers in given or not given:
         return 0, 0
     if Classes in given:
         return amount.records, amount.tokens
-    return amount.tokens, amount.tokens * (amount.tokens // max(amount.records, 1)) // 2
+    readers = [facts for name, given in sizes.models.items() if name != role for facts in given]
+    places = int(amount.tokens * finer(next((facts.vocabulary for facts in readers), 0)))
+    return places, places * (places // max(amount.records, 1) + 2) // 2  # and each asks for one more
+
+
+def finer(vocabulary: int) -> float:
+    """How many times as many tokens texts are, by a vocabulary of so many, as amounts reckon with, who do not know it.
+
+    A token covers about log₂ V / 4 bytes of prose (2.0 measured of 512, 3.6 of 4096, 4.2 of 50 257), and they say 4.
+    """
+    return max(1.0, 16 / math.log2(vocabulary)) if vocabulary > 1 else 1.0
 
 
 def questions(taught: Lesson) -> list[bytes]:

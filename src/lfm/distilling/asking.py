@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from lfm.core import Run
 from lfm.core.method import RECORDS
-from lfm.core.model import Text
+from lfm.core.model import Said, Text, said_by
 from lfm.data.files import write
 from lfm.data.records import Record
 from lfm.distilling import filtering
@@ -28,24 +28,25 @@ OWN = 4
 LONGEST = 150
 """Words of a new prompt (2212.10560 leaves out longer instructions)."""
 
-Say = Callable[[Sequence[str], int], list[str]]
-"""(prompts, seed) → what is said after each."""
+Say = Callable[[Sequence[str], int], list[Said]]
+"""(prompts, seed) → what is said after each, and whether it was cut."""
 
 
 def saying(text: Text, *, max_tokens: int, temperature: float, stop: Sequence[str]) -> Say:
     """A model of text with its settings."""
-    return lambda prompts, seed: text.generate(
-        prompts, max_tokens=max_tokens, temperature=temperature, stop=stop, seed=seed
+    return lambda prompts, seed: said_by(
+        text, prompts, max_tokens=max_tokens, temperature=temperature, stop=stop, seed=seed
     )
 
 
-def answered(say: Say, prompts: Sequence[str], run: Run, name: str, count: int = 1) -> list[list[str]]:
+def answered(say: Say, prompts: Sequence[str], run: Run, name: str, count: int = 1) -> list[list[Said]]:
     """`count` answers to each prompt. Every 64 questions are a step of the run."""
     asked = [prompt for prompt in prompts for _ in range(count)]
-    said: list[str] = []
+    said: list[Said] = []
     for first in run.track(range(0, len(asked), CHUNK), name):
         part = asked[first : first + CHUNK]
-        said += run.step(f"{name} {first}", lambda part=part, first=first: say(part, run.seed_for(name, first)))
+        kept = run.step(f"{name} {first}", lambda part=part, first=first: say(part, run.seed_for(name, first)))
+        said += [Said(*one) for one in kept]
     return [said[i : i + count] for i in range(0, len(said), count)]
 
 
@@ -61,7 +62,8 @@ def synthesised(say: Say, given: Sequence[str], want: int, run: Run, *, shown: i
             break
         asked = [request(_shown(given, found, shown, run.seed_for("shown", number + i))) for i in range(ROUND)]
         said = run.step(
-            f"new prompts {number}", lambda asked=asked, number=number: say(asked, run.seed_for("new prompts", number))
+            f"new prompts {number}",
+            lambda asked=asked, number=number: [one.text for one in say(asked, run.seed_for("new prompts", number))],
         )
         listed = [prompt for one in said for prompt in items(one) if len(filtering.words(prompt)) <= LONGEST]
         found += [listed[i] for i in filtering.new(listed, [*given, *found], alike)]
@@ -85,6 +87,14 @@ def request(shown: Sequence[str]) -> str:
     """A text whose next words are more prompts."""
     told = "\n".join(f"{i}. {' '.join(prompt.split())}" for i, prompt in enumerate(shown, start=1))
     return f"A list of questions and tasks of one kind, each different from the others:\n\n{told}\n{len(shown) + 1}."
+
+
+def reading(shown: int, length: float, finer: float) -> float:
+    """About how many tokens a request is that shows so many prompts of so many: its own words and numbers are some too.
+
+    finer: how many times as many of them there are as of 4 bytes each.
+    """
+    return finer * (20 + 3 * shown) + shown * length
 
 
 def items(said: str) -> list[str]:

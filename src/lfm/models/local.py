@@ -16,6 +16,7 @@ from lfm.core.model import (
     Injection,
     Logits,
     Logprobs,
+    Said,
     Text,
     Vectors,
 )
@@ -88,7 +89,10 @@ class LocalText:
     def __init__(self, module: Callable[[], nn.Module], codec: Codec) -> None:
         self._module, self._codec = module, codec
 
-    def generate(
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        return [one.text for one in self.said(prompts, **how)]
+
+    def said(
         self,
         prompts: Sequence[str],
         *,
@@ -96,28 +100,34 @@ class LocalText:
         temperature: float = 0.0,
         stop: Sequence[str] = (),
         seed: int = 0,
-    ) -> list[str]:
+    ) -> list[Said]:
+        """As generate, with whether each went on when its room for new tokens was at an end."""
         module: Any = self._module()
         tokenizer = self._codec.tokenizer
         encoder_decoder = bool(module.config.is_encoder_decoder)
         context = 0 if encoder_decoder else getattr(module.config, "max_position_embeddings", None) or 0
         context = context and context - virtual.room(module)
         rows = rows_of(tokenizer, prompts, max_tokens, context)
-        texts = [""] * len(rows)
+        texts = [Said("")] * len(rows)
         for group in batches([len(row) + max_tokens for row in rows]):
             # Rows of one length together: padding on the left would change positions in models that count them from 0.
             for length in sorted({len(rows[i]) for i in group}):
                 same = [i for i in group if len(rows[i]) == length]
                 room = min(max_tokens, context - length) if context else max_tokens
                 made = self._generate(module, [rows[i] for i in same], room, temperature, _own(seed, same[0]))
-                for i, row in zip(same, made, strict=True):
+                for i, (row, ended) in zip(same, made, strict=True):
                     if encoder_decoder:
-                        texts[i] = cut(tokenizer.decode(row, skip_special_tokens=True), stop)
+                        whole = tokenizer.decode(row, skip_special_tokens=True)
                     else:
-                        texts[i] = cut(continuation(tokenizer, row, length), stop)
+                        whole = continuation(tokenizer, row, length)
+                    text = cut(whole, stop)
+                    texts[i] = Said(text, not ended and text == whole)
         return texts
 
-    def _generate(self, module: Any, rows: list[list[int]], new: int, temperature: float, seed: int) -> list[list[int]]:
+    def _generate(
+        self, module: Any, rows: list[list[int]], new: int, temperature: float, seed: int
+    ) -> list[tuple[list[int], bool]]:
+        """Each row with what comes after it, and whether the model ended it."""
         tokenizer = self._codec.tokenizer
         if not module.config.is_encoder_decoder and len(rows[0]) > 1 and rows[0][-1] == tokenizer.eos_token_id:
             rows = [row[:-1] for row in rows]
@@ -144,8 +154,10 @@ def _own(seed: int, first: int) -> int:
     return (seed + first * 0x9E3779B97F4A7C15) % 2**63
 
 
-def _until(row: list[int], end: int | None, start: int) -> list[int]:
-    return row[: row.index(end, start)] if end is not None and end in row[start:] else row
+def _until(row: list[int], end: int | None, start: int) -> tuple[list[int], bool]:
+    if end is None or end not in row[start:]:
+        return row, False
+    return row[: row.index(end, start)], True
 
 
 def interfaces(

@@ -13,7 +13,7 @@ import msgspec
 
 from lfm.core.heavy import np, torch
 from lfm.core.method import Inputs
-from lfm.core.model import INTERFACES, Codec, Model, Ranked, Score
+from lfm.core.model import INTERFACES, Codec, Model, Ranked, Said, Score
 from lfm.models.api.cache import Cache, digest_of
 from lfm.models.api.capabilities import MARGIN, bound
 from lfm.models.budget import Meter
@@ -163,28 +163,40 @@ class Tokens:
         return [len(ids) for ids in self._tokenizer(list(texts))["input_ids"]] if texts else []
 
 
-def generate(
+def generate(call: Call, prompts: Sequence[str], **how: Any) -> list[str]:
+    """Text.generate."""
+    return _spoken(call, prompts, str, lambda one: one, **how)
+
+
+def said(call: Call, prompts: Sequence[str], **how: Any) -> list[Said]:
+    """Text's said, where it has one."""
+    return _spoken(call, prompts, Said, lambda one: one.text, **how)
+
+
+def _spoken(
     call: Call,
     prompts: Sequence[str],
+    kind: type[Any],
+    text: Callable[[Any], str],
     *,
     max_tokens: int = 64,
     temperature: float = 0.0,
     stop: Sequence[str] = (),
     seed: int = 0,
-) -> list[str]:
-    """Text.generate. What is drawn depends on the whole call, so such a call is one question of many prompts."""
+) -> list[Any]:
+    """What is drawn depends on the whole call, so such a call is one question of many prompts."""
     prompts, read = list(prompts), call.tokens(prompts)
     how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "stop": tuple(stop), "seed": seed}
     if temperature > 0:
         most = sum(read) + max_tokens * len(prompts)
         whole = Question([prompts, *how.values()], most, len(prompts))
-        return call.answered([whole], lambda _: [call.own(prompts, **how)], list[str])[0] if prompts else []
+        return call.answered([whole], lambda _: [call.own(prompts, **how)], list[kind])[0] if prompts else []
     questions = [Question([p, max_tokens, how["stop"]], n + max_tokens) for p, n in zip(prompts, read, strict=True)]
     return call.answered(
         questions,
         lambda places: call.own([prompts[i] for i in places], **how),
-        str,
-        unused=lambda said: sum(max(0, max_tokens - n) for n in call.tokens(said)),
+        kind,
+        unused=lambda made: sum(max(0, max_tokens - n) for n in call.tokens([text(one) for one in made])),
     )
 
 
@@ -250,6 +262,7 @@ def vectors(call: Call, texts: Sequence[str]) -> NDArray[np.float32]:
 
 ASKING: Mapping[str, Callable[..., Any]] = {
     "generate": generate,
+    "said": said,
     "score": score,
     "top": top,
     "next_from": next_from,

@@ -94,18 +94,18 @@ def _whole(model: Model, prompts: Sequence[str], asked: Asked) -> list[list[Made
     if interfaces.Text not in model.gives:
         raise Bad("this model does not generate text: ask for logprobs with max_tokens 1", code="not_offered")
     each = [prompt for prompt in prompts for _ in range(asked.n)]
-    texts = model.ask(interfaces.Text).generate(
-        each, max_tokens=asked.max_tokens, temperature=asked.heat, stop=asked.stops, seed=asked.seed
-    )
+    how: Any = {"max_tokens": asked.max_tokens, "temperature": asked.heat, "stop": asked.stops, "seed": asked.seed}
+    speaker = model.ask(interfaces.Text)
+    tells, texts = hasattr(speaker, "said"), interfaces.said_by(speaker, each, **how)
     tokenizer = model.ask(Codec).tokenizer if Codec in model.gives else None
     made = []
-    for text in texts:
+    for text, over in texts:
         counted = None
         if tokenizer is not None:  # read again, a text may make more tokens than it was made of
             counted = min(len(tokenizer(text, add_special_tokens=False)["input_ids"]), asked.max_tokens)
-        made.append(
-            Made(text, "length" if counted is not None and counted >= asked.max_tokens else "stop", (), counted)
-        )
+        if not tells:
+            over = counted is not None and counted >= asked.max_tokens
+        made.append(Made(text, "length" if over else "stop", (), counted))
     return [made[i : i + asked.n] for i in range(0, len(made), asked.n)]
 
 

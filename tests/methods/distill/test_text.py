@@ -12,16 +12,17 @@ from torch.nn import functional as F
 
 import tiny
 from case import Case
-from lfm import runs
+from lfm import runs, serve
 from lfm.core import Codec, Gradients, Inputs, Model, Text
 from lfm.core.errors import BudgetError, ConfigError, DataError, MismatchError
 from lfm.core.method import RECORDS
-from lfm.core.model import Logprobs, Score
+from lfm.core.model import Logprobs, Said, Score, said_by
 from lfm.data import records as data
 from lfm.data.files import read, write
 from lfm.data.task import task_for
 from lfm.methods.distill import text
 from lfm.models import load
+from lfm.models.local import LocalText
 from lfm.runs.run import LocalRun
 from lfm.train import fit
 from scripted import parrot, scripted
@@ -90,6 +91,48 @@ def test_it_is_training_on_the_teachers_answers(student: Model, tmp_path: Path) 
     assert run.notes["loss_before"] == pytest.approx(losses[0], rel=1e-6)
     for name, tensor in made.ask(Gradients).module().state_dict().items():
         torch.testing.assert_close(tensor, module.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_no_end_is_learned_of_an_answer_that_was_cut(student: Model, tmp_path: Path) -> None:
+    """Of four words two are asked for: each answer is cut, which the notes and the records tell."""
+
+    class Limited(Script):
+        def said(self, prompts: Sequence[str], *, max_tokens: int, **how: Any) -> list[Said]:
+            told = [text.split() for text in self.generate(prompts, **how)]
+            return [Said(" ".join(words[:max_tokens]), len(words) > max_tokens) for words in told]
+
+    ends = {True: "the mat", False: "the cat sat on"}
+    teacher = Limited(lambda prompt, _: ends["cats" in prompt])
+    _, run, kept = taught(teacher, student, tmp_path / "a", max_tokens=2)
+    assert [r.ends for r in kept] == ["cats" in r.prompt for r in kept] and run.notes["cut"] == 5
+    task = task_for(kept, student.ask(Codec), student.facts)
+    end = student.ask(Codec).tokenizer.eos_token_id
+    for record in kept:
+        scored = [label for label in task.collate([record])["labels"][0].tolist() if label != -100]
+        assert (scored[-1] == end) == record.ends and end not in scored[:-1]
+
+
+def test_whether_an_answer_was_cut_is_known_here_and_over_http(tmp_path: Path) -> None:
+    """A teacher that is made to end, and one that never would; the server tells it as finish_reason."""
+    texts = list(tiny.CORPUS[:3])
+    for place, ends in (("never", False), ("always", True)):
+        tiny.causal(tmp_path / place)
+        model = load(tmp_path / place)
+        module: Any = model.ask(Gradients).module()
+        tokenizer = model.ask(Codec).tokenizer
+        with torch.no_grad():  # the end is the answer to everything, or to nothing
+            head = module.get_output_embeddings()
+            head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+            head.bias[tokenizer.eos_token_id] = 1e4 if ends else -1e4
+        here = LocalText(lambda module=module: module, model.ask(Codec))
+        assert [one.cut for one in here.said(texts, max_tokens=3)] == [not ends] * 3
+        assert here.generate(texts, max_tokens=3) == [one.text for one in here.said(texts, max_tokens=3)]
+        stopped = here.said(texts, max_tokens=3, stop=("a", "e", "o", "t", " "))
+        assert not any(one.cut for one in stopped if one.text != here.generate(texts[:1], max_tokens=3)[0])
+        served = Model("here", "checkpoint", {Text: lambda here=here: here, Codec: lambda m=model: m.ask(Codec)}, str)
+        with serve.running(served) as url:
+            api = load(f"api:{url}").ask(Text)
+            assert [one.cut for one in said_by(api, texts, max_tokens=3)] == [not ends] * 3
 
 
 def test_what_is_badly_said_is_not_learned(student: Model, tmp_path: Path) -> None:

@@ -4,10 +4,11 @@
 
 Papers: Sequence-level knowledge distillation, arXiv 1606.07947 (the teacher's own answers as targets; there by beam
 search, here greedy or sampled); Self-Instruct, 2212.10560 (`synthesise`: the teacher is shown a list of 8 prompts, 2 of
-them new ones, and goes on with it; a new prompt is kept whose ROUGE-L with every other is below .7);
-Self-consistency, 2203.11171 (`keep="agreed"`: of several answers those that come to what most come to). The loss is
-over the answer alone, its end included. Differs: answers are not weighed by the teacher's probability, which it does
-not tell; a request asks for prompts of any kind, not for classes and instances apart.
+them new ones, and goes on with it; a new prompt is kept whose ROUGE-L with every other is below .7); Self-consistency,
+2203.11171 (`keep="agreed"`: of several answers those that come to what most come to). The loss is over the answer
+alone, its end included unless `max_tokens` cut it, where the teacher tells that. Differs: answers are not weighed by
+the teacher's probability, which it does not tell; a request asks for prompts of any kind, not for classes and instances
+apart.
 
 What was asked and answered is kept: records.jsonl beside the result holds all pairs that were learned from, which other
 methods take. Every query counts, against `--budget-queries` too; answers are steps of the run, and no kill pays for
@@ -34,12 +35,14 @@ from lfm.core.errors import ConfigError, DataError, MismatchError
 from lfm.core.finding import table
 from lfm.core.heavy import np
 from lfm.core.method import Amount
+from lfm.core.model import Said as Answer
 from lfm.data.language import context_of
 from lfm.data.records import Completion, Label, Record, Text
 from lfm.data.wording import spaced, wording
 from lfm.distilling import asking, filtering
 from lfm.distilling import lesson as lessons
 from lfm.distilling import student as students
+from lfm.distilling.answers import finer
 from lfm.distilling.student import Taught, formed, smaller
 from lfm.models import forward
 from lfm.prompting.template import checked, filled
@@ -118,7 +121,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
             why=told,
             fix="allow more (shortest, longest, repeats, ends, agreement), or ask otherwise (ask, max_tokens)",
         )
-    run.note(prompts=len(given), new_prompts=len(new), answers=len(said), learned_from=len(kept))
+    open_ended = sum(not record.ends for record in kept)
+    run.note(prompts=len(given), new_prompts=len(new), answers=len(said), learned_from=len(kept), cut=open_ended)
     table(f"answers: {told}", [{"answers": fault, "count": count} for fault, count in faults.most_common()]).beside(
         run.work
     )
@@ -140,22 +144,23 @@ def asked_by(record: Record) -> str:
     return record.text if isinstance(record, Text) else wording(record).prompt
 
 
-def sifted(config: Config, prompt: str, answers: Sequence[str], student: Model) -> list[Said]:
-    """A prompt's answers as records, with what is wrong with each."""
+def sifted(config: Config, prompt: str, answers: Sequence[Answer], student: Model) -> list[Said]:
+    """A prompt's answers as records, with what is wrong with each. One that was cut does not end."""
     rules = filtering.Rules(shortest=config.shortest, longest=config.longest, repeats=config.repeats, ends=config.ends)
     agreed = [True] * len(answers)
     if config.keep == "agreed":
-        agreed = filtering.agreeing(answers, config.answer, config.agreement)
+        agreed = filtering.agreeing([answer for answer, _ in answers], config.answer, config.agreement)
     seen: set[str] = set()
     found: list[Said] = []
-    for answer, agrees in zip(answers, agreed, strict=True):
+    for (answer, cut), agrees in zip(answers, agreed, strict=True):
         fault = filtering.fault(answer, rules) or ("" if agrees else "disagreeing")
         if not fault and config.keep != "all" and answer in seen:
             fault = "said before"
         if not fault and not fits(answer, student):
             fault = "longer than the student reads"
         seen.add(answer)
-        found.append(Said(Completion(prompt=prompt, completion=spaced(prompt, answer)), fault))
+        record = Completion(prompt=prompt, completion=spaced(prompt, answer), ends=not cut)
+        found.append(Said(record, fault))
     return found
 
 
@@ -203,10 +208,12 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     """The most that it can take."""
     teacher, student, given = sizes.model("teacher"), sizes.model("student"), sizes.data["prompts"]
-    length = given.tokens / max(given.records, 1)
+    cut = finer(teacher.vocabulary or student.vocabulary)
+    length = given.tokens / max(given.records, 1) * cut
     requests = asking.requests(config.synthesise)
     pairs = (given.records + config.synthesise) * config.answers
-    tokens = int(pairs * (length + config.max_tokens) + requests * (config.shown * length + config.max_tokens))
+    listing = asking.reading(config.shown, length, cut) + config.max_tokens
+    tokens = int(pairs * (length + config.max_tokens) + requests * listing)
     learned = Amount(pairs, int(pairs * (length + config.max_tokens)))
     whole = training(config, smaller(config, student), learned)
     judges = sum(facts.parameters for facts in sizes.models.get("judge", ()))

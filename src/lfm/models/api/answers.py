@@ -33,6 +33,7 @@ class Choice(msgspec.Struct, frozen=True):
     text: str
     index: int = 0
     logprobs: Logprobs | None = None
+    finish_reason: Any = None
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -80,6 +81,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     message: Message
     index: int = 0
     logprobs: ChatLogprobs | None = None
+    finish_reason: Any = None
 
 
 class Chat(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ import msgspec
 
 from lfm.core.errors import EndpointError
 from lfm.core.heavy import np
-from lfm.core.model import Ranked, Score
+from lfm.core.model import Ranked, Said, Score
 from lfm.models.api import answers
 from lfm.models.api.cache import Cache, digest_of
 from lfm.models.api.capabilities import Capabilities, bound
@@ -160,7 +160,10 @@ class ApiText:
         self._line = line
         self.charged = line.charged
 
-    def generate(
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        return [one.text for one in self.said(prompts, **how)]
+
+    def said(
         self,
         prompts: Sequence[str],
         *,
@@ -168,7 +171,8 @@ class ApiText:
         temperature: float = 0.0,
         stop: Sequence[str] = (),
         seed: int = 0,
-    ) -> list[str]:
+    ) -> list[Said]:
+        """As generate, with what the server says ended each: its finish_reason, "length" where it was cut."""
         line = self._line
         limit = "max_tokens" if line.can.completions else line.can.limit
         shared: dict[str, Any] = {limit: max_tokens, "temperature": temperature}
@@ -187,12 +191,12 @@ class ApiText:
         return line.chat([(prompt, own, max_tokens, _said) for prompt, own in zip(prompts, each, strict=True)])
 
 
-def _text(choice: answers.Choice) -> str:
-    return choice.text
+def _text(choice: answers.Choice) -> Said:
+    return Said(choice.text, choice.finish_reason == "length")
 
 
-def _said(choice: answers.ChatChoice) -> str:
-    return choice.message.content or ""
+def _said(choice: answers.ChatChoice) -> Said:
+    return Said(choice.message.content or "", choice.finish_reason == "length")
 
 
 @final

@@ -147,6 +147,7 @@ def test_an_images_path_is_looked_for_beside_the_file(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', r"a\.jsonl:2: byte 24 \(0xff\) is not UTF-8"),
         ("a.jsonl", "", "holds no records"),
         ("a.json", '{"text": "x"}', "is a list of objects"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: not JSON"),
         ("a.json", '[\n {"text": "x"},\n {"text" "y"}\n]', r"a\.json:3: not JSON"),
         ("a.json", '[\n {"text": "x"}\n {"text": "y"}\n]', r"a\.json:3: not JSON.*comma"),
         ("a.json", '[{"text": "x"}', r"a\.json:1: not JSON.*does not end"),

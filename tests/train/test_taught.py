@@ -44,6 +44,21 @@ def test_a_blank_record_is_refused_by_its_line_and_an_empty_prompt_is_none(kind:
         suited(Fit(), Inputs({}, {"train": read(tmp_path / "train.jsonl")}))
 
 
+def test_a_record_without_a_class_and_an_answer_beyond_the_context_are_refused_by_their_lines(tmp_path: Path) -> None:
+    """Before any step: a training would come to them somewhere in its first epoch."""
+    model = load(tiny.causal(tmp_path / "base", max_position_embeddings=16))
+
+    def refused(record: data.Record, says: str, *, good: data.Record) -> None:
+        write([good, good, record], tmp_path / "train.jsonl")
+        with pytest.raises(DataError, match=f"train.jsonl:3: {says}"):
+            suited(Fit(), Inputs({"model": (model,)}, {"train": read(tmp_path / "train.jsonl")}))
+
+    refused(data.Label(text="the cats", label=" "), "'label' is blank", good=WORDED["label"])
+    long = data.Completion(prompt="the cats", completion=" sat on the mat" * 8)
+    refused(long, "an answer of .* does not fit the model's context of 16", good=WORDED["completion"])
+    suited(Fit(), Inputs({"model": (model,)}, {"train": [data.Label(text="the cats", label="")]}), classed=False)
+
+
 def test_a_training_that_ends_far_worse_than_guessing_is_no_result(tmp_path: Path) -> None:
     model = load(tiny.causal(tmp_path / "base"))
     records = [data.Text(text=line) for line in tiny.CORPUS[:4]]

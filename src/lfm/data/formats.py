@@ -56,7 +56,7 @@ def _jsonl(path: Path) -> Rows:
         if text.strip():
             try:
                 value = msgspec.json.decode(text)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, RecursionError) as error:  # the latter: brackets thousands deep
                 raise _bad_json(path, line, error) from None
             yield line, _fields(path, line, value)
 

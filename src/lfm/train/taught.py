@@ -15,7 +15,8 @@ from lfm.data import heads, packing
 from lfm.data import task as tasks
 from lfm.data.chat import rendered
 from lfm.data.files import where
-from lfm.data.records import Chat, Record, kind_of
+from lfm.data.records import Chat, Record, Text, kind_of
+from lfm.data.wording import wording
 from lfm.models import forward
 from lfm.train.batches import once
 from lfm.train.fit import fit
@@ -39,6 +40,11 @@ WORDS = {
 }
 """Of a kind of records, the fields that must not be blank; an empty prompt is one."""
 
+CLASSED = "name its class, or leave the record out"
+
+SPECIAL = 8
+"""Tokens that a model may put around an answer, at most."""
+
 FAR = 10.0
 """How many times the loss of guessing is no training's; a few records learned hard may come to some times."""
 
@@ -52,18 +58,18 @@ RECORDS = {
 """The data roles of methods that teach."""
 
 
-def suited(config: Any, inputs: Inputs) -> None:
+def suited(config: Any, inputs: Inputs, *, classed: bool = True) -> None:
     """A method's `agree`: whether its records set the model that it trains a task, before any weight is read.
 
-    DataError naming the record that is blank, whose class is none of a classifier's, or that a chat template does not
-    take.
+    classed: whether records of classes must say theirs. DataError naming the record that is blank or of no class, whose
+    class is none of a classifier's, that a chat template does not take, or whose answer is longer than the context.
     """
     models = [model for given in inputs.models.values() for model in given if model.can(Gradients)]
     for records in inputs.data.values():
         worded(records)
         if len(records) and models:
             tasks.suits(records, models[0].facts)
-            _fitting(records, models[0])
+            _fitting(records, models[0], classed)
 
 
 def worded(records: Sequence[Record]) -> None:
@@ -79,18 +85,37 @@ def worded(records: Sequence[Record]) -> None:
                 )
 
 
-def _fitting(records: Sequence[Record], model: Model) -> None:
+def _fitting(records: Sequence[Record], model: Model, classed: bool) -> None:
     classes: set[str] = set()
-    headed = model.facts.task.endswith("-classification") and bool(model.facts.labels)
+    facts = model.facts
+    headed = facts.task.endswith("-classification") and bool(facts.labels)
+    task: Task | None = None
     for place, record in enumerate(records):
         try:
-            if isinstance(record, Chat):
-                rendered(record, model.ask(Codec).tokenizer)
-            elif headed and (label := str(getattr(record, "label", ""))) and label not in classes:
-                heads.class_of(label, model.facts)
+            label = getattr(record, "label", None)
+            if label is not None and classed and not label.strip():
+                raise DataError("'label' is blank", why="there is no class to learn", fix=CLASSED)
+            if headed and label and label not in classes:
+                heads.class_of(label, facts)
                 classes.add(label)
+            if _may_not_fit(record, model):
+                task = task or tasks.task_for(records, model.ask(Codec), facts)
+                task.collate([record])
         except DataError as error:
             raise DataError(f"{where(records, place)}: {error.what}", why=error.why, fix=error.fix) from None
+
+
+def _may_not_fit(record: Record, model: Model) -> bool:
+    """Whether a language model's answer has more bytes than its context tokens, so that it is worth tokenising."""
+    if model.facts.task not in tasks.LANGUAGE or isinstance(record, Text):
+        return False
+    if isinstance(record, Chat):
+        text, said = rendered(record, model.ask(Codec).tokenizer)
+        answer = text[said[-1][0] :] if said else ""
+    else:
+        asked = wording(record)
+        answer = asked.answer + asked.suffix
+    return 0 < model.facts.context < len(answer.encode()) + SPECIAL
 
 
 def plain(module: nn.Module, batch: Batch, task: Task) -> Tensor:

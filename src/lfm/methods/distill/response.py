@@ -57,7 +57,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 def agree(config: Config, inputs: Inputs) -> None:
     lessons.agree(inputs.model("teacher"), inputs.model("student"))
-    suited(config, Inputs({"student": inputs.all("student")}, inputs.data))
+    suited(config, Inputs({"student": inputs.all("student")}, inputs.data), classed=False)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -53,7 +53,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    suited(config, inputs)
+    suited(config, inputs, classed=False)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -51,6 +51,18 @@ def test_what_a_checkpoint_gives_follows_from_its_architecture(make: Callable[..
         model.ask(kind)
 
 
+@pytest.mark.parametrize("height", [1, 3, 4])
+def test_the_rows_of_a_picture_are_never_taken_for_its_channels(height: int, tmp_path: Path) -> None:
+    """A black picture with one white column, whatever its height: by the processor's own rescaling, −1 but for +1."""
+    codec = lfm.load(tiny.vit(tmp_path / "m")).ask(Codec)
+    image = np.zeros((height, 8, 3), np.uint8)
+    image[:, 5] = 255
+    told = codec.images([image])["pixel_values"][0]
+    want = torch.full((3, 8, 8), -1.0)
+    want[:, :, 5] = 1.0
+    assert torch.equal(told, want)
+
+
 @pytest.mark.parametrize("make", GIVES, ids=lambda make: make.__name__)
 def test_rewrapping_an_unchanged_module_changes_nothing(make: Callable[..., Path], tmp_path: Path) -> None:
     model = lfm.load(make(tmp_path / "m"))

@@ -60,7 +60,9 @@ class ImageCodec:
     def images(self, images: Sequence[Any]) -> Batch:
         """pixel_values (B, C, H, W) fp32 from paths, PNG/JPEG bytes, or uint8 arrays (H, W) or (H, W, 3)."""
         arrays = [picture(image) for image in images]
-        return {"pixel_values": self._processor(images=arrays, return_tensors="pt")["pixel_values"]}
+        # left to itself the processor takes three rows, or one, for channels
+        made = self._processor(images=arrays, return_tensors="pt", input_data_format="channels_last")
+        return {"pixel_values": made["pixel_values"]}
 
     def sounds(self, sounds: Sequence[Any]) -> Batch:
         raise AccessError("this model takes images, not sounds")
@@ -108,7 +110,7 @@ def picture(image: Any) -> Any:
             what = "these bytes" if isinstance(image, bytes) else str(image)
             raise DataError(f"not an image: {what}", why=str(error)) from None
     array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         raise DataError(f"an image must be uint8 (H, W) or (H, W, 3), not {array.dtype} {array.shape}")
     return np.repeat(array[..., None], 3, axis=-1) if array.ndim == 2 else array
 

@@ -305,6 +305,14 @@ def test_killed_while_a_checkpoint_is_written_the_one_before_stands(
     assert (digest(module), losses) == unbroken
 
 
+def test_what_a_kill_amid_a_write_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    """safetensors writes beside the name that it is given, and renames: each kill there left a checkpoint's bytes."""
+    checkpoint.write(tmp_path, {"w": torch.ones(3)}, {"step": 1})
+    (tmp_path / ".tmp6kNQDd").write_bytes(b"half a file")
+    checkpoint.write(tmp_path, {"w": torch.zeros(3)}, {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.FILE]
+
+
 def test_a_process_ended_by_sigkill_resumes_to_the_same_bytes(unbroken: Any, tmp_path: Path) -> None:
     script = (
         "import sys; sys.path[:0] = ['tests', 'tests/train', 'src']\n"

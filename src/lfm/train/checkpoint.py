@@ -21,6 +21,8 @@ def write(directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
     """Replace the directory's checkpoint; a kill at any moment leaves the old one or the new one."""
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / (FILE + ".partial")
+    for stray in directory.glob(".tmp*"):  # where safetensors was killed as it wrote: as large as a checkpoint, each
+        stray.unlink()
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     safetensors_torch.save_file(kept, str(partial), metadata={"facts": json.dumps(dict(facts))})
     _sync(partial)

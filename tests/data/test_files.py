@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import string
+import struct
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -317,6 +319,18 @@ def test_edits_have_the_digest_that_they_had_before_they_could_tell_what_follows
     line = json.dumps(fields, sort_keys=True, separators=(",", ":")) + "\n"
     assert digest([edit]) == hashlib.sha256(line.encode()).hexdigest()
     assert digest([edit]) != digest([msgspec.structs.replace(edit, portability=(("e", "f"),))])
+
+
+def test_a_picture_that_only_claims_to_be_huge_is_refused_by_its_line(tmp_path: Path) -> None:
+    """60000 × 60000 by its header; Pillow's own error for it is neither an OSError nor a ValueError."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "huge.png").write_bytes(png)
+    (tmp_path / "a.jsonl").write_text('{"image": "huge.png", "label": "1"}\n')
+    found = read(tmp_path / "a.jsonl")
+    assert amount(found).records == 1
+    with pytest.raises(DataError, match=r"a\.jsonl:1.*not an image.*huge\.png"):
+        digest(found)
 
 
 # ------------------------------------------------------------------------------------------ directories of datasets

@@ -101,14 +101,14 @@ def picture(image: Any) -> Any:
     if isinstance(image, str | Path | bytes):
         import io
 
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         try:
             with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
                 return np.asarray(opened.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
+        except Exception as error:  # of a broken file: OSError, SyntaxError, DecompressionBombError, …
             what = "these bytes" if isinstance(image, bytes) else str(image)
-            raise DataError(f"not an image: {what}", why=str(error)) from None
+            raise DataError(f"not an image: {what}", why=str(error) or type(error).__name__) from None
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         raise DataError(f"an image must be uint8 (H, W) or (H, W, 3), not {array.dtype} {array.shape}")

@@ -65,6 +65,14 @@ def test_tables_are_read_with_quotes_line_breaks_and_byte_order_marks(tmp_path: 
         ({"text": "so", "label": 0, "label_text": "bad"}, Label(text="so", label="bad")),
         ({"premise": "a", "hypothesis": "b", "label": "no"}, Pair(text="a", text_b="b", label="no")),
         ({"question": "Q?", "answer": "A"}, Completion(prompt="Q?", completion="A")),
+        (
+            {"instruction": "Add.", "input": "3 and 4", "output": "7", "text": "Below …"},
+            Completion(prompt="Add.\n\n3 and 4\n\n", completion="7"),
+        ),
+        (
+            {"instruction": "Greet.", "context": "", "response": "Hello", "category": "chat"},
+            Completion(prompt="Greet.\n\n", completion="Hello"),
+        ),
         ({"text": "x", "label": True}, Label(text="x", label="true")),
         (
             {"sub_label": "Dante", "obj_label": "Florence", "predicate_id": "P19", "template": "[X] was born in [Y] ."},
@@ -104,7 +112,7 @@ def test_tables_are_read_with_quotes_line_breaks_and_byte_order_marks(tmp_path: 
                  paraphrases=("In where?",), neighbours=(("who sang", "Cher"),)),
         ),
     ],
-    ids=["sst2", "setfit", "nli", "qa", "bool", "lama-template", "lama-masked", "counterfact", "zsre"],
+    ids="sst2 setfit nli qa alpaca dolly bool lama-template lama-masked counterfact zsre".split(),
 )  # fmt: skip
 def test_common_datasets_are_read_as_they_are(tmp_path: Path, row: dict, record: Record) -> None:
     assert read(saved(tmp_path, "a.jsonl", json.dumps(row))) == (record,)

@@ -1,7 +1,7 @@
 """Which record a row of named fields is: our own kinds, common column names, and the layouts of public datasets.
 
 Fields of CounterFact: github.com/kmeng01/rome; of LAMA: github.com/facebookresearch/LAMA; of ZsRE: that of the same
-editing repository.
+editing repository; of Alpaca: github.com/tatsu-lab/stanford_alpaca; of Dolly: databricks-dolly-15k.
 """
 
 from __future__ import annotations
@@ -165,10 +165,19 @@ def _conversation(row: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "chat", "messages": [{"role": SPEAKERS.get(r, r), "content": content} for r, content in told]}
 
 
+def _instruction(row: dict[str, Any]) -> dict[str, Any]:
+    """Alpaca's rows, and Dolly's: what to do, with what, and the answer; a blank line between them."""
+    given = [row["instruction"], row.get("input") or row.get("context") or ""]
+    said = row["output"] if "output" in row else row["response"]
+    return {"kind": "completion", "prompt": "".join(f"{part}\n\n" for part in given if part), "completion": said}
+
+
 PUBLIC: tuple[tuple[set[str], Callable[[dict[str, Any]], dict[str, Any]]], ...] = (
     ({"requested_rewrite"}, _counterfact),
     ({"src", "alt", "subject"}, _zsre),
     ({"conversations"}, _conversation),
+    ({"instruction", "input", "output"}, _instruction),
+    ({"instruction", "context", "response"}, _instruction),
     ({"obj_label", "template"}, _lama),
     ({"obj_label", "masked_sentence"}, _lama),
     ({"obj_label", "masked_sentences"}, _lama),

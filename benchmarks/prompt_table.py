@@ -221,14 +221,15 @@ def main() -> None:
     rows = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
     done = {(r["task"], r["method"], r["budget"], r["seed"]) for r in rows}
     for task in [] if given.show else given.tasks:
-        model = runs.model(TASKS[task].model or given.model)
+        named = TASKS[task].model or given.model
+        model, tuned = runs.model(named), runs.model(named.removeprefix("serve:"))
         test, _ = evenly(list(TASKS[task].test()), given.test, 0)
         for seed in range(given.seeds):
             for id in given.methods or [ZERO, TUNED, PROBE, *methods(model)]:
                 for budget in [0] if id in BASELINES else given.budgets:
                     if (task, id, budget, seed) in done:
                         continue
-                    rows.append(row(task, id, budget, seed, model, test))
+                    rows.append(row(task, id, budget, seed, tuned if id == TUNED else model, test))
                     with given.rows.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
                     print(json.dumps(rows[-1]), flush=True)

@@ -40,5 +40,5 @@ def test_a_plan_asks_nothing_and_what_is_wrong_is_said(files: None, capsys: pyte
     assert run([*GIVEN, "--set", "epoch=1"]) == 2
     assert "no method that is tried has epoch" in capsys.readouterr().err
     assert run(["advise", "model=model", "train=train.jsonl", "-q", "1"]) != 0
-    assert "allow more queries" in capsys.readouterr().err
+    assert "allow 4 queries or more" in capsys.readouterr().err
     assert not Path("runs").exists() or not any(Path("runs").iterdir())

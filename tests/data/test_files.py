@@ -112,7 +112,8 @@ def test_tables_are_read_with_quotes_line_breaks_and_byte_order_marks(tmp_path: 
                  paraphrases=("In where?",), neighbours=(("who sang", "Cher"),)),
         ),
     ],
-    ids="sst2 setfit nli qa alpaca dolly bool lama-template lama-masked counterfact zsre".split(),
+    ids=["sst2", "setfit", "nli", "qa", "alpaca", "dolly", "bool", "lama-template", "lama-masked", "counterfact",
+         "zsre"],
 )  # fmt: skip
 def test_common_datasets_are_read_as_they_are(tmp_path: Path, row: dict, record: Record) -> None:
     assert read(saved(tmp_path, "a.jsonl", json.dumps(row))) == (record,)

@@ -77,18 +77,30 @@ def _wav(held: bytes, audio: str | Path | bytes) -> Sound:
 
     from scipy.io import wavfile
 
+    what = "these bytes" if isinstance(audio, bytes) else str(audio)
+    if missing := _missing(held):
+        raise DataError(f"a WAV file that was cut: {what}", why=f"its header tells of {missing} bytes more")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that are no sound
             rate, samples = wavfile.read(io.BytesIO(held))
     except Exception as error:  # of a broken file: struct.error, ValueError, UnboundLocalError, …
-        what = "these bytes" if isinstance(audio, bytes) else str(audio)
         raise DataError(f"a WAV file that cannot be read: {what}", why=str(error) or type(error).__name__) from None
     if samples.dtype == np.uint8:
         return Sound((samples.astype(np.float32) - 128) / 128, int(rate))
     if samples.dtype.kind == "i":  # 24 bits lie in the upper ones of 32
         return Sound(samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min), int(rate))
     return Sound(samples.astype(np.float32), int(rate))
+
+
+STREAMED = 2**31 - 2**16
+"""Bytes from which on a header says that its writer did not know how many would come."""
+
+
+def _missing(held: bytes) -> int:
+    """Bytes of a RIFF file that its header tells of and that are not there."""
+    told = int.from_bytes(held[4:8], "big" if held[:4] == b"RIFX" else "little")
+    return max(0, told + 8 - len(held)) if told < STREAMED else 0
 
 
 def at_rate(given: Sound, rate: int) -> NDArray[Any]:

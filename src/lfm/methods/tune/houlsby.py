@@ -36,7 +36,9 @@ class Config(Tuning, frozen=True):
     ] = "both"
     activation: Annotated[Literal["gelu", "relu", "silu"], Meta(description="σ")] = "gelu"
     scale: Annotated[float, Meta(gt=0, description="s, on what the adapter adds")] = 1.0
-    train_norms: Annotated[bool, Meta(description="train the norms' gains and biases as well")] = True
+    train_norms: Annotated[
+        bool, Meta(description="train the norms' gains and biases as well; tune.adapter_fusion takes adapters without")
+    ] = True
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:

@@ -1,4 +1,4 @@
-"""taught, and what is refused before any weight is read: blank records, and layers that a method cannot do with."""
+"""taught, and what is refused before any weight is read: layers that a method cannot do with."""
 
 from __future__ import annotations
 
@@ -10,53 +10,14 @@ import torch
 
 import tiny
 from lfm import runs
-from lfm.core import Gradients, Inputs
-from lfm.core.errors import DataError, DivergedError, LfmError, MismatchError
+from lfm.core import Gradients
+from lfm.core.errors import DivergedError, LfmError, MismatchError
 from lfm.data import records as data
-from lfm.data.files import read, write
+from lfm.data.files import write
 from lfm.models import load
 from lfm.models.checkpoint import StoredGradients
 from lfm.runs.run import LocalRun
-from lfm.train import Fit, suited, taught
-
-BLANK: dict[str, Any] = {
-    "text": data.Text(text=" \n"),
-    "label": data.Label(text="", label="cats"),
-    "text_b": data.Pair(text="the cats", text_b="\t", label="cats"),
-    "completion": data.Completion(prompt="the cats", completion=" "),
-    "object": data.Fact(subject="cats", relation="is", object="", prompt="cats are"),
-}
-WORDED: dict[str, Any] = {
-    "text": data.Text(text="the cats sat"),
-    "label": data.Label(text="the cats sat", label="cats"),
-    "text_b": data.Pair(text="the cats", text_b="sat", label="cats"),
-    "completion": data.Completion(prompt="", completion="the cats sat"),
-    "object": data.Fact(subject="cats", relation="is", object="happy", prompt="cats are"),
-}
-
-
-@pytest.mark.parametrize("kind", BLANK)
-def test_a_blank_record_is_refused_by_its_line_and_an_empty_prompt_is_none(kind: str, tmp_path: Path) -> None:
-    write([WORDED[kind], BLANK[kind], WORDED[kind]], tmp_path / "train.jsonl")
-    suited(Fit(), Inputs({}, {"train": [WORDED[kind]]}))
-    field = "text" if kind == "label" else kind
-    with pytest.raises(DataError, match=f"train.jsonl:2: '{field}' is blank"):
-        suited(Fit(), Inputs({}, {"train": read(tmp_path / "train.jsonl")}))
-
-
-def test_a_record_without_a_class_and_an_answer_beyond_the_context_are_refused_by_their_lines(tmp_path: Path) -> None:
-    """Before any step: a training would come to them somewhere in its first epoch."""
-    model = load(tiny.causal(tmp_path / "base", max_position_embeddings=16))
-
-    def refused(record: data.Record, says: str, *, good: data.Record) -> None:
-        write([good, good, record], tmp_path / "train.jsonl")
-        with pytest.raises(DataError, match=f"train.jsonl:3: {says}"):
-            suited(Fit(), Inputs({"model": (model,)}, {"train": read(tmp_path / "train.jsonl")}))
-
-    refused(data.Label(text="the cats", label=" "), "'label' is blank", good=WORDED["label"])
-    long = data.Completion(prompt="the cats", completion=" sat on the mat" * 8)
-    refused(long, "an answer of .* does not fit the model's context of 16", good=WORDED["completion"])
-    suited(Fit(), Inputs({"model": (model,)}, {"train": [data.Label(text="the cats", label="")]}), classed=False)
+from lfm.train import Fit, taught
 
 
 def test_a_training_that_ends_far_worse_than_guessing_is_no_result(tmp_path: Path) -> None:
@@ -92,7 +53,7 @@ def test_what_cannot_be_done_is_refused_before_weights_are_read(
     id: str, settings: dict[str, Any], form: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.causal(tmp_path / "base", tie_word_embeddings=True)
-    write([WORDED["object"]], tmp_path / "train.jsonl")
+    write([data.Fact(subject="cats", relation="is", object="happy", prompt="cats are")], tmp_path / "train.jsonl")
 
     def read_weights(*_: Any) -> torch.nn.Module:
         raise AssertionError("the weights were read")

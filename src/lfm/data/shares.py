@@ -76,8 +76,10 @@ def unlearned(base: Model, earlier: Model, held: Learnt, tasks: Collection[str])
         )
 
 
-def classless(records: Sequence[Record], model: Model) -> tuple[Record, ...]:
+def classless(records: Sequence[Record], model: Model) -> Sequence[Record]:
     """The records as a task takes them though their classes are not asked for: an empty one becomes the first class."""
+    if all(getattr(record, "label", "none asked") for record in records):
+        return records
     first = next(iter(model.facts.labels), "0")
     return tuple(msgspec.structs.replace(r, label=first) if getattr(r, "label", None) == "" else r for r in records)
 

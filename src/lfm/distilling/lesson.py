@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
-import msgspec
-
-from lfm.core import Answers, Codec, Features, Logits, Logprobs, Model, Run, Top
-from lfm.core.errors import ConfigError, MismatchError
+from lfm.core import Answers, Codec, Features, Inputs, Logits, Logprobs, Model, Run, Top
+from lfm.core.errors import MismatchError
 from lfm.core.heavy import np, torch
 from lfm.data import task as tasks
 from lfm.data.records import Record
+from lfm.data.suited import CLASSED, suited
 from lfm.distilling import answers
 from lfm.distilling.telling import BIAS, HEAD, IDS, TOLD
 from lfm.train import once
@@ -151,14 +150,10 @@ def _laid(taught: Lesson, ids: Any, told: Any) -> Batch:
     return {TOLD: logprobs, IDS: places}
 
 
-def classed(records: Sequence[Any], student: Model, *, unread: bool) -> Sequence[Any]:
-    """Records without a class get any class where classes are left unread; else ConfigError."""
-    if all(getattr(record, "label", "none asked") for record in records):
-        return records
-    if not unread:
-        raise ConfigError("records have no class", why="alpha < 1 also learns from classes", fix="alpha=1")
-    any_class = student.facts.labels[0]
-    return [r if r.label else msgspec.structs.replace(r, label=any_class) for r in records]
+def readable(inputs: Inputs, *, role: str = "student", learned: bool = False) -> None:
+    """Whether the records set the model that learns a task, and, where classes are learned beside what a teacher tells,
+    all say theirs: DataError by file and line."""
+    suited(None, inputs, role=role, learns=f"{CLASSED}; with alpha=1 classes are not learned" if learned else "")
 
 
 def agree(teacher: Model, student: Model) -> None:

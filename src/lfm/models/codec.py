@@ -4,14 +4,15 @@ code of theirs."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import AccessError, DataError, ModelError
 from lfm.core.heavy import np, torch, transformers
 from lfm.core.model import Batch
-from lfm.models.sound import at_rate, sound
+from lfm.models.sound import Sound, at_rate, sound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +73,8 @@ class ImageCodec:
 class SoundCodec:
     """Sounds to samples or spectra, by the checkpoint's own feature extractor."""
 
-    def __init__(self, extractor: Any) -> None:
-        self._extractor = extractor
+    def __init__(self, extractor: Any, config: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self._extractor, self._config = extractor, config
 
     @property
     def tokenizer(self) -> Any:
@@ -89,11 +90,43 @@ class SoundCodec:
         """input_values (B, samples) or (B, frames, bands), or input_features (B, bands, frames), fp32; attention_mask
         (B, samples) where the model takes one. From paths, bytes or (samples, rate), at the model's own rate."""
         rate = int(self._extractor.sampling_rate)
-        heard = [at_rate(sound(each), rate) for each in sounds]
+        given = [sound(each) for each in sounds]
+        for each in given:
+            self._enough(each, 1, "the model's convolutions need so many")
+        heard = [at_rate(each, rate) for each in given]
         # an extractor of spectra pads to its own fixed length; of samples, to the longest
         fixed = "input_features" in self._extractor.model_input_names or getattr(self._extractor, "num_mel_bins", 0)
         made = self._extractor(heard, sampling_rate=rate, return_tensors="pt", **({} if fixed else {"padding": True}))
         return {name: tensor if name.endswith("mask") else tensor.float() for name, tensor in made.items()}
+
+    def learnable(self, audio: Any) -> None:
+        """DataError where a sound is too short for the model, or for what its own config masks as it trains."""
+        given, config = sound(audio), self._config
+        self._enough(given, 1, "the model's convolutions need so many")
+        if config.get("apply_spec_augment") and config.get("mask_time_prob"):
+            steps = int(config.get("mask_time_length") or 1)
+            why = f"as it trains the model masks spans of {steps} steps (mask_time_length in its config.json)"
+            self._enough(given, steps, why, ", or apply_spec_augment=false there")
+
+    def _enough(self, given: Sound, steps: int, why: str, otherwise: str = "") -> None:
+        rate = int(self._extractor.sampling_rate)
+        least = samples_of(self._config, steps)
+        if len(given.samples) * rate <= (least - 1) * given.rate:  # at the model's rate
+            raise DataError(
+                f"a sound of {1000 * len(given.samples) / given.rate:.3g} ms is too short",
+                why=f"{why}: {least} samples, which at {rate} Hz are {1000 * least / rate:.3g} ms",
+                fix=f"make it longer with silence, or leave it out{otherwise}",
+            )
+
+
+def samples_of(config: Mapping[str, Any], steps: int) -> int:
+    """The samples of which convolutions, as the config tells them, make so many steps; 1 where it tells of none."""
+    kernels, strides = (config.get(f"conv_{name}") for name in ("kernel", "stride"))
+    if not (isinstance(kernels, list | tuple) and isinstance(strides, list | tuple)):
+        return 1
+    for kernel, stride in zip(reversed(kernels), reversed(strides)):
+        steps = (steps - 1) * stride + kernel
+    return steps
 
 
 def picture(image: Any) -> Any:
@@ -139,7 +172,11 @@ def open_codec(directory: Path, task: str = "") -> TextCodec | ImageCodec | Soun
     where = str(directory)
     try:
         if task == "audio-classification" or _extracts_sound(directory):
-            return SoundCodec(transformers.AutoFeatureExtractor.from_pretrained(where, local_files_only=True))
+            extractor = transformers.AutoFeatureExtractor.from_pretrained(where, local_files_only=True)
+            if not (directory / "config.json").is_file():
+                return SoundCodec(extractor)
+            config = transformers.AutoConfig.from_pretrained(where, local_files_only=True)
+            return SoundCodec(extractor, config.to_dict())
         if any((directory / name).exists() for name in TEXT_FILES):
             return TextCodec(transformers.AutoTokenizer.from_pretrained(where, local_files_only=True))
         return ImageCodec(transformers.AutoImageProcessor.from_pretrained(where, local_files_only=True, backend="pil"))

@@ -23,7 +23,7 @@ from lfm.core.errors import ConfigError, DataError, LfmError, OutputError
 from lfm.core.finding import Finding
 from lfm.core.method import METRICS, RECORDS, Inputs, check
 from lfm.core.model import Model
-from lfm.data import files
+from lfm.data import files, suited
 from lfm.data.records import Record, kind_of
 from lfm.models.budget import Budget, Meter
 from lfm.models.tally import Tally
@@ -102,6 +102,7 @@ def prepare(order: Order, show: Show = silent, *, spending: Path | None = None) 
     data = {role: refs.records(ref, kind=kinds.get(role, "text"), show=show) for role, ref in order.data.items()}
     whole = Inputs(opened, data)
     inputs = check(order.id, listed.method, whole, alternatives=partial(_alternatives, opened))
+    suited.declared(listed.method, inputs)
     if listed.method.agree:
         listed.method.agree(config, inputs)
     evals = dict(zip(_names(order.evals), (refs.records(ref, show=show) for ref in order.evals), strict=True))

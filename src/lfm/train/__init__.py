@@ -1,5 +1,6 @@
 """The only training loop, and the losses."""
 
+from lfm.data.suited import suited as suited
 from lfm.train.batches import once as once
 from lfm.train.cost import training as training
 from lfm.train.fit import Fit as Fit
@@ -11,6 +12,4 @@ from lfm.train.state import fingerprint as fingerprint
 from lfm.train.state import state_of as state_of
 from lfm.train.taught import LEARNT as LEARNT
 from lfm.train.taught import RECORDS as RECORDS
-from lfm.train.taught import suited as suited
 from lfm.train.taught import taught as taught
-from lfm.train.taught import worded as worded

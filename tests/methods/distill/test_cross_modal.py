@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tiny
 from case import Case
 from lfm.core import Codec, Model
-from lfm.core.errors import ConfigError, DataError, MismatchError
+from lfm.core.errors import DataError, MismatchError
 from lfm.core.method import Inputs
 from lfm.data import records as data
 from lfm.data.files import write
@@ -84,7 +84,7 @@ def test_a_sound_teaches_a_text_and_no_class_is_read(root: Path, tmp_path: Path)
     one, run = taught(teacher, student, nameless, words, tmp_path / "a")
     other, _ = taught(teacher, student, sounds, words, tmp_path / "b")
     assert one.digest == other.digest and run.notes["loss_after"] < run.notes["loss_before"]
-    with pytest.raises(ConfigError, match="no class"):
+    with pytest.raises(DataError, match="is blank"):
         taught(teacher, student, nameless, words, tmp_path / "c", alpha=0.5)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tiny
 from case import Case
 from lfm.core import Gradients, Model
-from lfm.core.errors import ConfigError, ModelError
+from lfm.core.errors import DataError, ModelError
 from lfm.data import records as data
 from lfm.data.files import write
 from lfm.methods.distill import lifelong
@@ -133,7 +133,7 @@ def test_tasks_in_turn_are_runs_in_turn(root: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_learned_is_said(root: Path, tmp_path: Path) -> None:
     model = load(root / "classifier")
-    with pytest.raises(ConfigError, match="no class"):
+    with pytest.raises(DataError, match="label 1: 'label' is blank"):
         learned(model, [data.Label(text="a", label="")], tmp_path / "a")
     module = model.ask(Gradients).module()
     from lfm.distilling.classes import widened

@@ -12,7 +12,7 @@ import torch
 import tiny
 from case import Case
 from lfm.core import Inputs, Model
-from lfm.core.errors import ConfigError, MismatchError
+from lfm.core.errors import ConfigError, DataError, MismatchError
 from lfm.data import records as data
 from lfm.data.files import write
 from lfm.distilling.telling import IDS, TOLD
@@ -159,7 +159,7 @@ def test_what_cannot_go_together_is_said_first(root: Path, tmp_path: Path) -> No
     with pytest.raises(MismatchError, match="cannot learn the answers of a causal-lm"):
         distill([one, load(root / "causal0")], student, LABELS, tmp_path)
     nameless = [data.Label(text=record.text, label="") for record in LABELS]
-    with pytest.raises(ConfigError, match="no class"):
+    with pytest.raises(DataError, match="is blank"):
         distill([one, two], student, nameless, tmp_path, alpha=1.0)
     distill([one, two], student, nameless, tmp_path, alpha=1.0, weighting="agreement", steps=1)
 

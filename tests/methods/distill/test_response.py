@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import tiny
 from case import Case
 from lfm.core import Codec, Gradients, Inputs, Logits, Model
-from lfm.core.errors import ConfigError, MismatchError, ModelError
+from lfm.core.errors import DataError, MismatchError, ModelError
 from lfm.core.method import check
 from lfm.data import records as data
 from lfm.data.files import write
@@ -156,8 +156,11 @@ def test_classes_may_be_unknown_where_only_the_teacher_is_followed(root: Path, t
     named, _ = distill(teacher, student, LABELS, tmp_path / "a", alpha=1.0)
     made, _ = distill(teacher, student, nameless, tmp_path / "b", alpha=1.0)
     assert made.digest == named.digest
-    with pytest.raises(ConfigError, match="alpha=1"):
+    with pytest.raises(DataError, match="alpha=1"):
         distill(teacher, student, nameless, tmp_path / "c")
+    speaks, learns = load(root / "causal0"), load(root / "causal1")
+    _, run = distill(speaks, learns, nameless, tmp_path / "d", alpha=1.0)  # it has no class to put in the place
+    assert run.notes["loss_after"] < run.notes["loss_before"]
 
 
 def test_who_cannot_teach_whom_is_said_before_a_weight_is_read(root: Path, tmp_path: Path) -> None:

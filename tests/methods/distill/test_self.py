@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tiny
 from case import Case
 from lfm.core import Gradients, Model
-from lfm.core.errors import ConfigError
+from lfm.core.errors import DataError
 from lfm.data import records as data
 from lfm.data.files import write
 from lfm.distilling.student import formed
@@ -89,7 +89,7 @@ def test_a_nameless_net_cannot_be_born_again(tmp_path: Path) -> None:
 
     nameless = [data.Label(text=record.text, label="") for record in LABELS]
     model = load(tiny.classifier(tmp_path / "m"))
-    with pytest.raises(ConfigError, match="no class"):
+    with pytest.raises(DataError, match="is blank"):
         born(model, nameless, tmp_path / "a")
     born(model, nameless, tmp_path / "b", alpha=1.0, steps=1)
     self.agree(self.Config(), Inputs({"model": (model,)}, {"train": LABELS}))

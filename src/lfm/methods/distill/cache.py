@@ -22,9 +22,10 @@ from typing import Annotated
 
 import lfm.core
 from lfm.core import Answers, Codec, Cost, Data, DataSlot, Inputs, Meta, Method, Model, Run, Sizes, Slot
+from lfm.data.shares import classless
+from lfm.data.suited import worded
 from lfm.distilling import answers, keeping
 from lfm.distilling import lesson as lessons
-from lfm.train import worded
 
 
 class Config(lfm.core.Config, frozen=True):
@@ -36,7 +37,7 @@ class Config(lfm.core.Config, frozen=True):
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher = inputs.model("teacher")
     reader = next(iter(inputs.all("reader")), teacher)
-    records = lessons.classed(inputs.records("train"), reader, unread=True)
+    records = classless(inputs.records("train"), reader)
     lesson = keeping.lesson(records, teacher, reader)
     kept = next(iter(inputs.all("kept")), None)
     return keeping.keep(lesson, teacher, reader.facts, config.k, run, kept)

@@ -14,7 +14,7 @@ Models: teacher (Logits, Codec), student (Gradients, Codec): classifiers of text
 classes have the same names in any order. Data: `seen`, what the teacher reads, and `train`, what the student reads of
 the same things: as many records, in the same order. Classes are read from `train` alone, and with alpha=1 may be empty.
 The teacher is asked once a record. Errors: MismatchError where classes differ; DataError where one cannot read its
-records, or there are not as many of both; ConfigError where a class is empty and alpha < 1; DivergedError.
+records, there are not as many of both, or a class is empty and alpha < 1; DivergedError.
 
     lfm run distill.cross_modal teacher=sees student=reads seen=images.jsonl train=texts.jsonl --out taught
 """
@@ -26,6 +26,8 @@ from typing import Annotated
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import DataError, MismatchError
 from lfm.data import task as tasks
+from lfm.data.shares import classless
+from lfm.data.suited import fitting, worded
 from lfm.distilling import lesson as lessons
 from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import taught
@@ -42,7 +44,7 @@ class Config(Taught, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher, student = inputs.model("teacher"), inputs.model("student")
-    records = lessons.classed(inputs.records("train"), student, unread=config.alpha == 1)
+    records = classless(inputs.records("train"), student)
     lesson = paired(records, inputs.records("seen"), teacher, student)
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run, lesson=lesson)
@@ -62,8 +64,10 @@ def agree(config: Config, inputs: Inputs) -> None:
                 why="what a model of one modality tells another is probabilities of classes that both have",
                 fix="distill.response teaches language models",
             )
+    worded(seen)
     tasks.suits(seen, teacher.facts)
-    tasks.suits(read, student.facts)
+    fitting(seen, teacher, teacher.facts._replace(labels=()))  # classes are read of the student's records alone
+    lessons.readable(Inputs({"student": (student,)}, {"train": read}), learned=config.alpha < 1)
     if set(teacher.facts.labels) != set(student.facts.labels):
         shown = ["; ".join(model.facts.labels[:5]) or "none" for model in (teacher, student)]
         raise MismatchError(

@@ -49,7 +49,7 @@ from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import heard
 from lfm.models import forward
 from lfm.models.headless import headless
-from lfm.train import fit, training, worded
+from lfm.train import fit, training
 from lfm.train.headed import rowwise
 from lfm.train.losses import kl
 
@@ -166,7 +166,7 @@ def agree(config: Config, inputs: Inputs) -> None:
                 why="tokens are compared where both models have read the same text and say what comes next",
                 fix="two causal language models",
             )
-    worded(inputs.records("train"))
+    lessons.readable(inputs)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

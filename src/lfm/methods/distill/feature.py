@@ -43,12 +43,13 @@ from lfm.core import (
     Slot,
 )
 from lfm.core.heavy import nn, torch
+from lfm.data.shares import classless
 from lfm.distilling import answering, inside
 from lfm.distilling import lesson as lessons
 from lfm.distilling.answering import Answering
 from lfm.distilling.student import formed, smaller
 from lfm.models import device, forward, structure
-from lfm.train import fit, seeded, training, worded
+from lfm.train import fit, seeded, training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +71,7 @@ class Config(Answering, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher, student = inputs.model("teacher"), inputs.model("student")
-    records = lessons.classed(inputs.records("train"), student, unread=config.alpha == 1)
+    records = classless(inputs.records("train"), student)
     lesson = lessons.lesson(records, teacher, student)
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run, lesson=lesson)
@@ -131,7 +132,7 @@ def agree(config: Config, inputs: Inputs) -> None:
     teacher, student = inputs.model("teacher"), inputs.model("student")
     lessons.agree(teacher, student)
     inside.agree(teacher, student)
-    worded(inputs.records("train"))
+    lessons.readable(inputs, learned=config.alpha < 1)
     answering.agree(config, teacher)
 
 

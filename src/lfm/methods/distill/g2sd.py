@@ -47,6 +47,7 @@ from lfm.core import (
 )
 from lfm.core.errors import MismatchError, ModelError
 from lfm.core.heavy import nn, torch
+from lfm.data.shares import classless
 from lfm.distilling import answering, inside, unmasking
 from lfm.distilling import lesson as lessons
 from lfm.distilling.answering import Answering
@@ -73,11 +74,11 @@ class Config(Answering, frozen=True):
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher, student = inputs.model("teacher"), inputs.model("student")
     gradients = student.ask(Gradients)
-    records = lessons.classed(inputs.records("train"), student, unread=config.alpha == 1)
+    records = classless(inputs.records("train"), student)
     lesson = lessons.lesson(records, teacher, student)
     module = formed(gradients.module(), config, run, lesson=lesson)
     pictures = inputs.records("images")
-    shown = lessons.lesson(lessons.classed(pictures, student, unread=True), teacher, student) if pictures else lesson
+    shown = lessons.lesson(classless(pictures, student), teacher, student) if pictures else lesson
     losses = _generic(config, inputs, shown, module, run)
     run.note(generic_before=losses[0], generic_after=losses[-1])
 
@@ -171,6 +172,9 @@ def agree(config: Config, inputs: Inputs) -> None:
             fix="distill.feature learns what is inside of any teacher",
         )
     lessons.agree(teacher, student)
+    for role in inputs.data:
+        given = Inputs({"student": (student,)}, {role: inputs.records(role)})
+        lessons.readable(given, learned=role == "train" and config.alpha < 1)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

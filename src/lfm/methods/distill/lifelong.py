@@ -26,17 +26,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
-from lfm.core.errors import ConfigError
 from lfm.core.heavy import F, nn
 from lfm.data import task as tasks
 from lfm.data.records import Record
 from lfm.data.shares import by_group
+from lfm.data.suited import classed, fitting, worded
 from lfm.distilling import lesson as lessons
 from lfm.distilling.classes import widened
 from lfm.distilling.telling import gap
 from lfm.distilling.together import paired
 from lfm.models import forward
-from lfm.train import Fit, fit, training, worded
+from lfm.train import Fit, fit, training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,9 +90,9 @@ def unknown(records: Sequence[Record], model: Model) -> list[str]:
 def agree(config: Config, inputs: Inputs) -> None:
     model, records = inputs.model("model"), inputs.records("train")
     worded(records)
+    classed(records)
     tasks.suits(records, model.facts)
-    if model.facts.task not in tasks.LANGUAGE and not all(getattr(record, "label", "") for record in records):
-        raise ConfigError("records have no class", why="a new task is learned from its classes", fix="name them")
+    fitting(records, model, model.facts._replace(labels=()))  # classes that it has not are new ones
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

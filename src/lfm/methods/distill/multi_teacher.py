@@ -18,7 +18,7 @@ Models: teacher, two or more, each of any access that distill.response takes (it
 classes, likeliest tokens; what the k likeliest leave is spread evenly); student (Gradients, Codec). Data: every kind;
 with alpha=1 and another weighting than confidence the classes of records may be empty. Classifiers are asked once a
 record, answers kept. Errors: MismatchError before any weight is read; ConfigError where `weights` and teachers differ
-in number, or a class is empty and is asked for; DivergedError.
+in number; DataError where a class is empty and is asked for; DivergedError.
 
     lfm run distill.multi_teacher teacher=one teacher=two student=small train=texts.jsonl --out taught
 """
@@ -30,13 +30,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import F, nn, torch
+from lfm.data.shares import classless
 from lfm.distilling import lesson as lessons
 from lfm.distilling.answers import ACCESS, queries
 from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import IDS, TOLD, gap
 from lfm.distilling.together import told_by, told_by_all
 from lfm.models import forward
-from lfm.train import fit, training, worded
+from lfm.train import fit, training
 from lfm.train.losses import complete, kl
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ class Config(Taught, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teachers, student = inputs.all("teacher"), inputs.model("student")
-    unread = config.alpha == 1 and config.weighting != "confidence"
-    records = lessons.classed(inputs.records("train"), student, unread=unread)
+    records = classless(inputs.records("train"), student)
     taught = [lessons.lesson(records, teacher, student) for teacher in teachers]
     task = taught[0].task
     gradients = student.ask(Gradients)
@@ -115,7 +115,7 @@ def agree(config: Config, inputs: Inputs) -> None:
     teachers = inputs.all("teacher")
     for teacher in teachers:
         lessons.agree(teacher, inputs.model("student"))
-    worded(inputs.records("train"))
+    lessons.readable(inputs, learned=config.alpha < 1 or config.weighting == "confidence")
     if config.weights and (len(config.weights) != len(teachers) or min(config.weights) < 0 or not sum(config.weights)):
         raise ConfigError(
             f"weights={list(config.weights)} for {len(teachers)} teachers",

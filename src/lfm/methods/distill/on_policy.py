@@ -44,7 +44,7 @@ from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import heard, scoring, taught
 from lfm.models.codec import pad, pad_id
 from lfm.models.device import device
-from lfm.train import fit, training, worded, world
+from lfm.train import fit, training, world
 from lfm.train.gradient import autocast
 from lfm.train.headed import rowwise
 from lfm.train.losses import kl
@@ -216,7 +216,7 @@ def agree(config: Config, inputs: Inputs) -> None:
             fix="a causal language model; distill.response teaches the others",
         )
     lessons.agree(teacher, student)
-    worded(inputs.records("train"))
+    lessons.readable(inputs)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -20,7 +20,7 @@ labels do as well as the teacher there, which needs none.
 
 Models: model (Gradients, Logits, Codec), with linear or convolution layers; teacher, optional (Logits, Codec). Data:
 every kind; with alpha=1, the default, the classes of records may be empty. Errors: MismatchError; ConfigError where
-`group` does not divide a layer's inputs, or a class is empty and alpha < 1; DivergedError.
+`group` does not divide a layer's inputs; DataError where a class is empty and alpha < 1; DivergedError.
 
     lfm run distill.quantised model=base train=texts.jsonl --set bits=4 --out rounded
 """
@@ -30,10 +30,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
+from lfm.data.shares import classless
 from lfm.distilling import lesson as lessons
 from lfm.distilling.telling import taught
 from lfm.models import layers
-from lfm.train import Fit, fit, training, worded
+from lfm.train import Fit, fit, training
 
 
 class Config(Fit, frozen=True):
@@ -50,7 +51,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
     model = inputs.model("model")
     teacher = next(iter(inputs.all("teacher")), model)
-    records = lessons.classed(inputs.records("train"), model, unread=config.alpha == 1)
+    records = classless(inputs.records("train"), model)
     lesson = lessons.lesson(records, teacher, model)
     gradients = model.ask(Gradients)
     module = gradients.module()
@@ -66,7 +67,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 def agree(config: Config, inputs: Inputs) -> None:
     for teacher in inputs.all("teacher"):
         lessons.agree(teacher, inputs.model("model"))
-    worded(inputs.records("train"))
+    lessons.readable(inputs, role="model", learned=config.alpha < 1)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

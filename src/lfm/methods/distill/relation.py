@@ -41,12 +41,13 @@ from lfm.core import (
     Slot,
 )
 from lfm.core.heavy import nn, torch
+from lfm.data.shares import classless
 from lfm.distilling import answering, inside, relations
 from lfm.distilling import lesson as lessons
 from lfm.distilling.answering import Answering
 from lfm.distilling.student import formed, smaller
 from lfm.models import structure
-from lfm.train import fit, training, worded
+from lfm.train import fit, training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ class Config(Answering, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher, student = inputs.model("teacher"), inputs.model("student")
-    records = lessons.classed(inputs.records("train"), student, unread=config.alpha == 1)
+    records = classless(inputs.records("train"), student)
     lesson = lessons.lesson(records, teacher, student)
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run, lesson=lesson)
@@ -101,7 +102,7 @@ def related(config: Config, s: Tensor, t: Tensor) -> Tensor:
 def agree(config: Config, inputs: Inputs) -> None:
     teacher, student = inputs.model("teacher"), inputs.model("student")
     lessons.agree(teacher, student)
-    worded(inputs.records("train"))
+    lessons.readable(inputs, learned=config.alpha < 1)
     answering.agree(config, teacher)
 
 

@@ -17,8 +17,8 @@ tokens: one query a place, paid once), student (Gradients, Codec). Of the k like
 outcomes; else what they leave is spread evenly. Two language models must share kind and vocabulary; two
 classifiers the names of their classes, in any order; each then reads the records its own way. Data: every kind; with
 alpha=1 the classes of records may be empty. A classifying teacher is asked once a record; its answers (N, classes) are
-kept. Errors: MismatchError, and DataError naming a record that is blank or of no class, before any weight is read;
-ConfigError where a class is empty and alpha < 1; DivergedError.
+kept. Errors: MismatchError, and DataError naming a record that is blank, or of no class where alpha < 1, before any
+weight is read; DivergedError.
 
     lfm run distill.response teacher=big student=small train=texts.jsonl --set temperature=4 --out taught
 """
@@ -28,11 +28,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot
+from lfm.data.shares import classless
 from lfm.distilling import lesson as lessons
 from lfm.distilling.answers import ACCESS, queries
 from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import taught
-from lfm.train import fit, suited, training
+from lfm.train import fit, training
 from lfm.train.losses import Divergence
 
 
@@ -44,7 +45,7 @@ class Config(Taught, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher, student = inputs.model("teacher"), inputs.model("student")
-    records = lessons.classed(inputs.records("train"), student, unread=config.alpha == 1)
+    records = classless(inputs.records("train"), student)
     lesson = lessons.lesson(records, teacher, student)
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run, lesson=lesson)
@@ -57,7 +58,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 def agree(config: Config, inputs: Inputs) -> None:
     lessons.agree(inputs.model("teacher"), inputs.model("student"))
-    suited(config, Inputs({"student": inputs.all("student")}, inputs.data), classed=False)
+    lessons.readable(inputs, learned=config.alpha < 1)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -11,8 +11,8 @@ Measured (docs/distilling.md): a small ViT on 300 digits, .922 right, came to .9
 .925 trained once more without a teacher: no gain that seeds do not make (deviations up to .019).
 
 Models: model (Logits, Gradients, Codec), of any task. Data: every kind; with alpha=1 the classes of records may be
-empty. Errors: DataError; ConfigError where a class is empty and alpha < 1, or start=random and the architecture is none
-of transformers'; DivergedError.
+empty. Errors: DataError, also where a class is empty and alpha < 1; ConfigError where start=random and the
+architecture is none of transformers'; DivergedError.
 
     lfm run distill.self model=base train=texts.jsonl --set generations=2 --out born
 """
@@ -22,10 +22,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
+from lfm.data.shares import classless
 from lfm.distilling import lesson as lessons
 from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.telling import taught
-from lfm.train import fit, suited, training
+from lfm.train import fit, training
 
 
 class Config(Taught, frozen=True):
@@ -39,7 +40,7 @@ class Config(Taught, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     model = inputs.model("model")
-    records = lessons.classed(inputs.records("train"), model, unread=config.alpha == 1)
+    records = classless(inputs.records("train"), model)
     gradients, teacher = model.ask(Gradients), model
     for generation in range(1, config.generations + 1):
         lesson = lessons.lesson(records, teacher, model)
@@ -53,7 +54,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    suited(config, inputs, classed=False)
+    lessons.readable(inputs, role="model", learned=config.alpha < 1)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

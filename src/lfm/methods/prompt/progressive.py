@@ -137,8 +137,7 @@ def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
 
 def agree(config: Config, inputs: Inputs) -> None:
     base, groups = inputs.model("base"), tasks_of(inputs.records("train"), "a prompt")
-    for records in groups.values():
-        prompts.readable(base, Inputs({"base": (base,)}, {"train": records}))
+    prompts.readable(base, Inputs({"base": (base,)}, inputs.data))
     before = 0
     for earlier in inputs.all("earlier"):
         held = earlier.ask(Prompts)

@@ -51,10 +51,11 @@ from lfm.core.heavy import np, torch
 from lfm.core.method import Amount
 from lfm.data import heads
 from lfm.data.records import Label, Pair, Text
+from lfm.data.suited import worded
 from lfm.models import forward, local
 from lfm.models.program import program
 from lfm.prompting.classifier import labels_of, spoken
-from lfm.train import Fit, fit, training, worded
+from lfm.train import Fit, fit, training
 from lfm.tuners import prompts
 
 if TYPE_CHECKING:
@@ -249,7 +250,8 @@ def agree(config: Config, inputs: Inputs) -> None:
             fix="a causal or a masked language model; prompt.api_few_shot for an encoder",
         )
     labels = labels_of(train)
-    worded(train)
+    for records in inputs.data.values():
+        worded(records)
     for role in ("unlabeled", "dev"):
         other = inputs.records(role)
         if len(other) and isinstance(other[0], Pair) != isinstance(train[0], Pair):

@@ -200,7 +200,7 @@ METHOD = Method(
     },
     data={
         "data": DataSlot(
-            Data.FEW_SHOT,
+            Data.UNLABELED,
             ("text", "label", "pair", "image", "fact", "completion"),
             help="inputs of each model's task, grouped",
         )

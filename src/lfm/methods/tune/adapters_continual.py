@@ -35,7 +35,7 @@ from lfm.data.wording import wording
 from lfm.models import adapter, device, dispatch, forward
 from lfm.models.program import program
 from lfm.tensors.discriminant import Router, routed
-from lfm.train import Fit, fit, once, seeded, training, worded
+from lfm.train import Fit, fit, once, seeded, suited, training
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -139,7 +139,7 @@ def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    worded(inputs.records("train"))
+    suited(config, inputs, role="base")
     base, groups = inputs.model("base"), tasks_of(inputs.records("train"), "an adapter")
     for earlier in inputs.all("earlier"):
         held = earlier.ask(Adapters)

@@ -45,6 +45,7 @@ from lfm.core.heavy import torch
 from lfm.data import task as tasks
 from lfm.models.language import CausalLogprobs, CausalText, MaskedLogprobs
 from lfm.models.program import program
+from lfm.train import suited
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,6 +136,7 @@ def open(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
 
 
 def agree(config: Config, inputs: Inputs) -> None:
+    suited(config, inputs, role="base")
     base, tuned = inputs.model("base").facts, inputs.model("tuned").facts
     for what, ours, theirs in (
         ("tasks", base.task, tuned.task),

@@ -33,10 +33,11 @@ from lfm.core.model import Facts
 from lfm.data import heads
 from lfm.data import task as tasks
 from lfm.data.records import Label, Pair
+from lfm.data.suited import fitting
 from lfm.models import forward, local
 from lfm.models.mixing import load_into, parameters_of
 from lfm.models.program import program
-from lfm.train import Fit, fit, once, training, worded
+from lfm.train import Fit, fit, once, suited, training
 from lfm.train.embeddings import changed_embeddings, raising
 
 if TYPE_CHECKING:
@@ -167,9 +168,10 @@ def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:
 
 
 def agree(config: Config, inputs: Inputs) -> None:
-    for role in inputs.data:
-        worded(inputs.records(role))
-    told(cast("Sequence[Label | Pair]", inputs.records("train")), inputs.model("model"), config)
+    model, dev = inputs.model("model"), inputs.records("dev")
+    labels = told(cast("Sequence[Label | Pair]", inputs.records("train")), model, config)["facts"]["labels"]
+    suited(config, inputs)
+    fitting(dev, model, model.facts._replace(task=CLASSIFIER, labels=tuple(labels)))
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

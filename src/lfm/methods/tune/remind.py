@@ -33,7 +33,7 @@ from lfm.data.shares import by_group
 from lfm.models import device
 from lfm.models.halves import Half, halved, handed, plastic
 from lfm.tensors import codebooks
-from lfm.train import Fit, fit, training
+from lfm.train import Fit, fit, suited, training
 from lfm.train.replay import Seen, remembered
 
 if TYPE_CHECKING:
@@ -162,6 +162,7 @@ def agree(config: Config, inputs: Inputs) -> None:
             why=f"{model.ref} is {model.facts.task or 'of no known task'}",
             fix="tune.adapters_continual learns tasks one after another with other models",
         )
+    suited(config, inputs)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -30,6 +30,7 @@ from lfm.core.errors import MismatchError
 from lfm.core.heavy import F, torch
 from lfm.data import task as tasks
 from lfm.data.shares import classless
+from lfm.data.suited import fitting, worded
 from lfm.models import device, forward, layers, structure
 from lfm.tensors.clusters import clustered
 from lfm.train import Fit, fit, once, training
@@ -161,6 +162,10 @@ def agree(config: Config, inputs: Inputs) -> None:
             why=f"{model.ref} is {model.facts.task or 'of no known task'}",
             fix="give a classifier of images, sounds or texts",
         )
+    target = inputs.records("target")
+    tasks.suits(target, model.facts)
+    worded(target)
+    fitting(target, model, model.facts._replace(labels=()))  # whatever classes they say are not read
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -63,7 +63,7 @@ from lfm.search import Trial
 from lfm.search.alternatives import fixed
 from lfm.search.halving import halving, shares
 from lfm.search.outcome import Ended, Result, failed, furthest, noted, ranked, told
-from lfm.train import LEARNT
+from lfm.train import LEARNT, suited
 from lfm.train.examine import marked
 from lfm.tuners.candidates import candidates, fits, knobs
 
@@ -222,6 +222,7 @@ def parted(config: Config, inputs: Inputs, seed: int) -> dict[str, list[Any]]:
 
 def agree(config: Config, inputs: Inputs) -> None:
     asked(config, inputs)
+    suited(config, inputs)
     train, dev, valid = (len(inputs.records(role)) for role in ("train", "dev", "valid"))
     if (not dev and train < 3 - bool(valid)) or (dev == 1 and not valid):
         raise DataError(

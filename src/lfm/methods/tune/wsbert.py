@@ -29,7 +29,7 @@ from lfm.data.language import IGNORED
 from lfm.data.records import Text
 from lfm.models import device, forward
 from lfm.models.codec import pad, pad_id
-from lfm.train import Fit, fit, seeded, training, worded
+from lfm.train import Fit, fit, seeded, suited, training
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -164,8 +164,7 @@ def agree(config: Config, inputs: Inputs) -> None:
             why=f"{model.ref} is {model.facts.task or 'of no known task'}",
             fix="give a model with a masked-language-modelling head",
         )
-    for records in inputs.data.values():
-        worded(records)
+    suited(config, inputs)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -46,6 +46,15 @@ def where(records: Sequence[Record], place: int) -> str:
     return f"{kind_of(records[place])} {place + 1}"
 
 
+def told_by(records: Sequence[Record], made: Sequence[Record], places: Sequence[int]) -> Sequence[Record]:
+    """Records made of others, each of the one at its place: users find them where those were read (see `where`)."""
+    if not isinstance(records, Lines):
+        return tuple(made)
+    found = Lines(made)
+    found.path, found.lines = records.path, [records.lines[place] for place in places]
+    return found
+
+
 def read(ref: str | Path, kind: str = "text") -> tuple[Record, ...]:
     """The records of a .jsonl, .json, .csv, .tsv, .parquet or .txt file (one text a line), or of a directory that
     `datasets` saved, all of one kind.

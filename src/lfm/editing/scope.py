@@ -15,7 +15,20 @@ import msgspec
 
 from lfm.core.heavy import torch
 from lfm.core.method import Parts
-from lfm.core.model import Codec, Gradients, Logits, Logprobs, LowRank, Model, Ranked, Score, Text, Weights
+from lfm.core.model import (
+    Codec,
+    Gradients,
+    Logits,
+    Logprobs,
+    LowRank,
+    Model,
+    Ranked,
+    Said,
+    Score,
+    Text,
+    Weights,
+    said_by,
+)
 from lfm.data.records import Edit
 from lfm.data.wording import spaced
 from lfm.editing import form, memory, outcome
@@ -160,17 +173,11 @@ class Routed:
         seen = means(self._module, self._model.ask(Codec), self.scope.block, prompts)
         return nearest(self.scope.keys, seen @ self.scope.map)
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_tokens: int = 64,
-        temperature: float = 0.0,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> list[str]:
-        how: Any = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop, "seed": seed}
-        return self._both(Text, prompts, lambda speaker, asked, _: speaker.generate(asked, **how))
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        return [one.text for one in self.said(prompts, **how)]
+
+    def said(self, prompts: Sequence[str], **how: Any) -> list[Said]:
+        return self._both(Text, prompts, lambda speaker, asked, _: said_by(speaker, asked, **how))
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str], suffixes: Sequence[str] = ()) -> list[Score]:
         endings = suffixes or [""] * len(prompts)

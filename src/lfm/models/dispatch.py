@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
 
 from lfm.core.heavy import peft, torch
-from lfm.core.model import Batch, Codec, Gradients, Logits, Logprobs, Model, Ranked, Score, Text
+from lfm.core.model import Batch, Codec, Gradients, Logits, Logprobs, Model, Ranked, Said, Score, Text
 from lfm.models import layers, structure
 from lfm.models.device import device, forward
 from lfm.models.language import CausalLogprobs, MaskedLogprobs, Seq2SeqLogprobs, limit_of
@@ -140,20 +140,12 @@ class PromptedText:
     def __init__(self, dispatch: Dispatch, codec: Codec) -> None:
         self._dispatch, self._codec = dispatch, codec
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_tokens: int = 64,
-        temperature: float = 0.0,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> list[str]:
-        def ask(module: Any, rows: Sequence[int]) -> list[str]:
-            said = LocalText(lambda: module, self._codec)
-            return said.generate(
-                [prompts[i] for i in rows], max_tokens=max_tokens, temperature=temperature, stop=stop, seed=seed
-            )
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        return [one.text for one in self.said(prompts, **how)]
+
+    def said(self, prompts: Sequence[str], **how: Any) -> list[Said]:
+        def ask(module: Any, rows: Sequence[int]) -> list[Said]:
+            return LocalText(lambda: module, self._codec).said([prompts[i] for i in rows], **how)
 
         return self._dispatch.by_prompt(prompts, ask)
 

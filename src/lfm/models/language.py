@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import ConfigError, DataError
 from lfm.core.heavy import torch
-from lfm.core.model import Batch, Codec, Ranked, Score
+from lfm.core.model import Batch, Codec, Ranked, Said, Score
 from lfm.models.beginnings import Alike, alike
 from lfm.models.codec import pad, pad_id
 
@@ -132,7 +132,10 @@ class CausalText:
     def __init__(self, logits: LogitsFn, codec: Codec) -> None:
         self._logits, self._codec = logits, codec
 
-    def generate(
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        return [one.text for one in self.said(prompts, **how)]
+
+    def said(
         self,
         prompts: Sequence[str],
         *,
@@ -140,7 +143,8 @@ class CausalText:
         temperature: float = 0.0,
         stop: Sequence[str] = (),
         seed: int = 0,
-    ) -> list[str]:
+    ) -> list[Said]:
+        """As generate, with whether each went on when its room for new tokens was at an end."""
         tokenizer = self._codec.tokenizer
         rows = rows_of(tokenizer, prompts, max_tokens)
         _drop_final_eos(tokenizer, rows)
@@ -164,7 +168,8 @@ class CausalText:
                     rows[i].append(token)
                     if stop and any(s in tokenizer.decode(rows[i][starts[i] :]) for s in stop):
                         going.discard(i)
-        return [cut(continuation(tokenizer, row, start), stop) for row, start in zip(rows, starts, strict=True)]
+        texts = [cut(continuation(tokenizer, row, start), stop) for row, start in zip(rows, starts, strict=True)]
+        return [Said(text, i in going) for i, text in enumerate(texts)]
 
 
 def _choose(logits: Tensor, temperature: float, random: torch.Generator) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-from lfm.core.model import Logprobs, Model, Ranked, Score, Text
+from lfm.core.model import Logprobs, Model, Ranked, Said, Score, Text, said_by
 
 
 def interfaces(part: Model, prefix: str) -> dict[type, Callable[[], Any]]:
@@ -23,17 +23,11 @@ class PrefixedText:
     def __init__(self, text: Text, prefix: str) -> None:
         self._text, self._prefix = text, prefix
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_tokens: int = 64,
-        temperature: float = 0.0,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> list[str]:
-        asked = [self._prefix + prompt for prompt in prompts]
-        return self._text.generate(asked, max_tokens=max_tokens, temperature=temperature, stop=stop, seed=seed)
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        return [one.text for one in self.said(prompts, **how)]
+
+    def said(self, prompts: Sequence[str], **how: Any) -> list[Said]:
+        return said_by(self._text, [self._prefix + prompt for prompt in prompts], **how)
 
 
 @final

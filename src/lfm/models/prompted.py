@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import DataError
 from lfm.core.heavy import peft, safetensors_torch, torch
-from lfm.core.model import Embeddings, Injection, Logprobs, Model, Ranked, Score, Text
+from lfm.core.model import Embeddings, Injection, Logprobs, Model, Ranked, Said, Score, Text
 from lfm.models.language import cut
 from lfm.models.soft import ManyPrompts
 
@@ -178,7 +178,10 @@ class EmbeddingsText:
     def __init__(self, embeddings: Embeddings) -> None:
         self._embeddings = embeddings
 
-    def generate(
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        return [one.text for one in self.said(prompts, **how)]
+
+    def said(
         self,
         prompts: Sequence[str],
         *,
@@ -186,7 +189,8 @@ class EmbeddingsText:
         temperature: float = 0.0,
         stop: Sequence[str] = (),
         seed: int = 0,
-    ) -> list[str]:
+    ) -> list[Said]:
+        """As generate, with whether each went on when max_tokens were made."""
         said, going = [""] * len(prompts), list(range(len(prompts)))
         for place in range(max_tokens):
             rows = self._embeddings.embed([prompts[i] + said[i] for i in going])
@@ -200,7 +204,7 @@ class EmbeddingsText:
                     going.remove(i)
             if not going:
                 break
-        return said
+        return [Said(text, i in going) for i, text in enumerate(said)]
 
 
 def _choose(row: Ranked, temperature: float, key: str) -> str:

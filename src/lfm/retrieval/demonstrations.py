@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from lfm.core.method import Parts
-from lfm.core.model import Codec, Features, Logprobs, Model, Ranked, Score, Text
+from lfm.core.model import Codec, Features, Logprobs, Model, Ranked, Said, Score, Text, said_by
 from lfm.data.alike import by_words
 from lfm.data.wording import spaced
 from lfm.models.language import cut
@@ -122,28 +122,20 @@ class ToldText:
     def __init__(self, contexts: Contexts) -> None:
         self._contexts = contexts
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_tokens: int = 64,
-        temperature: float = 0.0,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        return [one.text for one in self.said(prompts, **how)]
+
+    def said(self, prompts: Sequence[str], **how: Any) -> list[Said]:
         before = [self._contexts.before(prompt) for prompt in prompts]
-        said = (
-            self._contexts.parts.model("model")
-            .ask(Text)
-            .generate(
-                [told + prompt for told, prompt in zip(before, prompts, strict=True)],
-                max_tokens=max_tokens,
-                temperature=temperature,
-                stop=stop,
-                seed=seed,
-            )
-        )
-        return [cut(text, (END,)) if told else text for told, text in zip(before, said, strict=True)]
+        asked = [told + prompt for told, prompt in zip(before, prompts, strict=True)]
+        said = said_by(self._contexts.parts.model("model").ask(Text), asked, **how)
+        return [_ended(one) if told else one for told, one in zip(before, said, strict=True)]
+
+
+def _ended(said: Said) -> Said:
+    """What was said up to the end of an example; where that came, nothing cut it."""
+    text = cut(said.text, (END,))
+    return Said(text, said.cut and text == said.text)
 
 
 @final

@@ -27,7 +27,7 @@ import lfm.core
 from lfm.core import Cost, Data, DataSlot, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot, Text
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import np
-from lfm.core.model import Classes
+from lfm.core.model import Classes, Said, said_by
 from lfm.data.answers import EDGES, begins_with, elected, final_answer
 from lfm.data.records import Label
 from lfm.data.wording import spaced
@@ -85,18 +85,26 @@ class Votes:
 
     def samples(self, prompts: Sequence[str], seed: int) -> list[list[str]]:
         """The final answers to each prompt, in the order given; empty where a sample has none."""
+        return [[one.text for one in answers] for answers in self.finals(prompts, seed)]
+
+    def finals(self, prompts: Sequence[str], seed: int) -> list[list[Said]]:
+        """As samples, with whether the sample was cut."""
         config = self._config
-        said = self._model.ask(Text).generate(
+        said = said_by(
+            self._model.ask(Text),
             [prompt for prompt in prompts for _ in range(config.samples)],
             max_tokens=config.max_tokens,
             temperature=config.temperature,
             stop=config.stop,
             seed=seed,
         )
-        finals = [final_answer(text, config.answer) for text in said]
+        finals = [Said(final_answer(one.text, config.answer), one.cut) for one in said]
         return [finals[i : i + config.samples] for i in range(0, len(finals), config.samples)]
 
-    def generate(
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        return [one.text for one in self.said(prompts, **how)]
+
+    def said(
         self,
         prompts: Sequence[str],
         *,
@@ -104,10 +112,20 @@ class Votes:
         temperature: float = 0.0,
         stop: Sequence[str] = (),
         seed: int = 0,
-    ) -> list[str]:
-        """The answers alone, however many tokens the samples took; a vote has no temperature of its own."""
-        found = [elected(answers) for answers in self.samples(prompts, seed)]
-        return [cut(spaced(prompt, answer), stop) for prompt, answer in zip(prompts, found, strict=True)]
+    ) -> list[Said]:
+        """The answers alone, however many tokens the samples took; a vote has no temperature of its own.
+
+        One is cut where every sample that gave it was.
+        """
+        found = [vote(answers) for answers in self.finals(prompts, seed)]
+        return [Said(cut(spaced(prompt, one.text), stop), one.cut) for prompt, one in zip(prompts, found, strict=True)]
+
+
+def vote(answers: Sequence[Said]) -> Said:
+    """The answer given most often, and whether all who gave it were cut."""
+    winner = elected([one.text for one in answers])
+    same = [one for one in answers if one.text.strip(EDGES).casefold() == winner.strip(EDGES).casefold()]
+    return Said(winner, all(one.cut for one in same))
 
 
 @final

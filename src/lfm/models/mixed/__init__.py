@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import nn, torch
-from lfm.core.model import Batch, Codec, Gradients, Logits, Logprobs, Model, Text
+from lfm.core.model import Batch, Codec, Gradients, Logits, Logprobs, Model, Said, Text
 from lfm.models import adapter, structure
 from lfm.models.device import device, forward, taken
 from lfm.models.language import CausalLogprobs
@@ -77,7 +77,7 @@ class Mixed:
         self._turn, self._module = Turn(), module
         _gather(module, list(adapters.values()), self._turn)
         self._busy, self._guard = threading.Lock(), threading.Lock()
-        self._waiting: list[tuple[Asked, list[str | Exception]]] = []
+        self._waiting: list[tuple[Asked, list[Said | Exception]]] = []
 
     def logits(self, batch: Batch, adapters: Sequence[str | None]) -> Tensor:
         """fp32 logits. adapters: each row's by name, None for the base itself. ConfigError for a name not known."""
@@ -88,7 +88,11 @@ class Mixed:
         with self._busy, torch.no_grad(), self._taking(adapters):
             return forward(self._module, batch)
 
-    def generate(
+    def generate(self, prompts: Sequence[str], adapters: Sequence[str | None], **how: Any) -> list[str]:
+        """What each adapter says after its prompt."""
+        return [one.text for one in self.said(prompts, adapters, **how)]
+
+    def said(
         self,
         prompts: Sequence[str],
         adapters: Sequence[str | None],
@@ -97,14 +101,14 @@ class Mixed:
         temperature: float = 0.0,
         stop: Sequence[str] = (),
         seed: int = 0,
-    ) -> list[str]:
-        """What each adapter says after its prompt. Whoever gets the module first answers all who came meanwhile."""
+    ) -> list[Said]:
+        """As generate, with whether each was cut. Whoever gets the module first answers all who came meanwhile."""
         if len(adapters) != len(prompts):
             raise ConfigError(f"{len(adapters)} adapters are named for {len(prompts)} prompts")
         self._numbers(adapters)
         codec = self.base.ask(Codec)
         rows = asked(self._module, codec, prompts, adapters, max_tokens, temperature, stop, seed)
-        mine: list[tuple[Asked, list[str | Exception]]] = [(row, []) for row in rows]
+        mine: list[tuple[Asked, list[Said | Exception]]] = [(row, []) for row in rows]
         with self._guard:
             self._waiting += mine
         with self._busy:
@@ -179,7 +183,10 @@ class _One:
         return self._mixture.logits(batch, [self._name] * len(next(iter(batch.values()))))
 
     def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
-        return self._mixture.generate(prompts, [self._name] * len(prompts), **how)
+        return [one.text for one in self.said(prompts, **how)]
+
+    def said(self, prompts: Sequence[str], **how: Any) -> list[Said]:
+        return self._mixture.said(prompts, [self._name] * len(prompts), **how)
 
 
 def _gather(module: nn.Module, adapters: Sequence[Mapping[str, Change]], turn: Any) -> None:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import torch, transformers
-from lfm.core.model import Codec
+from lfm.core.model import Codec, Said
 from lfm.models.codec import pad, pad_id
 from lfm.models.device import taken
 from lfm.models.language import batches, continuation, cut, rows_of
@@ -55,9 +55,9 @@ def answered(
     codec: Codec,
     rows: Sequence[Asked],
     taking: Callable[[Sequence[str | None]], AbstractContextManager[object]],
-) -> list[str]:
-    """Each row's answer. taking: rows' adapters, in force inside it."""
-    texts = [""] * len(rows)
+) -> list[Said]:
+    """Each row's answer, and whether its room for new tokens ended it. taking: rows' adapters, in force inside it."""
+    texts = [Said("")] * len(rows)
     # shorter prompts are padded in front where the module is told each token's position
     told = "position_ids" in (taken(type(module)) or ()) or module.config.is_encoder_decoder
     for group in batches([len(row.ids) + row.most for row in rows]):
@@ -69,7 +69,7 @@ def answered(
     return texts
 
 
-def _batch(module: Any, codec: Codec, rows: list[Asked]) -> list[str]:
+def _batch(module: Any, codec: Codec, rows: list[Asked]) -> list[Said]:
     from lfm.models.mixed.modules import growing
 
     tokenizer, fill = codec.tokenizer, pad_id(codec.tokenizer)
@@ -108,13 +108,15 @@ def _batch(module: Any, codec: Codec, rows: list[Asked]) -> list[str]:
     texts = []
     for row, ids in zip(rows, out[:, start:].tolist(), strict=True):
         made = ids[: row.most]
-        if tokenizer.eos_token_id in made:
+        ended = tokenizer.eos_token_id in made
+        if ended:
             made = made[: made.index(tokenizer.eos_token_id)]
         if whole:
             text = tokenizer.decode(made, skip_special_tokens=True)
         else:
             text = continuation(tokenizer, [*row.ids, *made], len(row.ids))
-        texts.append(cut(text, row.stop))
+        shown = cut(text, row.stop)
+        texts.append(Said(shown, not ended and shown == text))
     return texts
 
 

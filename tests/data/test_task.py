@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, processors
 import tiny
 from lfm.core.errors import DataError
 from lfm.core.model import Facts
+from lfm.data.files import read, where, write
 from lfm.data.records import Completion, Edit, Fact, Image, Label, Pair, Text
 from lfm.data.task import fit, task_for
 from lfm.data.wording import spaced, wording
@@ -276,6 +277,13 @@ def test_a_long_text_is_cut_by_collate_and_split_by_fit(facts: Facts) -> None:
     lengths = [len(codec.tokenizer(p.text)["input_ids"]) for p in pieces]
     assert max(lengths) <= tiny.CONTEXT
     assert fit([PARIS], codec, facts) == (PARIS,)
+
+
+def test_a_piece_is_found_where_its_text_was_read(tmp_path: Path) -> None:
+    write([Text(text="the cat"), Text(text="the cat sat on the mat. " * 60)], tmp_path / "texts.jsonl")
+    pieces = fit(read(tmp_path / "texts.jsonl"), CODECS["causal-lm"], CAUSAL)
+    lines = [where(pieces, place).rpartition(":")[2] for place in range(len(pieces))]
+    assert len(pieces) > 3 and lines == ["1"] + ["2"] * (len(pieces) - 1)
 
 
 # ------------------------------------------------------------------------------------------ what cannot be taken

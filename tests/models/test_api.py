@@ -136,6 +136,15 @@ def test_a_server_whose_list_fails_is_used_by_name(tmp_path: Path) -> None:
         assert generate(model, "ab", max_tokens=1) == ["b"]
 
 
+def test_an_address_that_ends_before_the_api_begins_is_told_of(tmp_path: Path) -> None:
+    nowhere = [Reply({"detail": "Not Found"}, 404)] * 4
+    with scripted(then(nowhere, parrot(), path="/models")) as script:
+        bare = script.url.removesuffix("/v1")
+        with pytest.raises(EndpointError, match="lists no models") as error:
+            open_api(f"api:{bare}", cache=tmp_path, patience=Patience(sleep=Slept()))
+    assert f"api:{bare}/v1" in error.value.fix
+
+
 def opened_ref(script: Script) -> str:
     return f"api:{script.url}#"
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, final
 
 from lfm.core.errors import DataError
 from lfm.core.model import Batch, Codec, Facts
+from lfm.data.files import told_by
 from lfm.data.records import Audio, Chat, Image, Label, Pair, Record, Text
 
 if TYPE_CHECKING:
@@ -93,14 +94,16 @@ def suits(records: Sequence[Record], facts: Facts) -> None:
         )
 
 
-def fit(records: Sequence[Record], codec: Codec, facts: Facts) -> tuple[Record, ...]:
+def fit(records: Sequence[Record], codec: Codec, facts: Facts) -> Sequence[Record]:
     """The records with each text longer than the model's context split, at token boundaries, into texts that fit.
 
     Other kinds are returned as they are: collate cuts the beginning of their prompts.
     """
     from lfm.data import language
 
-    return tuple(part for record in records for part in language.split(record, codec, facts))
+    parts = [language.split(record, codec, facts) for record in records]
+    places = [place for place, some in enumerate(parts) for _ in some]
+    return told_by(records, [part for some in parts for part in some], places)
 
 
 def one_kind(records: Sequence[Record]) -> type[Record]:

@@ -156,6 +156,10 @@ def readable(inputs: Inputs, *, role: str = "student", learned: bool = False) ->
     suited(None, inputs, role=role, learns=f"{CLASSED}; with alpha=1 classes are not learned" if learned else "")
 
 
+def _one(task: str) -> str:
+    return f"{'an' if task[:1] in ('a', 'e', 'i') else 'a'} {task or 'model without a task'}"
+
+
 def agree(teacher: Model, student: Model) -> None:
     """That one answers what the other does: one task, and the same vocabulary or classes. MismatchError."""
     t, s = teacher.facts, student.facts
@@ -164,7 +168,7 @@ def agree(teacher: Model, student: Model) -> None:
         return  # it is asked in text, and its tokens are known by theirs
     if t.task != s.task:
         raise MismatchError(
-            f"a {s.task or 'model without a task'} cannot learn the answers of a {t.task or 'model without a task'}",
+            f"{_one(s.task)} cannot learn the answers of {_one(t.task)}",
             why=f"{student.ref} and {teacher.ref} answer different questions",
         )
     if s.task in tasks.LANGUAGE:

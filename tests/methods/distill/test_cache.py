@@ -26,7 +26,7 @@ from lfm.core.errors import AccessError, BudgetError, ConfigError, CorruptError,
 from lfm.core.method import check
 from lfm.core.model import Classes, Top
 from lfm.data import records as data
-from lfm.data.files import write
+from lfm.data.files import read, write
 from lfm.data.task import task_for
 from lfm.distilling import lesson as lessons
 from lfm.distilling.telling import IDS, TOLD
@@ -164,6 +164,9 @@ def test_what_does_not_fit_is_refused_before_training(root: Path, tmp_path: Path
     kept = keep(teacher, TEXTS[:4], tmp_path / "answers", 8)
     with pytest.raises(MismatchError, match=r"no answers to 2 of 6 records .*kept="):
         learn(kept, student, TEXTS, tmp_path / "more")
+    write(TEXTS, tmp_path / "texts.jsonl")
+    with pytest.raises(MismatchError, match=r"the first: \S*texts.jsonl:5"):
+        learn(kept, student, read(tmp_path / "texts.jsonl"), tmp_path / "file")
     tokenizer = tiny.byte_bpe()
     tokenizer.add_tokens(["<new>"])
     longer = tiny.causal(tmp_path / "words", vocab_size=len(tokenizer))
@@ -227,6 +230,9 @@ def test_a_torn_or_damaged_cache_is_told_of(root: Path, tmp_path: Path) -> None:
     index = index_of(tmp_path / "answers", 0)
     index.write_bytes(index.read_bytes()[::-1])
     with pytest.raises(MismatchError, match=r"index is not what answers.json says"):
+        _ = load(tmp_path / "answers").digest
+    index.unlink()
+    with pytest.raises(MismatchError, match=r"answers.json says(.|\n)*there is no such file"):
         _ = load(tmp_path / "answers").digest
     assert kept.kind == "answers"
 

@@ -171,6 +171,7 @@ def test_who_cannot_teach_whom_is_said_before_a_weight_is_read(root: Path, tmp_p
     tokenizer.save_pretrained(longer)
     for teacher, student, what in (
         (root / "causal0", root / "masked0", "a masked-lm cannot learn the answers of a causal-lm"),
+        (tiny.vit(tmp_path / "vit"), root / "causal0", "a causal-lm cannot learn the answers of an image-class"),
         (other, root / "classifier0", "different classes"),
         (longer, root / "causal0", "different vocabularies"),
     ):

@@ -181,7 +181,8 @@ def _digest(directory: Path, manifest: Manifest) -> str:
     for file, wanted in zip((directory / CODE, *(index_of(directory, i) for i in range(len(manifest.shards)))),
                             (manifest.code, *manifest.shards), strict=True):  # fmt: skip
         if not file.is_file() or _sum(file) != wanted:
-            raise MismatchError(f"{file} is not what {MANIFEST} says", why="its sha256 is another", fix=AGAIN)
+            why = "its sha256 is another" if file.is_file() else "there is no such file"
+            raise MismatchError(f"{file} is not what {MANIFEST} says", why=why, fix=AGAIN)
     whole = msgspec.json.encode(msgspec.structs.replace(manifest, teacher=""), order="deterministic")
     return hashlib.sha256(whole).hexdigest()
 

@@ -221,4 +221,5 @@ def _works(attempt: Callable[[], Any]) -> bool:
 def _plain(endpoint: Endpoint, error: Exception) -> EndpointError:
     if isinstance(error, EndpointError):
         return error
-    return EndpointError(f"{endpoint.url} lists no models", why=str(error), fix=f"name one: {endpoint.ref}NAME")
+    begins = "" if endpoint.url.endswith("/v1") else f"api:{endpoint.url}/v1, where most servers begin; or "
+    return EndpointError(f"{endpoint.url} lists no models", why=str(error), fix=f"{begins}name one: {endpoint.ref}NAME")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,18 @@ def test_completed_top_k_is_a_distribution_that_agrees_where_the_teacher_spoke(s
     torch.testing.assert_close(whole.gather(-1, ids).exp(), told.exp(), rtol=1e-5, atol=1e-6)
     if k >= 6:  # the one left over is determined
         torch.testing.assert_close(whole.exp(), t.exp(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_what_only_fills_a_row_of_the_likeliest_is_of_the_rest(kind: Any) -> None:
+    """An endpoint told one answer where others have three: .6, and .1 for each of the four others of five."""
+    ids = torch.tensor([[2, 0, 1]])
+    told = torch.tensor([[0.6, 0.0, 0.0]]).log()
+    whole = losses.complete(ids, told, 5)
+    torch.testing.assert_close(whole.exp(), torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]]))
+    sure = losses.complete(ids, torch.tensor([[1.0, 0.0, 0.0]]).log(), 5)
+    torch.testing.assert_close(sure.exp(), torch.eye(5)[None, 2])
+    assert losses.kd(torch.zeros(1, 5), sure, 1.0, kind).isfinite()
 
 
 @settings(deadline=None)

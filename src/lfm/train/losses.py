@@ -79,12 +79,14 @@ def complete(ids: Tensor, logprobs: Tensor, vocabulary: int) -> Tensor:
     """(N, V) log-probabilities from a teacher's k best (N, k): the mass it did not tell spread evenly over the rest.
 
     Of all completions it has the most entropy, and with it `kd` works at any temperature. k = V gives the teacher back.
+    Those told with −inf fill a row of which fewer were told, and are of the rest.
     """
-    k = ids.shape[-1]
     logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
+    told = logprobs > -math.inf
     rest = torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
-    even = rest - math.log(max(vocabulary - k, 1))
-    return F.log_softmax(even.expand(*ids.shape[:-1], vocabulary).scatter(-1, ids, logprobs), -1)
+    even = rest - (vocabulary - told.sum(-1, keepdim=True)).clamp(min=1).to(rest.dtype).log()
+    each = even.expand(*ids.shape[:-1], vocabulary)
+    return F.log_softmax(each.scatter(-1, ids, torch.where(told, logprobs, even)), -1)
 
 
 def kd_topk(student: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:

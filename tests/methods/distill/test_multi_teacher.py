@@ -91,6 +91,21 @@ def test_teachers_of_one_mind_weigh_the_same(weighting: Any) -> None:
         torch.testing.assert_close(found, torch.full((3, 4), 1 / 3), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("weighting", "first"), [("confidence", 0.0), ("entropy", 1.0), ("agreement", 0.5)])
+def test_an_answer_that_a_teacher_gives_no_probability_is_weighed(weighting: Any, first: float) -> None:
+    """One is sure of a wrong answer, the other thinks all the same: H is 0 and log 3, CE infinite and log 3."""
+    told = torch.tensor([[[1.0, 0.0, 0.0]], [[1 / 3, 1 / 3, 1 / 3]]]).log()
+    found = multi_teacher.weights(told, torch.tensor([1]), multi_teacher.Config(weighting=weighting))
+    torch.testing.assert_close(found.sum(0), torch.ones(1))
+    if weighting == "agreement":  # KL of each from their mean
+        mean = torch.tensor([2 / 3, 1 / 6, 1 / 6])
+        apart = [-mean[0].log(), (torch.log(1 / 3 / mean) / 3).sum()]
+        first = float(1 - apart[0] / sum(apart))
+    torch.testing.assert_close(found[0], torch.tensor([first]), rtol=1e-4, atol=1e-4)
+    answers = multi_teacher.mixture(told, found, 2.0)
+    assert not answers.isnan().any()
+
+
 @pytest.mark.parametrize("name", ["classifier", "causal", "masked"])
 def test_the_mixtures_gradient_is_that_of_the_weighted_divergences(name: str, root: Path, tmp_path: Path) -> None:
     """Σ_k w_k KL(pᵏ ‖ p) and KL(Σ_k w_k pᵏ ‖ p) differ by what no student changes: H(Σ w p) − Σ w H(p)."""

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
     from lfm.core.model import Batch
 
+SUREST = 1e4
+"""Nats of cross-entropy, at most: of teachers that give the right answer no probability none counts less."""
 Weighting = Literal["fixed", "confidence", "entropy", "agreement"]
 
 
@@ -96,10 +98,11 @@ def weights(answers: Tensor, labels: Tensor, config: Config) -> Tensor:
         return (given / given.sum())[:, None].expand(count, answers.shape[1])
     p = F.log_softmax(answers, -1)
     if config.weighting == "confidence":
-        share = F.softmax(-p.gather(-1, labels.expand(count, -1)[..., None])[..., 0], 0)
+        wrong = -p.gather(-1, labels.expand(count, -1)[..., None])[..., 0]
+        share = F.softmax(wrong.clamp(max=SUREST), 0)
         return (1 - share) / (count - 1)
     if config.weighting == "entropy":
-        doubt = -(p.exp() * p).sum(-1)
+        doubt = torch.special.entr(p.exp()).sum(-1)
     else:
         doubt = kl(p, torch.logsumexp(p, 0) - torch.log(torch.tensor(float(count)))).clamp(min=0)
     tiny = torch.finfo(doubt.dtype).tiny  # all sure, or all of one mind: none counts less

@@ -84,6 +84,12 @@ def test_what_is_measured_loads_torch_and_a_module(here: Path) -> None:
         lfm.run("reuse.linear", {"models": ["a", "b"]}, out="out", evals=["text.jsonl"], memory=250_000_000)
 
 
+def test_a_training_is_not_told_to_take_shorter_records_where_torch_alone_takes_more(here: Path) -> None:
+    (here / "text.jsonl").write_text('{"kind": "text", "text": "the cat sat"}\n')
+    with pytest.raises(ConfigError, match="Python and its libraries alone take 315 MB"):
+        lfm.run("tune.full", {"model": "a"}, data={"train": "text.jsonl"}, out="out", memory=250_000_000)
+
+
 @pytest.mark.parametrize(
     ("text", "bytes_"), [("800MB", 8 * 10**8), ("1.5 GB", 15 * 10**8), ("2GiB", 2**31), ("4096", 4096), ("1kb", 1000)]
 )

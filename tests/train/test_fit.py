@@ -757,3 +757,19 @@ def test_what_would_fit_is_of_the_same_step_and_does_fit() -> None:
     assert needed(Fit(batch_size=6)) <= 0.7 * needed(config)
     assert "activation_checkpointing=true" in smaller(config, needed, 23.5e6)
     assert "tune.lora" in smaller(config, needed, facts.parameters)
+
+
+def test_where_nothing_would_fit_what_is_the_process_the_model_and_a_record_is_told_apart() -> None:
+    """5 numbers a parameter: weight, gradient, two moments, a copy; of a record 128 (38 · 64 + 4 · 500) numbers."""
+    facts = Facts(task="causal-lm", parameters=10**6, layers=4, width=64, vocabulary=500)
+
+    def needed(config: Fit, process: int = 0) -> int:
+        return process + memory(config, facts, config.batch_size * 128, facts.parameters)
+
+    told = smaller(Fit(batch_size=12), needed, 10**6)
+    assert "the model and what trains it take 20 MB, each record about 2 MB" in told
+    process = 300 * 10**6
+    told = smaller(Fit(batch_size=12), lambda config: needed(config, process), process + 10**6, process)
+    assert "Python and its libraries take 300 MB, the model and what trains it 20 MB, each record about 2 MB" in told
+    told = smaller(Fit(batch_size=12), lambda config: needed(config, process), process - 1, process)
+    assert "Python and its libraries alone take 300 MB" in told and "record" not in told

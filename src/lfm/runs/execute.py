@@ -29,7 +29,7 @@ from lfm.models.budget import Budget, Meter
 from lfm.models.tally import Tally
 from lfm.record import DataInput, Input, Measure, Output, RunRecord, Sample
 from lfm.runs import card, directory, ledger, looking, manifest, planning, refs, together, undoing, verification
-from lfm.runs.plan import LIMIT
+from lfm.runs.plan import HEADROOM, LIMIT
 from lfm.runs.run import LocalRun, Show, silent
 from lfm.tensors.parallel import at_most
 from lfm.tensors.readback import reading_back
@@ -247,7 +247,7 @@ def _that_would_fit(prepared: Prepared) -> str:
     def needed(config: Fit) -> int:
         return planning.plan(replace(prepared, config=config)).memory
 
-    return smaller(prepared.config, needed, allowed)
+    return smaller(prepared.config, needed, allowed, HEADROOM)
 
 
 def versions() -> dict[str, str]:

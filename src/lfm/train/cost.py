@@ -50,10 +50,10 @@ def memory(config: Fit, facts: Facts, tokens: float, trained: float, logits: flo
     return int(4 * (facts.parameters + copies * trained + tokens * (kept * max(facts.width, 1) + logits * vocabulary)))
 
 
-def smaller(config: Fit, needed: Callable[[Fit], int], limit: float) -> str:
+def smaller(config: Fit, needed: Callable[[Fit], int], limit: float, process: int = 0) -> str:
     """The settings, of the same batch a step, that would fit into so many bytes; what else would help where none do.
 
-    First more and smaller batches a step, which cost little time; then activation checkpointing too, a third more.
+    process: what of the bytes needed is there before any model. First more and smaller batches a step, which cost little time; then activation checkpointing too, a third more.
     """
     for again in sorted({config.activation_checkpointing, True}):
         size, parts = config.batch_size, config.accumulate
@@ -68,9 +68,15 @@ def smaller(config: Fit, needed: Callable[[Fit], int], limit: float) -> str:
     least = msgspec.structs.replace(
         config, batch_size=1, accumulate=config.batch_size * config.accumulate, activation_checkpointing=True
     )
+    if process >= limit:
+        return f"no settings would: Python and its libraries alone take {_said(process)}; allow it more"
+    one = needed(least)
+    record = max(needed(msgspec.structs.replace(least, batch_size=2)) - one, 0)
+    own = f"Python and its libraries take {_said(process)}, " if process else ""
     return (
-        f"no smaller batch would fit: one record takes about {_said(needed(least))}; shorter records, fewer trained "
-        "parameters (tune.lora), a smaller model, or more memory"
+        f"no smaller batch would fit: {own}the model and what trains it {'' if process else 'take '}"
+        f"{_said(one - record - process)}, each record about {_said(record)}; shorter records, fewer trained parameters "
+        "(tune.lora), a smaller model, or more memory"
     )
 
 

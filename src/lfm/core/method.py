@@ -278,9 +278,9 @@ def check(id: str, method: Method[Any], inputs: Inputs, *, alternatives: Callabl
                 others = list(alternatives())
                 raise AccessError(
                     f"{id} asks {', '.join(names_of(missing))} of {role!r}, which {model.ref} does not give",
-                    why=f"this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}"
-                    + (f" ({model.hint})" if model.hint else ""),
-                    fix=_others(model, others),
+                    why=(f"{model.hint}; " if model.hint else "")
+                    + f"this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}",
+                    fix="; ".join(filter(None, [model.instead and f"{role}={model.instead}", _others(model, others)])),
                 )
     for role, slot in method.data.items():
         records = inputs.records(role)

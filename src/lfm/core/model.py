@@ -388,6 +388,7 @@ class Model:
     formats: Mapping[str, Callable[[Path], Model | None]] = field(default_factory=dict)
     look: Callable[[], Facts] = Facts
     hint: str = ""  # why it gives less than one might expect
+    instead: str = ""  # what to give in its place, where that would give more
     restore: Mapping[str, LazyTensor] = field(default_factory=dict)  # what its base held in place of what it changed
     _opened: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 

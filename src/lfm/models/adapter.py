@@ -124,7 +124,7 @@ def model_of(source: Source) -> Model:
     formats: dict[str, Callable[[Path], Any]] = {"adapter": partial(write, source)}
     if mergeable:
         formats["checkpoint"] = lambda out: _merged(source).save(out, "checkpoint")
-    hint = lora.inexpressible(source.config)
+    hint, instead = lora.inexpressible(source.config), ""
     if not hint:
         gives[Adaptation] = lambda: lora.StoredAdaptation(source)
     if Gradients in base.gives:
@@ -139,7 +139,9 @@ def model_of(source: Source) -> Model:
         if mergeable:
             gives[Gradients] = lambda: MergedGradients(source)
         else:
-            hint += "; it cannot be merged into its base, beside which it is used as it is"
+            kind = source.config.get("peft_type")
+            hint = f"it is a {kind} adapter, which cannot be merged into its base and is used beside it as it is"
+            instead = f"{base.ref}, its base, or an adapter that can be merged (tune.lora, tune.svf, tune.bitfit)"
     else:
         hint = f"its base {base.ref} gives no gradients"
     if Weights in base.gives and (Gradients in gives or Adaptation in gives):
@@ -152,6 +154,7 @@ def model_of(source: Source) -> Model:
         formats=formats,
         look=lambda: virtual.shortened(base.facts, virtual.tokens(source.config)),
         hint=hint,
+        instead=instead,
     )
 
 

@@ -15,8 +15,9 @@ import tiny
 import tunings
 from case import Case
 from lfm import runs, tuners
-from lfm.core import Gradients, Logits
+from lfm.core import Gradients, Inputs, Logits, registry
 from lfm.core.errors import AccessError, MismatchError
+from lfm.core.method import check
 from lfm.models import load
 
 
@@ -80,6 +81,11 @@ def test_it_cannot_be_merged_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(AccessError, match="cannot be merged into its base"):
         made.ask(Gradients)
     assert list(made.formats) == ["adapter"]
+    method = registry.get("tune.full").method
+    with pytest.raises(AccessError) as told:
+        check("tune.full", method, Inputs({"model": (made,)}, {"train": records}))
+    assert told.value.why.startswith("it is a HOULSBY adapter, which cannot be merged into its base")
+    assert told.value.fix.startswith(f"model={tmp_path / 'base'}, its base, or an adapter that can be merged (tune.lora")
 
 
 def test_on_a_wrong_base_it_is_refused_and_the_right_one_is_named(tmp_path: Path) -> None:

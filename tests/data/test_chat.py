@@ -162,7 +162,7 @@ def test_exports_that_say_from_and_value_are_read(tmp_path: Path) -> None:
         ([{"role": "user"}], r"field `content`.*messages\[0\]"),
         ([{"role": "user", "content": 7}], r"messages\[0\]\.content"),
         ([{"role": "user", "content": "x", "name": "y"}], "unknown field `name`"),
-        ("hi", r"Expected `array`.*messages"),
+        ("hi", "`messages` must be a list, and is text"),
     ],
 )
 def test_a_wrong_conversation_is_named_by_file_line_and_field(messages: Any, says: str, tmp_path: Path) -> None:

@@ -145,7 +145,13 @@ def test_an_images_path_is_looked_for_beside_the_file(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"text": "x"}\n{"text": "y"', r"a\.jsonl:2: not JSON\. .*A|a right line: \{"),
         ("a.jsonl", '{"text": "x"}\n[1]', r"a\.jsonl:2: a record is an object, not list.*\{\"kind\":\"text\""),
-        ("a.jsonl", '{"text": "x"}\n{"text": 3}', r"a\.jsonl:2: Expected `str`, got `int` - at `\$\.text`"),
+        ("a.jsonl", '{"text": "x"}\n{"text": 3}', r"a\.jsonl:2: `text` must be text, and is a number"),
+        ("a.jsonl", '{"text": "x"}\n{"text": null}', r"a\.jsonl:2: `text` must be text, and is nothing \(null\)"),
+        ("a.jsonl", '{"text": "x \\ud83d\\ude00"}\n{"text": "y \\ud800"}', r"a\.jsonl:2: \\ud800 is half a character"),
+        ("a.json", '[{"text": "x"},\n{"text": "y \\uDC00"}]', r"a\.json:2: \\udc00 is half a character"),
+        ("a.jsonl", '{"text": "x", "label": "y"}\n{}', r"a\.jsonl:2: there is nothing in 'label' and 'text'"),
+        ("a.jsonl", '{"text": "x", "label": "y"}\n{"label": "y"}', r"a\.jsonl:2: there is nothing in 'text'.*first"),
+        ("a.jsonl", "{}", r"a\.jsonl:1: there is nothing in any field"),
         ("a.jsonl", '{"kind": "fact", "subject": "x"}', r"a\.jsonl:1: Object missing required field.*\"prompt\""),
         ("a.jsonl", '{"kind": "poem", "text": "x"}', r"a\.jsonl:1: no kind of record is called 'poem'.*kinds: text"),
         ("a.jsonl", '{"text": "x", "mood": "y"}', r"a\.jsonl:1: fields mood, text fit no kind.*does not know mood"),
@@ -162,7 +168,7 @@ def test_an_images_path_is_looked_for_beside_the_file(tmp_path: Path) -> None:
         ("a.json", '[\n {"text": "x"},\n {"text" "y"}\n]', r"a\.json:3: not JSON"),
         ("a.json", '[\n {"text": "x"}\n {"text": "y"}\n]', r"a\.json:3: not JSON.*comma"),
         ("a.json", '[{"text": "x"}', r"a\.json:1: not JSON.*does not end"),
-        ("a.json", '[\n {"text": "x"},\n {"text": 1}]', r"a\.json:3: Expected `str`"),
+        ("a.json", '[\n {"text": "x"},\n {"text": 1}]', r"a\.json:3: `text` must be text"),
         ("a.csv", "text,label\na,b\nc\n", r"a\.csv:3: 1 cells in a table of 2 columns"),
         ("a.csv", 'text,label\n"a\nb",c\n"d"e,f\n', r"a\.csv:4: not a table"),
         ("a.csv", "text,text\na,b\n", r"a\.csv:1: the first line must name each column once"),
@@ -391,3 +397,22 @@ def test_what_is_no_image_or_sound_is_named_by_file_line_and_field(kind: str, sa
     table = read(saved(tmp_path, "a.csv", f"{kind},label\nbroken,x\n"))
     with pytest.raises(DataError, match=rf"a\.csv:2: `{kind}`: {says}"):
         digest(table)
+
+
+def test_a_row_of_a_parquet_file_in_which_nothing_is_and_one_that_is_no_text_are_told(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"text": ["a", None, "b"], "label": ["x", None, "y"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet:2: there is nothing in 'label' and 'text'.*leave the row out"):
+        read(tmp_path / "a.parquet")
+    broken = pyarrow.array([b"good", b"\xff"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b.parquet: text in it is not UTF-8"):
+        read(tmp_path / "b.parquet")
+
+
+def test_half_a_character_in_a_record_made_in_python_is_told() -> None:
+    with pytest.raises(DataError, match="text 2: a text in it holds half a character"):
+        digest([Text(text="whole"), Text(text="\ud800")])

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -88,8 +89,10 @@ def _read(path: Path, reader: Callable[[Path], Rows]) -> Lines:
     records: list[Record] = []
     lines = array("Q")
     shapes: dict[frozenset[str], Callable[[dict[str, Any]], dict[str, Any]]] = {}
+    columns: frozenset[str] = frozenset()  # of the first row
     for line, row in reader(path):
-        record = _record(path, line, row, shapes)
+        columns = columns or frozenset(row)
+        record = _record(path, line, row, shapes, columns)
         if records and type(record) is not type(records[0]):
             raise DataError(
                 f"{at(path, line)}: a {kind_of(record)} record in a file of {kind_of(records[0])} records",
@@ -102,13 +105,22 @@ def _read(path: Path, reader: Callable[[Path], Rows]) -> Lines:
     return found
 
 
-def _record(path: Path, line: int, row: dict[str, Any], shapes: dict[Any, Any]) -> Record:
+def _record(
+    path: Path, line: int, row: dict[str, Any], shapes: dict[Any, Any], columns: frozenset[str] = frozenset()
+) -> Record:
     names = frozenset(row)
     try:
         if names not in shapes:
             shapes[names] = shape_of(set(names))
         fields = _plain(shapes[names](row), path.parent)
     except DataError as error:
+        if not names or names < columns:
+            lacking = " and ".join(repr(name) for name in sorted(columns - names)) or "any field"
+            raise DataError(
+                f"{at(path, line)}: there is nothing in {lacking}",
+                why="a record needs what the first of the file has" if columns else "",
+                fix="fill it in, or leave the row out",
+            ) from None
         raise DataError(f"{at(path, line)}: {error.what}", why=error.why, fix=error.fix) from None
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DataError(f"{at(path, line)}: a row of a known dataset's layout lacks {error}") from None
@@ -118,7 +130,29 @@ def _record(path: Path, line: int, row: dict[str, Any], shapes: dict[Any, Any]) 
     try:
         return msgspec.convert({"kind": kind, **fields}, KINDS[kind])
     except msgspec.ValidationError as error:
-        raise DataError(f"{at(path, line)}: {error}", fix=f"a right line: {example(kind)}") from None
+        raise DataError(f"{at(path, line)}: {_wrong(str(error))}", fix=f"a right line: {example(kind)}") from None
+
+
+SAYS = {
+    "str": "text",
+    "null": "nothing (null)",
+    "int": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
+"""JSON's types in words."""
+
+
+def _wrong(said: str) -> str:
+    """What msgspec says of a field that is of another type, in words; all else as it is."""
+    found = re.fullmatch(r"Expected `(.+)`, got `(.+)` - at `\$\.?(.*)`", said)
+    if not found:
+        return said
+    asked, got, field = found.groups()
+    asked = " or ".join(SAYS.get(one, one) for one in asked.split(" | "))
+    return f"`{field}` must be {asked}, and is {SAYS.get(got, got)}"
 
 
 def _plain(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -263,5 +297,10 @@ def digest(records: Sequence[Record]) -> str:
                 except DataError as error:
                     told = f"{where(records, place)}: `{kind}`: {error.what}"
                     raise DataError(told, why=error.why, fix=error.fix) from None
-        found.update(msgspec.json.encode({"kind": kind_of(record), **fields}, order="deterministic") + b"\n")
+        try:
+            found.update(msgspec.json.encode({"kind": kind_of(record), **fields}, order="deterministic") + b"\n")
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{where(records, place)}: a text in it holds half a character", fix="take lone surrogates out"
+            ) from None
     return found.hexdigest()

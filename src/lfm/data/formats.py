@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,26 @@ def _text(path: Path) -> str:
         ) from None
 
 
+HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+"""A half of what JSON writes as two escapes: a character beyond the first 65,536."""
+
+
+def _half(path: Path, line: int, text: str) -> DataError | None:
+    """That an escape in this JSON is half a character, if one is."""
+    try:
+        if HALF.search(text):
+            json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return DataError(
+            f"{at(path, line)}: {ascii(error.object[error.start])[1:-1]} is half a character",
+            why="such escapes come in twos, and the other is missing: what wrote it cut a text amid a character",
+            fix="write the text anew, or take the half out",
+        )
+    except (ValueError, RecursionError):
+        return None
+    return None
+
+
 def _bad_json(path: Path, line: int, why: object) -> NoRecord:
     return NoRecord(f"{at(path, line)}: not JSON", str(why))
 
@@ -57,7 +78,7 @@ def _jsonl(path: Path) -> Rows:
             try:
                 value = msgspec.json.decode(text)
             except (msgspec.DecodeError, RecursionError) as error:  # the latter: brackets thousands deep
-                raise _bad_json(path, line, error) from None
+                raise _half(path, line, text) or _bad_json(path, line, error) from None
             yield line, _fields(path, line, value)
 
 
@@ -81,6 +102,8 @@ def _json(path: Path) -> Rows:
             value, place = decoder.raw_decode(text, place)
         except (json.JSONDecodeError, RecursionError) as error:
             raise _bad_json(path, getattr(error, "lineno", line), getattr(error, "msg", error)) from None
+        if half := _half(path, line, text[seen:place]):
+            raise half
         yield line, _fields(path, line, value)
         place = skip(place)
         if place < len(text) and text[place] not in ",]":
@@ -141,14 +164,16 @@ def _parquet(path: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         file = pyarrow.parquet.ParquetFile(path)
         classes = _class_names(file.schema_arrow.metadata or {})
-        row = 0
         for batch in file.iter_batches():
             for fields in batch.to_pylist():
                 row += 1
                 yield row, _named(fields, classes)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: text in it is not UTF-8", why=f"after row {row}: {error.reason}") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a parquet file that can be read", why=str(error).splitlines()[0]) from None
 

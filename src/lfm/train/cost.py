@@ -53,7 +53,8 @@ def memory(config: Fit, facts: Facts, tokens: float, trained: float, logits: flo
 def smaller(config: Fit, needed: Callable[[Fit], int], limit: float, process: int = 0) -> str:
     """The settings, of the same batch a step, that would fit into so many bytes; what else would help where none do.
 
-    process: what of the bytes needed is there before any model. First more and smaller batches a step, which cost little time; then activation checkpointing too, a third more.
+    First more and smaller batches a step, which cost little time; then activation checkpointing too, a third more.
+    process: what of the bytes needed is there before any model.
     """
     for again in sorted({config.activation_checkpointing, True}):
         size, parts = config.batch_size, config.accumulate
@@ -75,8 +76,8 @@ def smaller(config: Fit, needed: Callable[[Fit], int], limit: float, process: in
     own = f"Python and its libraries take {_said(process)}, " if process else ""
     return (
         f"no smaller batch would fit: {own}the model and what trains it {'' if process else 'take '}"
-        f"{_said(one - record - process)}, each record about {_said(record)}; shorter records, fewer trained parameters "
-        "(tune.lora), a smaller model, or more memory"
+        f"{_said(one - record - process)}, each record about {_said(record)}; shorter records, fewer trained "
+        "parameters (tune.lora), a smaller model, or more memory"
     )
 
 

@@ -85,7 +85,7 @@ def test_it_cannot_be_merged_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(AccessError) as told:
         check("tune.full", method, Inputs({"model": (made,)}, {"train": records}))
     assert told.value.why.startswith("it is a HOULSBY adapter, which cannot be merged into its base")
-    assert told.value.fix.startswith(f"model={tmp_path / 'base'}, its base, or an adapter that can be merged (tune.lora")
+    assert told.value.fix.startswith(f"model={tmp_path / 'base'}, its base, or an adapter that can be merged")
 
 
 def test_on_a_wrong_base_it_is_refused_and_the_right_one_is_named(tmp_path: Path) -> None:

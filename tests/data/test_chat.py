@@ -13,7 +13,7 @@ import tiny
 from lfm.core import Codec, Gradients, Model
 from lfm.core.errors import DataError
 from lfm.data import chat, packing
-from lfm.data.files import amount, digest, read, write
+from lfm.data.files import amount, digest, read, where, write
 from lfm.data.records import Chat, Completion, Message
 from lfm.data.task import task_for
 from lfm.evals import evaluate
@@ -175,3 +175,12 @@ def test_a_wrong_conversation_is_named_by_file_line_and_field(messages: Any, say
 def test_it_is_evaluated_by_the_likelihood_of_its_turns(tmp_path: Path) -> None:
     found = evaluate(chatting(tmp_path), [said(*SAID)] * 3, bootstrap=10)
     assert set(found.metrics) == {"forced_match", "perplexity"} and found.kind == "chat"
+
+
+def test_with_the_last_turn_alone_a_conversation_keeps_its_line(tmp_path: Path) -> None:
+    """An error about it, as of a template that does not take it, still names where it stands."""
+    said = (Message("user", "Hi?"), Message("assistant", "Hello."), Message("user", "Two?"), Message("assistant", "2."))
+    write([Chat(messages=said)] * 2, tmp_path / "a.jsonl")
+    kept = chat.scored(read(tmp_path / "a.jsonl"), "last")
+    assert where(kept, 1).endswith("a.jsonl:2")
+    assert [m.weight for m in kept[0].messages if m.role == "assistant"] == [0, 1]

@@ -293,7 +293,7 @@ def test_a_piece_is_found_where_its_text_was_read(tmp_path: Path) -> None:
     ("records", "facts", "says"),
     [
         ([], CAUSAL, "no records"),
-        ([PARIS, Text(text="x")], CAUSAL, "several kinds at once: fact, text"),
+        ([PARIS, Text(text="x")], CAUSAL, "several kinds at once: text 2 among fact records"),
         ([Image(image="x.png", label="1")], CAUSAL, "set no task.*a model for image-classification"),
         ([PARIS], Facts(task="text-classification"), "set no task.*records of kind label or pair"),
         ([PARIS], Facts(task="encoder"), "it has no language-modelling or classification head"),

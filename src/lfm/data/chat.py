@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 import msgspec
 
 from lfm.core.errors import DataError
+from lfm.data.files import told_by
 from lfm.data.records import ASSISTANT, Chat, Record
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def scored(records: Sequence[R], turns: Turns) -> Sequence[R]:
     """The records, conversations with their last scored turn alone where `turns` is last."""
     if turns == "all" or not isinstance(next(iter(records), None), Chat):
         return records
-    return tuple(cast("R", _last(cast("Chat", record))) for record in records)
+    last = [_last(cast("Chat", record)) for record in records]
+    return cast("Sequence[R]", told_by(records, last, range(len(last))))
 
 
 def _last(record: Chat) -> Chat:

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.errors import DataError, MismatchError
 from lfm.core.heavy import torch
-from lfm.core.model import Batch, Facts
-from lfm.data.records import Record
+from lfm.core.model import Batch, Codec, Facts, Model
+from lfm.data import task as tasks
+from lfm.data.files import where
+from lfm.data.records import Chat, Record, Text
+from lfm.data.suited import SPECIAL
+from lfm.data.wording import wording
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +37,7 @@ def packed(records: Sequence[Record], collate: Callable[[Sequence[Record]], Batc
     token see those of its own record up to itself; its labels are the records' own. MismatchError for models that do
     not read from left to right; DataError where a record does not fit.
     """
-    if facts.task != "causal-lm":
-        raise MismatchError(f"packing is for causal language models, this is {facts.task or 'none'}", fix="pack=0")
-    if facts.context and room > facts.context:
-        raise MismatchError(f"rows of {room} tokens pass the model's context", fix=f"pack={facts.context} or less")
+    packable(facts, room)
     each = [_row(collate([record])) for record in records]
     if (longest := max(len(ids) for ids, _ in each)) > room:
         raise DataError(f"a record of {longest} tokens does not fit a row of {room}", fix=f"pack={longest} or more")
@@ -56,6 +57,37 @@ def packed(records: Sequence[Record], collate: Callable[[Sequence[Record]], Batc
 
     used = sum(len(ids) for ids, _ in each)
     return Packed([tuple(row) for row in rows], together, used / (len(rows) * room))
+
+
+def packable(facts: Facts, room: int) -> None:
+    """MismatchError for a model that does not read from left to right, or rows that pass its context."""
+    if facts.task != "causal-lm":
+        raise MismatchError(f"packing is for causal language models, this is {facts.task or 'none'}", fix="pack=0")
+    if facts.context and room > facts.context:
+        raise MismatchError(f"rows of {room} tokens pass the model's context", fix=f"pack={facts.context} or less")
+
+
+def roomy(records: Sequence[Record], model: Model, room: int) -> None:
+    """DataError naming the first record of more tokens than a row has, and how many the longest takes."""
+    codec, facts = model.ask(Codec), model.facts
+    task, longest, first = tasks.task_for(records, codec, facts), 0, ""
+    for place, record in enumerate(records):
+        if _small(record, room):
+            continue
+        for part in tasks.fit([record], codec, facts):
+            size = len(task.collate([part])["input_ids"][0])
+            if size > room:
+                longest, first = max(longest, size), first or f"{where(records, place)}: {size} tokens"
+    if longest:
+        raise DataError(f"{first} do not fit a row of {room}", fix=f"pack={longest} or more, or pack=0")
+
+
+def _small(record: Record, room: int) -> bool:
+    """Whether it has so few bytes that it need not be tokenised: no token is less than one."""
+    if isinstance(record, Chat):  # of whose template nothing is known
+        return False
+    text = record.text if isinstance(record, Text) else "".join(wording(record))
+    return len(text.encode()) + SPECIAL <= room
 
 
 def _row(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, final
 
 from lfm.core.errors import DataError
 from lfm.core.model import Batch, Codec, Facts
-from lfm.data.files import told_by
-from lfm.data.records import Audio, Chat, Image, Label, Pair, Record, Text
+from lfm.data.files import told_by, where
+from lfm.data.records import Audio, Chat, Image, Label, Pair, Record, Text, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +110,11 @@ def one_kind(records: Sequence[Record]) -> type[Record]:
     """The kind that all the records share. DataError if there is none."""
     if not records:
         raise DataError("no records", fix="give at least one")
-    kinds = {type(record) for record in records}
-    if len(kinds) > 1:
-        names = sorted(str(kind.__struct_config__.tag) for kind in kinds)
-        raise DataError(f"records of several kinds at once: {', '.join(names)}", fix="give each kind its own file")
-    return kinds.pop()
+    first = type(records[0])
+    for place, record in enumerate(records):
+        if type(record) is not first:
+            raise DataError(
+                f"records of several kinds at once: {where(records, place)} among {kind_of(records[0])} records",
+                fix="give each kind its own file",
+            )
+    return first

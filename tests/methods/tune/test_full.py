@@ -111,6 +111,11 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
     tiny.causal(tmp_path / "base")
     with pytest.raises(DataError, match=r"does not fit a row of 8.*pack="):
         tune(tmp_path / "base", PAIRS, tmp_path / "w", pack=8)
+    write([data.Text(text=t) for t in ("the cat", "the cats sat on it")], tmp_path / "a.jsonl")
+    given = Inputs({"model": (load(tmp_path / "base"),)}, {"train": runs.records(tmp_path / "a.jsonl")})
+    with pytest.raises(DataError, match=r"a.jsonl:2: (\d+) tokens do not fit a row of 8.*pack=\1 or more"):
+        full.agree(full.Config(pack=8), given)
+    full.agree(full.Config(pack=18), given)
     tiny.seq2seq(tmp_path / "seq2seq")
     with pytest.raises(MismatchError, match="causal"):
         tune(tmp_path / "seq2seq", PAIRS, tmp_path / "w", pack=64)

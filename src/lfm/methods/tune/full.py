@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from lfm.core import Codec, Cost, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot
+from lfm.data import packing
 from lfm.data.chat import scored
 from lfm.train import RECORDS, Fit, suited, taught, training
 
@@ -49,6 +50,11 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 def agree(config: Config, inputs: Inputs) -> None:
     given = {role: scored(records, config.turns) for role, records in inputs.data.items()}
     suited(config, Inputs(inputs.models, given))
+    if config.pack:
+        model = inputs.model("model")
+        packing.packable(model.facts, config.pack)
+        for records in given.values():
+            packing.roomy(records, model, config.pack)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

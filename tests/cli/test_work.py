@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -13,11 +14,16 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
+from rich.padding import Padding
 
 from lfm import cli, record, runs
+from lfm.cli import screen
 from lfm.cli.work import DOES_NOT_FIT
 from lfm.runs import plan as plan_function
 from lfm.runs.machine import Machine
+from lfm.search import outcome
+from lfm.search.outcome import Ended, Result
 
 pytestmark = pytest.mark.usefixtures("workshop")
 
@@ -250,3 +256,23 @@ def test_serve_says_where_and_stops_when_told(workshop: Path) -> None:
         assert httpx.get(f"{url}/models", timeout=30).json()["data"]
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) in (0, 130)
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_table_keeps_names_and_numbers_whole_and_tells_reasons_to_their_end(width: int) -> None:
+    """A sweep's, its longest method's name among them: at 80 letters the reasons stand below."""
+    why = "unexpected RuntimeError, layer.py:12: mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"
+    tries = [
+        Ended(
+            "tune.adapters_continual", {"lr": 2.5e-4, "rank": 16}, 1.0, Result(0.9, 0.3, [1.0] * 4, 123456, 12.4, "")
+        ),
+        Ended("tune.lora", {"lr": 2.5e-4}, 1.0, Result(0.9, 0.2, [1.0] * 4, 65536, 22.4, "")),
+        Ended("tune.svf", {}, 1 / 9, Result(0.0, 0.0, [], 0, 0.0, why)),
+    ]
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(Padding(screen.finding(outcome.told(tries, outcome.ranked(tries)), width=width), (1, 0, 0, 2)))
+    shown = console.export_text()
+    for whole in ("tune.adapters_continual", "123 456", "0.00025", "22.4", "seconds"):
+        assert whole in shown
+    assert "".join(why.split()) in "".join(shown.split())
+    assert ("\n  why not" in shown) == (width == 80)

@@ -13,7 +13,7 @@ from lfm.report import words
 from lfm.report.words import size as size
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -151,25 +151,55 @@ def _change(name: str, old: Measure | None, new: Measure) -> Text:
     return Text(words.signed(difference), "dim" if not apart else "green" if better else "red")
 
 
-def finding(found: Finding, rows: int = 12) -> Table:
-    """A finding's first rows."""
+LONG = 24
+"""Letters of a sentence's line, at least; where a table has less room for its last column, that stands below."""
+
+NARROW = 10
+"""Letters that another column of several words has at least."""
+
+
+def finding(found: Finding, rows: int = 12, width: int | None = None) -> RenderableType:
+    """A finding's first rows: names and numbers whole, what has several words in lines. width: the screen's, if it is
+    another than that of stdout."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(
-        box=None, padding=(0, 2, 0, 0), title=Text(found.title, "bold"), title_justify="left", header_style="dim"
-    )
-    for column in found.columns:
-        numeric = any(isinstance(row.get(column), (int, float)) for row in found.rows[:rows])
-        grid.add_column(words.metric(column), justify="right" if numeric else "left", overflow="fold")
-    for row in found.rows[:rows]:
-        cells = (row.get(column) for column in found.columns)
-        told = [words.number(c) if c is None or isinstance(c, (int, float)) else c for c in cells]
-        # reasons and answers stand last, and are read to their end
-        grid.add_row(*(Text(words.short(c, 160 if at == len(told) - 1 else 40)) for at, c in enumerate(told)))
+    first, last = found.rows[:rows], len(found.columns) - 1
+
+    def cell(value: Any, at: int) -> str:
+        if value is None or isinstance(value, int | float):
+            return words.number(value)
+        return words.short(value, 160 if at == last else 40)  # reasons and answers stand last, read to their end
+
+    told = [[cell(row.get(column), at) for at, column in enumerate(found.columns)] for row in first]
+    heads = [words.metric(column) for column in found.columns]
+    numeric = [any(isinstance(row.get(column), int | float) for row in first) for column in found.columns]
+    wraps = [not numeric[at] and any(" " in row[at] for row in told) for at in range(last + 1)]
+    widest = [max([len(head), *(len(row[at]) for row in told)]) for at, head in enumerate(heads)]
+    least = [min(most, NARROW) if wrap else most for most, wrap in zip(widest, wraps)]
+    room = (width or out().width) - 2
+    below = wraps[-1] and sum(least[:-1]) + 2 * last + min(widest[-1], LONG) > room
+    shown = last if below else last + 1
+    wide = sum(least[:shown])
+    gap, fits = 2 if wide + 2 * shown <= room else 1, wide + shown <= room + 2
+
+    title = Text(found.title, "bold")
+    grid = Table(box=None, padding=(0, gap, 0, 0), title=title, title_justify="left", header_style="dim")
+    for at in range(shown):
+        how: Any = {"no_wrap": not wraps[at], "min_width": least[at]} if fits else {}
+        grid.add_column(heads[at], justify="right" if numeric[at] else "left", overflow="fold", **how)
+    for row in told:
+        grid.add_row(*map(Text, row[:shown]))
     if len(found.rows) > rows:
         grid.caption = f"{rows} of {len(found.rows)} rows; table.csv has all"
-    return grid
+    if not below:
+        return grid
+    sentences = Table.grid(padding=(0, 2, 0, 0))
+    for row in told:
+        if row[-1].strip(words.number(None)):
+            sentences.add_row(Text(row[0]), Text(row[-1]))
+    return Group(grid, Text(f"\n{heads[-1]}", "dim"), sentences)
 
 
 def sides(lines: Sequence[Line]) -> Table:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.padding import Padding
 
 from lfm import cli, record, runs
-from lfm.cli import screen
+from lfm.cli import progress, screen
 from lfm.cli.work import DOES_NOT_FIT
 from lfm.runs import plan as plan_function
 from lfm.runs.machine import Machine
@@ -256,6 +256,19 @@ def test_serve_says_where_and_stops_when_told(workshop: Path) -> None:
         assert httpx.get(f"{url}/models", timeout=30).json()["data"]
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) in (0, 130)
+
+
+def test_what_is_left_of_work_that_goes_on_is_reckoned_by_what_was_done_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 steps 10 were there before; 5 took 60 s, so 5 more take another 60, not 20."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    steps = progress.Steps()
+    steps.show("fit", 10, 20)
+    clock[0] = 60.0
+    steps.show("fit", 15, 20)
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(steps)
+    assert f"{screen.duration(60)}, {screen.duration(60)} left" in console.export_text()
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])

@@ -274,6 +274,32 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     assert run.curves["fit"] == list(unbroken[1])  # the report of the last attempt shows the whole curve
 
 
+def test_taken_up_again_it_says_once_where_it_goes_on_and_counts_from_there(tmp_path: Path) -> None:
+    """20 steps, a checkpoint after each; the tenth batch kills it."""
+    count, shown = 0, []
+
+    def until(records: Sequence[Any]) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        if count == 10:
+            raise Killed
+        return collate(records)
+
+    def attempt(collate: Any) -> None:
+        shown.clear()
+        show = lambda label, done, total: shown.append((label.split(" · ")[0], done, total))  # noqa: E731
+        fit(network(), RECORDS, collate, loss, _every(0.0), LocalRun(0, tmp_path, show))
+
+    with pytest.raises(Killed):
+        attempt(until)
+    assert shown[0] == ("fit", 0, 20)
+    attempt(collate)
+    told = [label for label, _, _ in shown if label != "fit"]
+    assert len(told) == 1 and told == [shown[0][0]]
+    assert re.fullmatch(r"fit goes on from step 9 of 20 \(checkpoint of \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\)", told[0])
+    assert shown[1:3] == [("fit", 9, 20), ("fit", 10, 20)] and shown[-1] == ("fit", 20, 20)
+
+
 def _every(seconds: float) -> Fit:
     return Fit(epochs=4, batch_size=5, lr=0.02, checkpoint_every=seconds)
 

@@ -51,14 +51,14 @@ class Steps:
         from rich.spinner import Spinner
 
         self.spinner = Spinner("dots", style="cyan")
-        self.lines: list[list[Any]] = []  # label, began, ended, done, total
+        self.lines: list[list[Any]] = []  # label, began, ended, done, total, done before it began
 
     def show(self, label: str, done: int, total: int | None) -> None:
         if not self.lines or work_of(self.lines[-1][0]) != work_of(label):
             self.end()
-            self.lines.append([label, time.monotonic(), None, 0, None])
+            self.lines.append([label, time.monotonic(), None, 0, None, done])
         self.lines[-1][0] = label
-        self.lines[-1][3:] = [done, total]
+        self.lines[-1][3:5] = [done, total]
 
     def end(self) -> None:
         """The last piece of work is over."""
@@ -70,13 +70,12 @@ class Steps:
         from rich.text import Text
 
         grid = Table.grid(padding=(0, 2))
-        for label, began, ended, done, total in self.lines[-SHOWN:]:
+        for label, began, ended, done, total, before in self.lines[-SHOWN:]:
             now = ended if ended is not None else time.monotonic()
             mark = Text("✓", "green") if ended is not None else self.spinner
             far = bar(done, total) if ended is None else Text("")
-            grid.add_row(
-                mark, Text(label, "dim" if ended is not None else ""), far, Text(left(done, total, now - began), "dim")
-            )
+            told = left(done - before, total and total - before, now - began)
+            grid.add_row(mark, Text(label, "dim" if ended is not None else ""), far, Text(told, "dim"))
         return grid
 
 

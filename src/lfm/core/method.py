@@ -161,9 +161,12 @@ class Run(Protocol):
         ...
 
     def track(
-        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str
+        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str, done: int = 0
     ) -> Iterator[T]:
-        """The items, with progress, an estimate of the time left, and what `beside` says after each."""
+        """The items, with progress, an estimate of the time left, and what `beside` says after each.
+
+        done: of total, those that came before the first of these.
+        """
         ...
 
     def note(self, **numbers: float | str) -> None:

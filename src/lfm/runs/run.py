@@ -47,13 +47,13 @@ class LocalRun:
         return together.step(name, journal.kept(where, name), fn, partial(journal.step, where, name, fn))
 
     def track(
-        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str
+        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str, done: int = 0
     ) -> Iterator[T]:
-        count = len(items) if total is None and isinstance(items, Sized) else total
-        self.show(label, 0, count)
-        for done, item in enumerate(items, start=1):
+        count = done + len(items) if total is None and isinstance(items, Sized) else total
+        self.show(label, done, count)
+        for place, item in enumerate(items, start=done + 1):
             yield item
-            self.show(f"{label} · {said}" if (said := beside()) else label, done, count)
+            self.show(f"{label} · {said}" if (said := beside()) else label, place, count)
 
     def note(self, **numbers: float | str) -> None:
         self.notes.update(numbers)

@@ -119,12 +119,14 @@ def loop(
             run.curve(name, value)
         if facts["done"]:
             return tuple(losses)
+        for _ in run.track((), f"{name} goes on from step {len(losses)} of {steps} (checkpoint of {_when(directory)})"):
+            pass
 
     begin(len(losses))
     last = time.monotonic()
     BEGAN.setdefault(run.work, last)
     with seeded(run.seed, device), _repeatable(device):
-        for step in run.track(range(len(losses), steps), name, steps, lambda: says[0]):
+        for step in run.track(range(len(losses), steps), name, steps, lambda: says[0], len(losses)):
             seed(run.seed_for(name, "step", step), device)
             waiting.append(advance(step))
             now = time.monotonic()
@@ -141,6 +143,11 @@ def loop(
         finish()
         keep(done=True)
     return tuple(losses)
+
+
+def _when(directory: Path) -> str:
+    """When the checkpoint there was written, by this machine's clock."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((directory / checkpoint.FILE).stat().st_mtime))
 
 
 def _diverged(

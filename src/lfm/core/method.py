@@ -161,11 +161,11 @@ class Run(Protocol):
         ...
 
     def track(
-        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str, done: int = 0
+        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str
     ) -> Iterator[T]:
         """The items, with progress, an estimate of the time left, and what `beside` says after each.
 
-        done: of total, those that came before the first of these.
+        Of range(k, total) it is counted from k: so much was done before.
         """
         ...
 

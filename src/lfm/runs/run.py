@@ -47,9 +47,10 @@ class LocalRun:
         return together.step(name, journal.kept(where, name), fn, partial(journal.step, where, name, fn))
 
     def track(
-        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str, done: int = 0
+        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str
     ) -> Iterator[T]:
-        count = done + len(items) if total is None and isinstance(items, Sized) else total
+        count = len(items) if total is None and isinstance(items, Sized) else total
+        done = items.start if isinstance(items, range) and items.stop == total else 0
         self.show(label, done, count)
         for place, item in enumerate(items, start=done + 1):
             yield item

@@ -40,7 +40,7 @@ class Trial:
         return fn()
 
     def track(
-        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str, done: int = 0
+        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str
     ) -> Iterator[T]:
         return iter(items)
 

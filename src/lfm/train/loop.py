@@ -126,7 +126,7 @@ def loop(
     last = time.monotonic()
     BEGAN.setdefault(run.work, last)
     with seeded(run.seed, device), _repeatable(device):
-        for step in run.track(range(len(losses), steps), name, steps, lambda: says[0], len(losses)):
+        for step in run.track(range(len(losses), steps), name, steps, lambda: says[0]):
             seed(run.seed_for(name, "step", step), device)
             waiting.append(advance(step))
             now = time.monotonic()

@@ -56,13 +56,13 @@ class Making:
         return fn()
 
     def track(
-        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str, done: int = 0
+        self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str
     ) -> Iterator[T]:
-        count = done + len(items) if total is None and isinstance(items, Sized) else total
-        self.show(label, done, count)
-        for place, item in enumerate(items, start=done + 1):
+        count = len(items) if total is None and isinstance(items, Sized) else total
+        self.show(label, 0, count)
+        for done, item in enumerate(items, start=1):
             yield item
-            self.show(label, place, count)
+            self.show(label, done, count)
 
     def note(self, **numbers: float | str) -> None:
         """Notes and curves are a run's; the zoo keeps none."""

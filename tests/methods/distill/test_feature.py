@@ -22,6 +22,7 @@ from lfm.distilling import inside
 from lfm.methods.distill import feature
 from lfm.models import load, structure
 from lfm.runs.run import LocalRun
+from teaching import means
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -319,5 +320,5 @@ def test_taught_inside_and_by_answers_beats_the_student_alone(tmp_path: Path) ->
         for name, other in (("alone", {"alpha": 0.0, "beta": 0.0}), ("taught", {})):
             made, _ = distill(teacher, student, some, tmp_path / f"{name}{seed}", seed, **how, **other)
             scores[name].append(accuracy(made))
-    mean = {name: sum(found) / len(found) for name, found in scores.items()}
+    mean = means(scores)
     assert mean["taught"] > mean["alone"] + 0.005, scores

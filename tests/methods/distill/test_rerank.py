@@ -200,6 +200,8 @@ def test_the_unsure_are_told_better_on_the_zoo(tmp_path: Path) -> None:
     small, large = head(24), head(400)
     pair, run = made(small, large, records[400:], tmp_path / "pair", most=0.5)
     unsure = np.exp(small.ask(Classes).tell(test).max(1)) < float(run.notes["threshold"])
+    three = (small, pair, large)
+    print(*(f"{right(m).mean():.3f} (unsure {right(m)[unsure].mean():.3f})" for m in three), f"{unsure.mean():.2f}")
     assert right(pair).mean() > right(small).mean() + 0.05
     assert right(pair)[unsure].mean() > right(small)[unsure].mean() + 0.1 and unsure.mean() < 0.7
     assert (right(pair)[~unsure] == right(small)[~unsure]).all()

@@ -23,6 +23,7 @@ from lfm.methods.distill import response
 from lfm.models import forward, load
 from lfm.runs.run import LocalRun
 from lfm.train import Fit, fit, once
+from teaching import means
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -250,5 +251,5 @@ def test_distilled_beats_trained_alone_on_the_same_records_and_steps(tmp_path: P
             settings = {"alpha": alpha, "steps": 250, "batch_size": 32, "lr": 3e-3}
             made, _ = distill(teacher, student, some, tmp_path / f"{seed}{alpha}", seed, **settings)
             scores[alpha].append(accuracy(made))
-    alone, taught = (float(np.mean(scores[alpha])) for alpha in (0.0, 0.9))
-    assert accuracy(teacher) > taught > alone + 0.01, (accuracy(teacher), scores)
+    mean = means({"teacher": [accuracy(teacher)] * 3, "alone": scores[0.0], "taught": scores[0.9]})
+    assert mean["teacher"] > mean["taught"] > mean["alone"] + 0.01, scores

@@ -9,11 +9,11 @@ on which both agree: to first order −α ∇L(new) · ∇L(remembered) is added
 it (1912.11006). Every `memorise` steps a share of the new pictures is put into memory, whose oldest give way.
 
 Differs: the loss is the paper's; its code (gaurav104/LRA) also has the remembered pictures in the first term, and takes
-the inner step with momentum and decay. The generator's disagreement is KL, not 1 − JS at temperature 3. `bal` is in
-nats: the code's 5 in decades is 2.2. The memory is of pictures (the paper's memory bank) and not a second generator.
-Measured in 300 steps, seed 0 (benchmarks/data_free.py): into one block of the zoo's ViT .242 of test digits with memory
-and .156 without, at twice the seconds; from a small network with batch norms at chance (.083). `distill.generative`
-did better on both.
+the inner step with momentum and decay, at .9, and remembers an eighth of a batch each fifth epoch. The generator's
+disagreement is KL, not 1 − JS at temperature 3. `bal` is in nats: the code's 5 in decades is 2.2. The memory is of
+pictures (the paper's memory bank) and not a second generator. Measured in 300 steps, seed 0 (benchmarks/data_free.py):
+into one block of the zoo's ViT .242 of test digits with memory and .156 without, at twice the seconds; from a small
+network with batch norms at chance (.083). `distill.generative` did better on both.
 
 Models: teacher (Gradients), student (Gradients), each with Codec or with `image`, `mean` and `std`; both tell the same
 classes. Data: none. The teacher is asked each new picture once, and each of the generator's (`queries`). Errors:

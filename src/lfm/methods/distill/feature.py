@@ -8,9 +8,10 @@
 
 Paper: FitNets, arXiv 1412.6550; attention transfer 1612.03928; feature affinity, exact and fast, 2302.10899. Differs:
 the hint is learned together with the answers, not before them, and is relative to the size of the teacher's features;
-attention's difference is squared and summed, as between 0 and 2 (its authors' code takes the mean over positions: their
-β = 1000 is here 1000 / N). `places` blocks or stages of both models are compared, at the same shares of their depth: a
-position is a token, a patch, a pixel of a convolution's map, or a frame. Padding does not count.
+attention's difference is squared and summed, as between 0 and 2 (its authors' code takes the mean over positions, and
+adds places up: their β = 1000 is here 1000 · places / N). `places` blocks or stages of both models are compared, at the
+same shares of their depth: a position is a token, a patch, a pixel of a convolution's map, or a frame. Padding does not
+count.
 
 On zoo:vit's digits no kind added to what answers alone give, within the noise of three seeds (docs/distilling.md).
 

@@ -12,10 +12,11 @@ that a killed run pays no question twice.
 
 Differs: `entropy` asks once about each picture (there: again at each of the student's steps, 38 million questions for
 CIFAR-10), and does not turn or crop them. `boundary` asks some tens of questions a picture (there: up to 5000 for each
-of 40 moves, 20,000 for each soft label), a fixed number, so that the budget says how many pictures there are; soft
-labels are scaled to `sharp`, on average, for a picture's own class. 5,000 questions and 300 steps were too few for
-digits: .167 of the test images by `entropy`, .114 by `boundary` (seed 0, benchmarks/data_free.py), with .1 for chance,
-since the teacher named two classes for nine in ten of the pictures made: look at that first.
+of 40 moves, 20,000 for each soft label), a fixed number, so that the budget says how many pictures there are; a move is
+`move` times the root of a picture's size, 1.4 on 28 × 28, and left out where the class would change (there .5, halved
+until it stays); soft labels are scaled to `sharp`, on average, for a picture's own class. 5,000 questions and 300 steps
+were too few for digits: .167 of the test images by `entropy`, .114 by `boundary` (seed 0, benchmarks/data_free.py),
+with .1 for chance, since the teacher named two classes for nine in ten of the pictures made: look at that first.
 
 Models: teacher (Logits, of which only the largest is read; or Classes alone, which is shown pictures of 256 shades, of
 the student's size where it says none), student (Gradients), each with Codec or with `image`, `mean` and `std`. Data:

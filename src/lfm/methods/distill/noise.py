@@ -13,9 +13,11 @@ is zero, and pictures have priors alone. On the zoo's ViT (600 steps, 640 pictur
 and .28 of the digits right) nor dead leaves' statistics (.16) are shown to be better than none (.40, .40). Asked once
 each, 6,400 pictures of plain noise gave .53 and .59: iterations=0, pictures=640. docs/distilling.md has the settings.
 
-Differs: the picture's last state is kept, not its best; JS is of the two answers against their mean, where the authors'
-code has the mean against the answers; records of layers are moments of each channel, matched over a batch, where Lopes
-draws an activation for each picture; no ReLU is applied to logits drawn.
+Differs: the picture's last state is kept, not its best; pictures stay between black and white from the beginning (the
+authors' CIFAR code leaves them free, that for ImageNet does so); JS is of the two answers against their mean, where the
+authors' code has the mean against the answers, and cuts probabilities at .01 and .99; records of layers are moments of
+each channel, matched over a batch, where Lopes draws an activation for each picture; no ReLU is applied to logits
+drawn.
 
 Models: teacher (Gradients), student (Gradients), both classifiers of images into the same classes; their codecs tell
 what pictures they read, or `image`, `mean` and `std` do. The student may be given by the teacher's reference, with

@@ -5,9 +5,10 @@
 
 Paper: Model compression via distillation and quantization, arXiv 1802.05668 (quantised distillation: rounded forward,
 full weights stepped by the straight-through rule). Learned step sizes s are LSQ's, 1902.08153, in logarithms as in
-1903.08066; they begin where rounding alone loses least of the weights. Differs: one step an output channel, or a
-`group` of its inputs; the linear layers of the blocks alone (embeddings, norms and head stay whole; of a net without
-blocks, all but the last layer); activations stay whole; the teacher is the model itself, or a larger one.
+1903.08066; they begin where rounding alone loses least of the weights. Differs: no scale of the steps' gradient (with
+AdamW it would change little); one step an output channel, or a `group` of its inputs; the linear layers of the blocks
+alone (embeddings, norms and head stay whole; of a net without blocks, all but the last layer); activations stay whole;
+the teacher is the model itself, or a larger one.
 
 What is saved is an ordinary checkpoint whose weights lie on the grid, in the model's own dtype and size: it loads
 everywhere, and shows what few bits cost; it is no smaller. The packed formats that transformers reads

@@ -21,7 +21,7 @@ from lfm.core import finding, launched, registry
 from lfm.core.config import Config, configure, values
 from lfm.core.errors import ConfigError, DataError, LfmError, OutputError
 from lfm.core.finding import Finding
-from lfm.core.method import METRICS, RECORDS, Inputs, check
+from lfm.core.method import METRICS, RECORDS, Inputs, Slot, check
 from lfm.core.model import Model
 from lfm.data import files, suited
 from lfm.data.records import Record, kind_of
@@ -266,8 +266,21 @@ def _packages() -> dict[str, str]:
 
 
 def _alternatives(opened: Mapping[str, tuple[Model, ...]]) -> list[str]:
+    """Methods in which several models can play the very roles that they are given; else those that each works with."""
+    if len(opened) > 1 and (found := [m.id for m in registry.methods() if _plays(m.method.models, opened)]):
+        return found
     given = [set(m.gives) for models in opened.values() for m in models]
     return [m.id for m in registry.methods(have=set.intersection(*given))] if given else []
+
+
+def _plays(slots: Mapping[str, Slot], opened: Mapping[str, tuple[Model, ...]]) -> bool:
+    if opened.keys() - slots.keys():
+        return False
+    return all(
+        slot.min <= len(opened.get(role, ())) <= (slot.max or len(opened.get(role, ())))
+        and not any(slot.missing(model.gives) for model in opened.get(role, ()))
+        for role, slot in slots.items()
+    )
 
 
 def _fitting(

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import lfm
 import tiny
 from case import Case
 from lfm import runs
@@ -202,6 +203,15 @@ def test_answers_are_added_to_those_of_the_same_teacher_alone(root: Path, tmp_pa
         keep(load(root / "causal1"), TEXTS, tmp_path / "none", 8, kept=first)
     with pytest.raises(ConfigError, match="k=8"):
         keep(teacher, TEXTS, tmp_path / "neither", 9, kept=first)
+
+
+def test_where_kept_answers_will_not_do_it_is_said_what_they_teach_by(root: Path, tmp_path: Path) -> None:
+    keep(load(root / "causal0"), TEXTS, tmp_path / "answers", 8)
+    write(TEXTS, tmp_path / "texts.jsonl")
+    given = {"teacher": str(tmp_path / "answers"), "student": str(root / "causal1")}
+    with pytest.raises(AccessError) as error:
+        lfm.run("distill.on_policy", given, {"train": tmp_path / "texts.jsonl"}, out=tmp_path / "out")
+    assert error.value.fix == "methods that work with it: distill.response"
 
 
 def test_a_torn_or_damaged_cache_is_told_of(root: Path, tmp_path: Path) -> None:

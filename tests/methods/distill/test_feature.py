@@ -230,6 +230,7 @@ def test_hints_are_dropped_at_the_end(root: Path, tmp_path: Path) -> None:
 def test_places_are_the_ends_of_equal_parts_of_the_depth() -> None:
     assert inside.depths(2, 6) == [2, 5] and inside.depths(1, 5) == [4] and inside.depths(3, 9) == [2, 5, 8]
     assert inside.depths(3, 3) == [0, 1, 2]
+    assert inside.depths(2, 5) == [2, 4] and inside.depths(3, 4) == [1, 2, 3]  # a part that ends within a block has it
 
 
 def vision(path: Path, seed: int, **shape: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lfm.core import Gradients, Model
 from lfm.core.errors import DataError, ModelError
 from lfm.data import records as data
 from lfm.data.files import write
+from lfm.distilling.classes import widened
 from lfm.methods.distill import lifelong
 from lfm.models import load
 from lfm.runs.run import LocalRun
@@ -105,6 +107,21 @@ def test_new_classes_get_rows_and_the_old_ones_stay(root: Path, tmp_path: Path) 
 def pictures(count: int) -> list[data.Image]:
     draw = np.random.default_rng(0)
     return [data.Image(image=draw.integers(0, 255, (8, 8), np.uint8), label=str(i % 10)) for i in range(count)]
+
+
+def test_rows_of_new_classes_are_like_those_of_the_old() -> None:
+    """Of rows that lie about (10, −5, 0) by 2, .5 and 1 so do 2000 new ones, and of biases about 3 by 1."""
+    module: Any = torch.nn.Sequential(torch.nn.Linear(3, 40))
+    module.config = SimpleNamespace()
+    own = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([2, 0.5, 1, 1])
+    own = own - own.mean(0) + torch.tensor([10.0, -5.0, 0.0, 3.0])
+    module[0].weight.data, module[0].bias.data = own[:, :3], own[:, 3]
+    names = [str(i) for i in range(2040)]
+    widened(module, names[:40], names[40:], torch.Generator().manual_seed(1))
+    made = torch.cat([module[0].weight, module[0].bias[:, None]], 1).detach()
+    assert torch.equal(made[:40], own) and len(module.config.id2label) == 2040
+    torch.testing.assert_close(made[40:].mean(0), own.mean(0), rtol=0, atol=4 * 2.4 / 2000**0.5)
+    torch.testing.assert_close(made[40:].std(0), own.std(0), rtol=0.1, atol=0)
 
 
 def test_what_it_said_of_the_new_inputs_is_kept_the_more_it_is_asked_to(root: Path, tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ def test_the_step_found_is_no_worse_than_the_largest_weights(rows: torch.Tensor,
     assert bool((places.round() - places).abs().max() < 1e-4) and float(places.abs().max()) <= most + 1e-4
 
 
+def test_the_step_found_is_the_one_of_least_error() -> None:
+    """Of fifteen halves and a one on −s, 0, s, with s from ½ up, 15 (s − ½)² + (1 − s)² is lost: least at 17/32."""
+    row = torch.tensor([[0.5] * 15 + [1.0]])
+    assert float(quantising.best_step(row, 1)) == pytest.approx(17 / 32, abs=0.5 / 31 / 2)
+
+
 def test_the_slopes_of_rounding_are_lsqs() -> None:
     """∂ŵ/∂w is 1 inside, 0 where cut off; ∂ŵ/∂s is round(w/s) − w/s inside, ±q where cut off (1902.08153, eq. 3)."""
     weight = torch.tensor([[0.2, -0.7, 1.4, 9.0, -9.0]], requires_grad=True)

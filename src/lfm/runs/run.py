@@ -50,7 +50,7 @@ class LocalRun:
         self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str
     ) -> Iterator[T]:
         count = len(items) if total is None and isinstance(items, Sized) else total
-        done = items.start if isinstance(items, range) and items.stop == total else 0
+        done = _before(items, count)
         self.show(label, done, count)
         for place, item in enumerate(items, start=done + 1):
             yield item
@@ -68,3 +68,8 @@ class LocalRun:
 
     def generator(self, *key: object) -> torch_types.Generator:
         return torch.Generator().manual_seed(self.seed_for(*key))
+
+
+def _before(items: object, total: int | None) -> int:
+    """What was done before the first of the items, where they are range(k, total)."""
+    return items.start if isinstance(items, range) and items.stop == total else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from lfm import runs
 from lfm.core import Gradients
 from lfm.core.errors import DivergedError, LfmError, MismatchError
 from lfm.data import records as data
-from lfm.data.files import write
+from lfm.data.files import read, write
 from lfm.models import load
 from lfm.models.checkpoint import StoredGradients
 from lfm.runs.run import LocalRun
 from lfm.train import Fit, taught
+from lfm.train.taught import plain
 
 
 def test_a_training_that_ends_far_worse_than_guessing_is_no_result(tmp_path: Path) -> None:
@@ -65,3 +67,21 @@ def test_what_cannot_be_done_is_refused_before_weights_are_read(
         runs.execute(order)
     assert isinstance(refused.value, MismatchError) or form
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "train.jsonl"]
+
+
+def test_what_a_training_broke_on_is_named_as_it_was_read(tmp_path: Path) -> None:
+    """A text longer than the context is read in pieces, which all stand in its line."""
+    model = load(tiny.causal(tmp_path / "base", max_position_embeddings=16))
+    write(
+        [data.Text(text=line) for line in ("the cat", "the cats sat on the mat and the dog ran", "dogs")],
+        tmp_path / "a.jsonl",
+    )
+    with pytest.raises(DivergedError, match=r"step 0 on records \S*a.jsonl:1, \S*a.jsonl:2, \S*a.jsonl:3\."):
+        taught(
+            model.ask(Gradients).module(),
+            model,
+            read(tmp_path / "a.jsonl"),
+            Fit(steps=1, batch_size=8),
+            LocalRun(0, tmp_path / "work"),
+            objective=lambda module, batch, task: plain(module, batch, task) * math.nan,
+        )

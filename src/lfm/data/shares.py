@@ -10,6 +10,7 @@ import msgspec
 from lfm.core.errors import ConfigError, DataError, MismatchError
 from lfm.core.model import Batch, Codec, Model
 from lfm.data import task as tasks
+from lfm.data.files import told_by, where
 from lfm.data.records import Record
 
 
@@ -30,12 +31,12 @@ def shares(records: Sequence[Record], groups: Sequence[str], count: int) -> list
     return list(found)
 
 
-def by_group(records: Sequence[Record]) -> dict[str, list[Record]]:
+def by_group(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
     """The records of each group, groups in the order in which they first appear."""
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        found.setdefault(record.group, []).append(record)
-    return found
+    found: dict[str, list[int]] = {}
+    for place, record in enumerate(records):
+        found.setdefault(record.group, []).append(place)
+    return {name: told_by(records, [records[i] for i in places], places) for name, places in found.items()}
 
 
 class Learnt(Protocol):
@@ -48,12 +49,14 @@ class Learnt(Protocol):
     def names(self) -> Sequence[str]: ...
 
 
-def tasks_of(records: Sequence[Record], what: str) -> dict[str, list[Record]]:
+def tasks_of(records: Sequence[Record], what: str) -> dict[str, Sequence[Record]]:
     """The records of each task, its group. DataError where one names none; what: a task's own, for the error."""
     groups = by_group(records)
     if nameless := groups.get(""):
+        first = where(records, next(place for place, record in enumerate(records) if not record.group))
         raise DataError(
-            f"{len(nameless)} records of train name no task",
+            f"{first}: 'group' names no task"
+            + (f", as in {len(nameless) - 1} more of train" if len(nameless) > 1 else ""),
             why=f"each task has {what} of its own, found again by its name",
             fix='give every record its task as "group"',
         )

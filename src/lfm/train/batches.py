@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, final, overload
 
 from lfm.core.heavy import torch
+from lfm.data.files import Lines, where
 
 if TYPE_CHECKING:
     from lfm.core.model import Batch
@@ -18,6 +19,28 @@ LIMIT = 2**30
 CHUNK = 64
 
 
+@final
+class Numbers(Sequence[int]):
+    """Numbers of records, or some of these, that know how users find each of them (see lfm.data.files.where)."""
+
+    def __init__(self, records: Sequence[Any], among: range | None = None) -> None:
+        self.records, self._among = records, range(len(records)) if among is None else among
+
+    def __len__(self) -> int:
+        return len(self._among)
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> Numbers: ...
+    def __getitem__(self, place: int | slice) -> int | Numbers:
+        return Numbers(self.records, self._among[place]) if isinstance(place, slice) else self._among[place]
+
+    def where(self, place: int) -> str:
+        """FILE:LINE of the record whose number stands at this place; its number from 1 where it was read from none."""
+        return where(self.records, self[place]) if isinstance(self.records, Lines) else str(self[place] + 1)
+
+
 def once(
     records: Sequence[R], collate: Callable[[Sequence[R]], Batch], *, limit: int = LIMIT
 ) -> tuple[Sequence[int], Callable[[Sequence[int]], Batch]]:
@@ -26,7 +49,7 @@ def once(
     Records whose tensors are all of one shape (images) are prepared now and afterwards only picked; of others, and past
     `limit` bytes, each batch is collated when it is asked for.
     """
-    numbers = range(len(records))
+    numbers = Numbers(records)
 
     def afresh(chosen: Sequence[int]) -> Batch:
         return collate([records[i] for i in chosen])

@@ -18,6 +18,7 @@ from lfm.data.files import where as where_of
 from lfm.models.device import device as choose
 from lfm.train import world
 from lfm.train.average import Average, first_of, refresh
+from lfm.train.batches import Numbers
 from lfm.train.gradient import Pass, autocast, weight
 from lfm.train.heldout import HeldOut
 from lfm.train.loop import loop
@@ -199,6 +200,8 @@ def _where(records: Sequence[Any], chosen: Sequence[int]) -> str:
     """Which records a step was on, as their file or their numbers name them."""
     if isinstance(records, Lines):
         named = [where_of(records, i) for i in sorted(chosen)]
+    elif isinstance(records, Numbers):
+        named = list(dict.fromkeys(records.where(i) for i in sorted(chosen)))  # pieces of one text have one place
     else:  # rows of several records are told as these
         rows = [records[i] if isinstance(records[i], tuple) else (i,) for i in chosen]
         flat = all(isinstance(n, int) for row in rows for n in row)

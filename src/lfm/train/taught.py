@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lfm.core.errors import DivergedError
 from lfm.core.heavy import torch
@@ -14,7 +14,7 @@ from lfm.core.model import Codec, Model
 from lfm.data import packing
 from lfm.data import task as tasks
 from lfm.models import forward
-from lfm.train.batches import once
+from lfm.train.batches import Numbers, once
 from lfm.train.fit import fit
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def taught(
         run.note(rows=len(own.rows), filled=round(own.filled, 4))
     else:
         numbers, collate = once(both, task.collate)
-        chosen, beside = numbers[: len(fitted)], numbers[len(fitted) :]
+        chosen = cast("Sequence[Any]", Numbers(fitted))  # the same numbers, and where each is found
+        beside = numbers[len(fitted) :]
     losses = fit(module, chosen, collate, loss, config, run, name=name, scale=scale, dev=beside)
     _better_than_guessing(losses, model, config, name)
     run.note(loss_before=losses[0], loss_after=losses[-1])

@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(tmp_path: Path) ->
         taught(other, SECOND, tmp_path, [made])
     with pytest.raises(DataError, match="has learned 'a' already"):
         taught(base, FIRST, tmp_path, [made])
-    with pytest.raises(DataError, match="1 records of train name no task"):
+    with pytest.raises(DataError, match=f"label {len(SECOND) + 1}: 'group' names no task"):
         taught(base, [*SECOND, msgspec.structs.replace(SECOND[0], group="")], tmp_path)
 
 

@@ -38,6 +38,7 @@ from lfm.models import forward, local
 from lfm.models.mixing import load_into, parameters_of
 from lfm.models.program import program
 from lfm.train import Fit, fit, once, suited, training
+from lfm.train.batches import Numbers
 from lfm.train.embeddings import changed_embeddings, raising
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         return objective(module, batch, task, config.epsilon if module.training else 0.0)
 
     numbers, collate = once(records, task.collate)
-    losses = fit(module, numbers[: len(train)], collate, loss, config, run, dev=numbers[len(train) :])
+    losses = fit(module, Numbers(train), collate, loss, config, run, dev=numbers[len(train) :])
     run.note(loss_before=losses[0], loss_after=losses[-1])
     tensors = {name: tensor.cpu() for name, tensor in parameters_of(module.base).items()}
     made = program(ID, config, Parts({"model": (model,)}, tensors, state), opened)

@@ -31,6 +31,7 @@ from lfm.data import task as tasks
 from lfm.models import device, forward, layers, local
 from lfm.models.program import program
 from lfm.train import RECORDS, Fit, fit, once, sparse, suited, training
+from lfm.train.batches import Numbers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,7 +58,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     task = tasks.task_for([*train, *dev], codec, model.facts)
     module = model.ask(Gradients).module()
     every, collate = once([*train, *dev], task.collate)
-    numbers, beside = every[: len(train)], every[len(train) :]
+    numbers, beside = Numbers(train), every[len(train) :]
 
     def batches() -> list[Batch]:
         size = config.batch_size

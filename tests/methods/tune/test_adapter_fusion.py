@@ -127,6 +127,15 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         fuse(base, [base], tmp_path / "d")
 
 
+def test_adapters_of_another_kind_are_refused_before_any_work(tmp_path: Path) -> None:
+    base = tiny.causal(tmp_path / "base")
+    (tmp_path / "lora").mkdir()
+    tunings.tune("tune.lora", base, tunings.FACTS, tmp_path / "work", steps=1)[0].save(tmp_path / "lora")
+    given = Inputs({"model": (load(base),), "adapters": (load(tmp_path / "lora"),)}, {"train": tunings.FACTS})
+    with pytest.raises(MismatchError, match=r"is a LORA adapter.*tune.houlsby"):
+        adapter_fusion.agree(adapter_fusion.Config(), given)
+
+
 @pytest.mark.slow
 def test_with_few_records_it_does_better_than_an_adapter_of_its_own(tmp_path: Path) -> None:
     """Adapters of four other renderings of digits, fused on 60 mirrored ones, against one trained on those 60 alone."""

@@ -70,12 +70,22 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     return over(model, trained(config, inputs, run, settings, loss, place))
 
 
+def agree(config: Config, inputs: Inputs) -> None:
+    suited(config, Inputs({"model": inputs.all("model")}, inputs.data))
+    adapters = inputs.all("adapters")
+    fitting([adapter.ask(Stored) for adapter in adapters], [a.ref for a in adapters], inputs.model("model"))
+
+
 def fitting(stored: Sequence[Stored], refs: Sequence[str], model: Model) -> dict[str, Any]:
     """The settings that the adapters share. MismatchError where they cannot be mixed over this model."""
     first = dict(stored[0].config)
     for adapter, ref in zip(stored, refs):
         if adapter.config.get("peft_type") != "HOULSBY":
-            raise MismatchError(f"{ref} is of type {adapter.config.get('peft_type')}", fix="fuse HOULSBY adapters")
+            raise MismatchError(
+                f"{ref} is a {adapter.config.get('peft_type')} adapter",
+                why="what is mixed by attention is what bottleneck adapters (HOULSBY) add at their places",
+                fix="adapters that tune.houlsby made with train_norms=false; reuse.adapters adds LoRAs up",
+            )
         if adapter.base.digest != model.digest:
             raise MismatchError(
                 f"{ref} is an adapter over another model",
@@ -111,7 +121,7 @@ METHOD = Method(
     models=MODEL | {"adapters": Slot((Stored,), 1, None, help="trained bottleneck adapters over the model")},
     data=RECORDS,
     forms=("adapter",),
-    agree=suited,
+    agree=agree,
     run=run,
     cost=cost,
 )

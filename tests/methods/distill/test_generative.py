@@ -153,6 +153,38 @@ def inverting(
     return made[0], made[1], asked
 
 
+def test_one_generator_steps_down_every_so_often_and_normalises_by_its_batch(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against Adam (β .5, .999) by hand in training mode, L_G being the pictures' mean; no class is asked for."""
+
+    @contextmanager
+    def judge(*_: Any, **how: Any) -> Iterator[Any]:
+        def judged(images: torch.Tensor, classes: Any) -> torch.Tensor:
+            assert classes is None
+            return images.mean()
+
+        assert not how
+        yield judged
+
+    monkeypatch.setattr(generative.generator, "judge", judge)
+    config = generative.Config(**QUICK, kind="dfq", every=2, rounds=3, generator_lr=0.1)
+    kind, run = generative.settled(config), LocalRun(0, tmp_path)
+    stage = datafree.scene(config, *pair, run)
+    synthesise, _ = generative.trained(config, kind, stage, run, ExitStack())
+    with seeded(1):
+        made = [synthesise(step, Bank(4, torch.device("cpu")))[PIXELS] for step in range(3)]
+    net = generative.network(config, stage, run.seed_for("generator")).train()
+    adam = torch.optim.Adam(net.parameters(), lr=0.1, betas=(0.5, 0.999))
+    with seeded(1):
+        for step, pictures in enumerate(made):
+            for _ in range(3 if step in (0, 2) else 0):
+                adam.zero_grad()
+                stage.frame.scaled(net(torch.randn(4, 8))).mean().backward()
+                adam.step()
+            assert torch.equal(pictures, stage.frame.scaled(net(torch.randn(4, 8))).detach())
+
+
 def test_the_first_rounds_leave_the_student_out_and_the_losses_add(
     pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,34 @@ def test_pictures_end_at_the_boundary_where_the_contrast_pulls_and_far_from_it_w
     assert margins[10.0] < 0.2 * margins[0.0], margins
 
 
+def test_one_step_is_down_the_loss_written_out_and_shaken() -> None:
+    """x − ε ∇ [7 Σ_g CE + 3 Σ_{g<h} (t_g − t_h)² + 5 TV] + .5 √(2ε) ζ; means over the two rows, classes and pixels."""
+    linear = nn.Linear(3 * 4 * 4, 5)
+    stage = Scene(
+        Frame((3, 4, 4), torch.full((3, 1, 1), -1.0), torch.ones(3, 1, 1)),
+        5,
+        Teacher(lambda images: linear(images.flatten(1))),
+        linear,
+        lambda images: images,
+        (),
+    )
+    config = cake.Config(pictures=6, groups=3, iterations=1, classify=7.0, attract=3.0, tv=5.0, noise=0.5)
+    torch.manual_seed(1)
+    made = cake.pictures(config, stage, 0.25)[PIXELS]
+    torch.manual_seed(1)
+    classes = [torch.randperm(5)[:3].tolist() for _ in range(2)]
+    x = torch.randn(6, 3, 4, 4).requires_grad_()
+    told = linear(x.flatten(1)).log_softmax(-1).view(2, 3, 5)
+    loss = -7 * sum(told[row, g, c] for row in range(2) for g, c in enumerate(classes[row])) / 2
+    logits = linear(x.flatten(1)).view(2, 3, 5)
+    for g, h in itertools.combinations(range(3), 2):
+        loss = loss + 3 * (logits[:, g] - logits[:, h]).square().mean()
+    down, across = x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+    loss = loss + 5 * (down.abs().mean() + across.abs().mean())
+    (slope,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(made, (x - 0.25 * slope + 0.5 * 0.5**0.5 * torch.randn(x.shape)).detach())
+
+
 def test_every_picture_asked_is_counted(tmp_path: Path) -> None:
     model = load(tiny.vit(tmp_path / "big"))
     config = cake.Config(**SMALL)

@@ -198,6 +198,43 @@ def test_pictures_climb_to_where_the_student_is_less_sure(pair: tuple[Model, Mod
     assert unsure[0] < unsure[1] < unsure[2], unsure
 
 
+def test_a_climb_is_a_step_of_signs_in_units_of_white(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    stage = datafree.scene(hard_label.Config(), *pair, LocalRun(0, tmp_path))
+    start = 0.5 * stage.frame.noise(4, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    made = hard_label.least_sure(start, stage, 1, 0.02)
+    torch.manual_seed(0)
+    white = stage.frame.high - stage.frame.low
+    begun = (start + 0.001 * white * torch.randn(start.shape)).requires_grad_()
+    (slope,) = torch.autograd.grad(entropy(stage.answer(begun)), begun)
+    torch.testing.assert_close(made, (begun + 0.02 * white * slope.sign()).detach())
+    assert white.min() > 1.5  # or a unit would be white
+
+
+def test_of_boundary_the_named_class_and_the_soft_label_are_learned_together(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CE + T² KL of all that was measured, at T = 3; a move is .05 times the root of a picture's size long."""
+    lengths: list[float] = []
+
+    def away(decide: Any, x: torch.Tensor, own: Any, *, length: float, **_: Any) -> torch.Tensor:
+        lengths.append(length)
+        return x
+
+    monkeypatch.setattr(hard_label.deciding, "away", away)
+    settings = BOUNDARY | {"steps": 1, "batch_size": 64, "temperature": 3.0}
+    _, run = distill(*pair, tmp_path / "a", **settings)
+    config, again = hard_label.Config(**settings), LocalRun(0, tmp_path / "b")
+    stage = datafree.scene(config, *pair, again)
+    teacher = pair[0]
+    rows = hard_label.measured(config, stage, lambda x, _: hard_label.named(teacher, stage.frame, x), again)
+    told, soft = stage.answer(rows["pixel_values"]), (rows[TOLD] / 3).softmax(-1)
+    hard = torch.nn.functional.cross_entropy(told, rows[hard_label.NAMED])
+    apart = (soft * (soft.log() - (told / 3).log_softmax(-1))).sum(-1).mean()
+    assert run.notes["loss_before"] == pytest.approx((hard + 9 * apart).item(), rel=1e-4)
+    assert lengths == pytest.approx([0.05 * math.prod(stage.frame.shape) ** 0.5] * 2)
+
+
 def test_soft_labels_are_as_sharp_as_asked_and_largest_for_the_own_class(
     pair: tuple[Model, Model], tmp_path: Path
 ) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from lfm.distilling.contrasting import contrast
+from lfm.distilling.bank import Bank
+from lfm.distilling.contrasting import PART, WIDTH, contrast, contrasting
+from lfm.distilling.datafree import Scene, Teacher
 from lfm.distilling.generator import MOMENTS, Pace, Terms, cropped, found, generator, read_by, wanted
+from lfm.distilling.pictures import Frame
+from lfm.runs.run import LocalRun
 from lfm.train.losses import balance
 
 
@@ -80,6 +86,26 @@ def test_contrast_is_that_written_out() -> None:
     assert contrast(parts, wholes, 0.2, 5).item() == pytest.approx(sum(each) / 5, rel=1e-5)
     value.backward()
     assert parts.grad is not None and wholes.grad is None
+
+
+def test_views_are_of_a_part_first_and_of_the_whole_after_it(tmp_path: Path) -> None:
+    """Means over the pixels that a batch norm reads: those of the part are held against the whole's, by the head."""
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    frame = Frame((3, 8, 8), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    stage = Scene(frame, 2, Teacher(module), module, lambda images: images, (), module)
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(5, 3, 8, 8, generator=random) + 10 * torch.randn(5, 3, 1, 1, generator=random)
+    with contrasting(stage, 1e-3, 0.2, False, LocalRun(0, tmp_path)) as unlike:
+        stage.asked(images)
+        torch.manual_seed(0)
+        apart, views = unlike.apart(images, Bank(4, torch.device("cpu")))
+    torch.manual_seed(0)
+    each = [module[0](x).mean((2, 3)) for x in (cropped(images, PART), images)]
+    torch.testing.assert_close(views, torch.cat(each, 1).detach())
+    head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, WIDTH))
+    head.load_state_dict({name.removeprefix("parameter/"): t for name, t in unlike.state.result().items()})
+    local, whole = (F.normalize(head(x)) for x in each)
+    torch.testing.assert_close(apart, F.cross_entropy(local @ whole.T / 0.2, torch.arange(5)))
 
 
 def test_the_way_down_gives_the_best_rows_and_the_sum_of_gradients() -> None:

@@ -124,6 +124,20 @@ def test_without_weight_memory_changes_nothing_and_with_it_does(pair: tuple[Mode
     assert len(set(made.values())) == 3
 
 
+def test_what_is_remembered_has_its_weight(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L = 2 + .5 · 3 where what is new costs 2 and what is remembered 3."""
+
+    def retained(acquire: Any, remember: Any, weights: Any, inner: float, *, exact: bool) -> Any:
+        nought = 0 * sum(w.sum() for w in weights.values())
+        return nought + 2, nought + 3
+
+    monkeypatch.setattr(adversarial, "retained", retained)
+    _, run = distill(*pair, tmp_path, **(QUICK | {"steps": 1, "retain": 0.5}))
+    assert run.notes["loss_before"] == 3.5
+
+
 def test_a_share_of_every_so_many_batches_is_remembered(pair: tuple[Model, Model], tmp_path: Path) -> None:
     config = adversarial.Config(batch_size=8, every=2, memorise=3, share=0.25, width=4, latent=8)
     run = LocalRun(0, tmp_path)

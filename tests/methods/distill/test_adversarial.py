@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from lfm.core.errors import ConfigError
 from lfm.core.method import check
 from lfm.distilling import datafree
 from lfm.distilling.bank import Bank
+from lfm.distilling.datafree import PIXELS
+from lfm.distilling.telling import TOLD
 from lfm.methods.distill import adversarial
 from lfm.methods.distill.adversarial import retained
 from lfm.models import load
@@ -122,6 +125,28 @@ def test_without_weight_memory_changes_nothing_and_with_it_does(pair: tuple[Mode
     }
     assert made["off"] == made["off, other α"]
     assert len(set(made.values())) == 3
+
+
+def test_logits_are_learned_by_their_absolute_difference_and_each_term_has_its_weight(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: dict[str, Any] = {}
+
+    @contextmanager
+    def judge(scene: Any, terms: Any) -> Iterator[None]:
+        heard.update(scene=scene, terms=terms)
+        yield None
+
+    monkeypatch.setattr(adversarial.generator, "judge", judge)
+    monkeypatch.setattr(adversarial.datafree, "distil", lambda *_, loss, **__: heard.update(loss=loss))
+    weights = {"adv": 1.0, "bn": 2.0, "oh": 3.0, "bal": 4.0, "act": 5.0}
+    distill(*pair, tmp_path, **(QUICK | weights | {"retain": 0.0}))
+    assert heard["terms"]._asdict() == weights
+    stage = heard["scene"]
+    pictures = stage.frame.noise(4, torch.Generator().manual_seed(0))
+    told = torch.randn(4, stage.classes, generator=torch.Generator().manual_seed(1))
+    expected = (stage.answer(pictures) - told).abs().sum() / (4 * stage.classes)
+    torch.testing.assert_close(heard["loss"]({PIXELS: pictures, TOLD: told}), expected)
 
 
 def test_what_is_remembered_has_its_weight(

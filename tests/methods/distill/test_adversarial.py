@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ from lfm.distilling.bank import Bank
 from lfm.distilling.datafree import PIXELS
 from lfm.distilling.telling import TOLD
 from lfm.methods.distill import adversarial
-from lfm.methods.distill.adversarial import retained
+from lfm.methods.distill.adversarial import retained, unlike
 from lfm.models import load
 from lfm.runs.run import LocalRun
 
@@ -186,3 +187,22 @@ def test_what_the_loss_does_not_have_is_refused(pair: tuple[Model, Model], tmp_p
 def test_what_is_remembered_is_not_asked_again(pair: tuple[Model, Model], tmp_path: Path) -> None:
     _, run = distill(*pair, tmp_path, **QUICK)
     assert run.notes["queries"] == 4 * 4 + 2 * 4  # each step's pictures, and the generator's at two steps
+
+
+def test_the_generator_is_paid_by_the_divergence_of_softened_answers_which_has_a_bound() -> None:
+    """By hand: of halves and (e/(1+e), 1/(1+e)), which T = 3 makes of logits of 3 and 0, JS is a mean of two KL."""
+    told, answered = torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2)
+    p, q = np.array([np.e / (1 + np.e), 1 / (1 + np.e)]), np.array([0.5, 0.5])
+    m = (p + q) / 2
+    expected = (p * np.log(p / m)).sum() / 2 + (q * np.log(q / m)).sum() / 2
+    assert unlike(told, answered).item() == pytest.approx(expected, rel=1e-5)
+    assert unlike(told, told).item() == pytest.approx(0, abs=1e-7)
+    assert unlike(torch.tensor([[9e3, 0.0]]), torch.tensor([[0.0, 9e3]])).item() == pytest.approx(np.log(2), rel=1e-5)
+
+
+def test_it_is_that_divergence_which_the_generator_seeks(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sought, unsought = (distill(*pair, tmp_path / f"{adv}", **QUICK, adv=adv)[0].digest for adv in (1.0, 0.0))
+    monkeypatch.setattr(adversarial, "unlike", lambda told, answered: 0 * answered.sum(-1))
+    assert distill(*pair, tmp_path / "none", **QUICK)[0].digest == unsought != sought

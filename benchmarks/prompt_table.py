@@ -32,7 +32,7 @@ from lfm import runs
 from lfm.core import Inputs, Model, registry
 from lfm.core.config import configure, fields
 from lfm.core.errors import LfmError
-from lfm.core.method import Method, Sizes, check
+from lfm.core.method import Method, check
 from lfm.data import files
 from lfm.data.records import Label
 from lfm.evals import evaluate
@@ -156,7 +156,7 @@ def tried(
     base = configure(method.config, fixed(method, task.settings(method)))
     given = {"train": shots[: len(labels)]} if id == ZERO else {"train": shots, "dev": dev}
     given = {role: some for role, some in given.items() if role in method.data}
-    sizes = Sizes({"model": (model.facts,)}, {role: files.amount(some) for role, some in given.items()})
+    sizes = files.sizes(Inputs({"model": (model,)}, given))
     fit = (made for _, made in smaller(base, lambda c: method.cost(c, sizes).queries))
     config = next((c for c in fit if not budget or method.cost(c, sizes).queries <= budget), None)
     if config is None:

@@ -299,12 +299,11 @@ def test_a_digest_is_of_content_and_order() -> None:
 
 
 def test_an_amount_counts_four_bytes_a_token() -> None:
-    assert amount([Text(text="x" * 41)] * 2) == (2, 21, 0)
-    assert amount([Label(text="x" * 8, label=label) for label in ("a", "b", "a")]) == (3, 8, 2)
-    assert amount([Fact(subject="", relation="", object="Paris", prompt="It is", suffix=".")]) == (1, 3, 0)
+    assert amount([Text(text="x" * 41)] * 2) == (2, 21)
+    assert amount([Fact(subject="", relation="", object="Paris", prompt="It is", suffix=".")]) == (1, 3)
     # 32 × 20 pixels: 2 × 2 patches of 16 and a class token.
-    assert amount([Image(image=np.zeros((20, 32), np.uint8), label="x")] * 100) == (100, 500, 1)
-    assert amount([]) == (0, 0, 0)
+    assert amount([Image(image=np.zeros((20, 32), np.uint8), label="x")] * 100) == (100, 500)
+    assert amount([]) == (0, 0)
 
 
 def _png(array: np.ndarray) -> bytes:

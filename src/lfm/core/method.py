@@ -78,11 +78,10 @@ class DataSlot:
 
 
 class Amount(NamedTuple):
-    """How much data fills a role: known before a model is loaded. classes: labels that records have; 0: not known."""
+    """How much data fills a role: known before a model is loaded."""
 
     records: int
     tokens: int
-    classes: int = 0
 
 
 class Sizes(NamedTuple):

@@ -256,15 +256,14 @@ def _told(record: Record, *, base64_bytes: bool) -> dict[str, Any]:
 
 
 def amount(records: Sequence[Record]) -> Amount:
-    """How many records, about how many tokens (one for 4 bytes of text, 16 × 16 pixels or 20 ms), how many labels."""
+    """How many records, and about how many tokens they are (one for 4 bytes of text, 16 × 16 pixels or 20 ms)."""
     kind = kind_of(records[0]) if records else ""
-    classes = len({label for record in records if (label := getattr(record, "label", ""))})
     if kind in media.MEDIA:
         seen = records[:64]  # images of one set are of one size; the sizes of a few will do
         each = sum(media.tokens(kind, getattr(record, kind)) for record in seen) / len(seen)
-        return Amount(len(records), ceil(each * len(records)), classes)
+        return Amount(len(records), ceil(each * len(records)))
     size = sum(len(_words(record).encode("utf-8", "replace")) for record in records)
-    return Amount(len(records), ceil(size / BYTES_A_TOKEN), classes)
+    return Amount(len(records), ceil(size / BYTES_A_TOKEN))
 
 
 def sizes(inputs: Inputs) -> Sizes:

@@ -309,7 +309,7 @@ def cost(config: Setting, sizes: Sizes, layers: int) -> Cost:
     looks = 1 + rounds // config.dev_every + config.restarts
     tried = rounds * generation(config) * train + looks * dev + (0 if dev else train)
     # Once: the table, each text, what stays of one that is cut, and each beginning of each label's word.
-    words = given.classes + chosen_by.classes or train + dev
+    words = sum(sizes.labels.values()) or train + dev
     once = 1 + 2 * (train + dev) + words * (LETTERS + 1)
     prompt = layers * config.prompt_tokens * facts.width
     return Cost(

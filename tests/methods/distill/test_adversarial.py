@@ -134,15 +134,15 @@ def test_logits_are_learned_by_their_absolute_difference_and_each_term_has_its_w
     heard: dict[str, Any] = {}
 
     @contextmanager
-    def judge(scene: Any, terms: Any) -> Iterator[None]:
-        heard.update(scene=scene, terms=terms)
+    def judge(scene: Any, terms: Any, *, gap: Any) -> Iterator[None]:
+        heard.update(scene=scene, terms=terms, gap=gap)
         yield None
 
     monkeypatch.setattr(adversarial.generator, "judge", judge)
     monkeypatch.setattr(adversarial.datafree, "distil", lambda *_, loss, **__: heard.update(loss=loss))
     weights = {"adv": 1.0, "bn": 2.0, "oh": 3.0, "bal": 4.0, "act": 5.0}
     distill(*pair, tmp_path, **(QUICK | weights | {"retain": 0.0}))
-    assert heard["terms"]._asdict() == weights
+    assert heard["terms"]._asdict() == weights and heard["gap"] is unlike
     stage = heard["scene"]
     pictures = stage.frame.noise(4, torch.Generator().manual_seed(0))
     told = torch.randn(4, stage.classes, generator=torch.Generator().manual_seed(1))

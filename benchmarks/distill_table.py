@@ -51,6 +51,7 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "feature, ffa": ("distill.feature", {"kind": "ffa", "places": 0}),
     "feature, affinity": ("distill.feature", {"kind": "affinity", "places": 0}),
     "relation": ("distill.relation", {}),
+    "relation, weak": ("distill.relation", {"distance": 1.0, "angle": 2.0}),
     "online": ("distill.online", {}),
     "self": ("distill.self", {}),
     "multi_teacher": ("distill.multi_teacher", {}),

@@ -12,7 +12,8 @@ Differs: the loss is the paper's; its code (gaurav104/LRA) also has the remember
 the inner step with momentum and decay, at .9, and remembers an eighth of a batch each fifth epoch. Of the generator's
 disagreement the code has the mean over rows and classes, a tenth of ours at ten classes, and no gradient through the
 teacher. `bal` is in nats: the code's 5 in decades is 2.2. The memory is of pictures (the paper's memory bank) and not a
-second generator.
+second generator. In 2,000 steps (seed 0, benchmarks/data_free.py) a student came to .322 of test digits without memory
+and .256 with it, from a small network with batch norms; `distill.generative` did better.
 
 Models: teacher (Gradients), student (Gradients), each with Codec or with `image`, `mean` and `std`; both tell the same
 classes. Data: none. The teacher is asked each new picture once, and each of the generator's (`queries`). Errors:

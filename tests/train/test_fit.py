@@ -80,6 +80,20 @@ class Killed(Exception):
     pass
 
 
+def killed_after(batches: float) -> Any:
+    """What collates so many batches, and is killed by the next."""
+    count = 0
+
+    def until(records: Sequence[Any]) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        if count > batches:
+            raise Killed
+        return collate(records)
+
+    return until
+
+
 # ---- what it computes
 
 
@@ -251,17 +265,8 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     work = tmp_path_factory.mktemp("killed")
 
     def attempt(kill_after: float) -> tuple[str, tuple[float, ...], LocalRun]:
-        count = 0
-
-        def collate_until_killed(records: Sequence[Any]) -> dict[str, torch.Tensor]:
-            nonlocal count
-            count += 1
-            if count > kill_after:
-                raise Killed
-            return collate(records)
-
         module, run = network(), LocalRun(0, work)
-        losses = fit(module, RECORDS, collate_until_killed, loss, _every(every), run)
+        losses = fit(module, RECORDS, killed_after(kill_after), loss, _every(every), run)
         return digest(module), losses, run
 
     for kill in kills:
@@ -276,14 +281,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
 
 def test_taken_up_again_it_says_once_where_it_goes_on_and_counts_from_there(tmp_path: Path) -> None:
     """20 steps, a checkpoint after each; the tenth batch kills it."""
-    count, shown = 0, []
-
-    def until(records: Sequence[Any]) -> dict[str, torch.Tensor]:
-        nonlocal count
-        count += 1
-        if count == 10:
-            raise Killed
-        return collate(records)
+    shown: list[tuple[str, int, int | None]] = []
 
     def attempt(collate: Any) -> None:
         shown.clear()
@@ -291,7 +289,7 @@ def test_taken_up_again_it_says_once_where_it_goes_on_and_counts_from_there(tmp_
         fit(network(), RECORDS, collate, loss, _every(0.0), LocalRun(0, tmp_path, show))
 
     with pytest.raises(Killed):
-        attempt(until)
+        attempt(killed_after(9))
     assert shown[0] == ("fit", 0, 20)
     attempt(collate)
     told = [label for label, _, _ in shown if label != "fit"]
@@ -436,18 +434,9 @@ def test_what_a_killed_training_drew_is_drawn_once(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setenv("LFM_TENSORBOARD", str(tmp_path / "curves"))
-    count = 0
-
-    def until(records: Sequence[Any]) -> dict[str, torch.Tensor]:
-        nonlocal count
-        count += 1
-        if count == 8:
-            raise Killed
-        return collate(records)
-
     settings = Fit(epochs=2, batch_size=5, lr=0.02, checkpoint_every=0.0)
     with pytest.raises(Killed):
-        fit(network(), RECORDS, until, loss, settings, LocalRun(0, tmp_path / ".out.lfm"))
+        fit(network(), RECORDS, killed_after(7), loss, settings, LocalRun(0, tmp_path / ".out.lfm"))
     losses = fit(network(), RECORDS, collate, loss, settings, LocalRun(0, tmp_path / ".out.lfm"))
     where = str(tmp_path / "curves" / "out" / "fit")
     assert [value for (directory, name, _), value in drawn.items() if (directory, name) == (where, "loss")] == [*losses]
@@ -668,17 +657,8 @@ def test_averages_and_looks_survive_a_kill(average: Any, tmp_path: Path) -> None
     config = Fit(epochs=6, batch_size=5, lr=0.05, average=average, patience=2, checkpoint_every=0)
 
     def attempt(work: Path, kill: float) -> tuple[str, tuple[float, ...], list[float]]:
-        count = 0
-
-        def collate_until_killed(records: Sequence[Any]) -> dict[str, torch.Tensor]:
-            nonlocal count
-            count += 1
-            if count > kill:
-                raise Killed
-            return collate(records)
-
         module, run = network(), LocalRun(0, work)
-        losses = fit(module, RECORDS[5:], collate_until_killed, loss, config, run, dev=RECORDS[:5])
+        losses = fit(module, RECORDS[5:], killed_after(kill), loss, config, run, dev=RECORDS[:5])
         return digest(module), losses, run.curves["fit held out"]
 
     unbroken = attempt(tmp_path / "unbroken", math.inf)
@@ -731,17 +711,8 @@ def test_each_step_is_a_line_of_metrics_and_none_is_told_twice(tmp_path: Path) -
     def lines() -> list[dict[str, Any]]:
         return [json.loads(line) for line in (tmp_path / "scratch" / "metrics.jsonl").read_text().splitlines()]
 
-    count = 0
-
-    def until(records: Sequence[Any]) -> dict[str, torch.Tensor]:
-        nonlocal count
-        count += 1
-        if count == 8:
-            raise Killed
-        return collate(records)
-
     with pytest.raises(Killed):
-        fit(network(), RECORDS, until, loss, _every(1e9), LocalRun(0, tmp_path))
+        fit(network(), RECORDS, killed_after(7), loss, _every(1e9), LocalRun(0, tmp_path))
     assert len(lines()) == 7
     losses = fit(network(), RECORDS, collate, loss, _every(1e9), LocalRun(0, tmp_path))
     assert [line["step"] for line in lines()] == list(range(20))

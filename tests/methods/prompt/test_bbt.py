@@ -404,15 +404,19 @@ def test_peft_reads_the_same_prompt(cat: Model, tmp_path: Path) -> None:
 
 def test_over_http_it_is_the_same_within_its_budget_and_after_it(cat: Model, tmp_path: Path) -> None:
     """The budget that `cost` names is enough; a smaller one stops it, and it goes on to the same prompt."""
-    here, _ = tune(cat, tmp_path / "here", TRAIN, TRAIN[2:], **SMALL)
+    # Of words as long as are looked into, each beginning is a question too.
+    asked: dict[str, Any] = {
+        **SMALL,
+        "words": {"good": "good and kind and mild and warm", "bad": "bad and cold and mean and grim"},
+    }
+    here, _ = tune(cat, tmp_path / "here", TRAIN, TRAIN[2:], **asked)
     with running(cat) as url:
 
         def over(work: str, budget: Budget, cache: str) -> Model:
             there = open_api(f"api:{url}", cache=tmp_path / cache, budget=budget)
-            return tune(there, tmp_path / work, TRAIN, TRAIN[2:], **SMALL)[0]
+            return tune(there, tmp_path / work, TRAIN, TRAIN[2:], **asked)[0]
 
-        sizes = Sizes({"model": (cat.facts,)}, {"train": amount(TRAIN), "dev": amount(TRAIN[2:])})
-        cost = bbt.cost(bbt.Config(**SMALL), sizes)
+        cost = bbt.cost(bbt.Config(**asked), files.sizes(Inputs({"model": (cat,)}, {"train": TRAIN, "dev": TRAIN[2:]})))
         enough = Budget(cost.queries, cost.tokens, tmp_path / "enough.sqlite")
         whole = over("whole", enough, "a")
         spent = Meter(enough).spent()

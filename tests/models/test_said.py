@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 import tiny
 from lfm.core import Codec, Gradients, Logits, Model, Text
 from lfm.core.model import Said, said_by
+from lfm.editing.scope import Routed
 from lfm.methods.prompt.self_consistency import vote
 from lfm.models import adapter, load, prefixed
 from lfm.models.dispatch import PromptedText
@@ -57,7 +58,15 @@ def told(model: Model) -> Any:
     return ToldText(cast("Any", SimpleNamespace(parts=parts, before=lambda prompt: "so: " if "cat" in prompt else "")))
 
 
+def routed(model: Model) -> Any:
+    """Every prompt to the model itself: what chooses between it and its edit is not asked."""
+    here: Any = object.__new__(Routed)
+    here._both = lambda kind, prompts, ask: ask(model.ask(kind), prompts, None)
+    return here
+
+
 SPEAKERS: dict[str, Callable[[Model], Any]] = {
+    "routed": routed,
     "a program of logits": lambda model: CausalText(model.ask(Logits).logits, model.ask(Codec)),
     "a text before": lambda model: prefixed.interfaces(model, "A dog. ")[Text](),
     "a soft prompt": lambda model: prompted(model, torch.zeros(2, 32))[Text](),

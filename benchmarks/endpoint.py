@@ -148,10 +148,11 @@ def main() -> None:
             some = line(port, Path(place), args.concurrency)
             asked(some, prompts("warm")[:50])
             began = time.perf_counter()
-            asked(some, prompts("slow"))
+            each = asked(some, prompts("slow"))
             busy = args.requests * args.delay / (time.perf_counter() - began)
             print(
-                f"a server of {1000 * args.delay:g} ms: {busy:.1f} of {args.concurrency} requests under way on average"
+                f"a server of {1000 * args.delay:g} ms: {busy:.1f} of {args.concurrency} under way on average; "
+                f"beyond its time {ms([s - args.delay for s, _ in each])}; CPU {ms([cpu for _, cpu in each])}"
             )
 
     with_server(0.0, at_once)

@@ -398,6 +398,16 @@ def test_a_key_is_sent_and_appears_nowhere(variable: str, tmp_path: Path, monkey
         assert KEY not in text
 
 
+@pytest.mark.parametrize("key", ["sk-1\r\nx-injected: 1", "clé"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_repeated(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LFM_API_KEY", key)
+    with scripted(parrot()) as script, pytest.raises(ModelError, match="LFM_API_KEY holds") as error:
+        opened(script, tmp_path)
+    assert key not in str(error.value) and not script.seen
+
+
 def test_a_missing_key_is_asked_for(tmp_path: Path) -> None:
     locked = Reply({"error": {"message": "no key"}}, 401)
     with scripted(lambda seen: locked) as script, pytest.raises(EndpointError, match="LFM_API_KEY"):

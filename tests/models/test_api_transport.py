@@ -23,7 +23,7 @@ def test_another_machine_is_reached_through_the_environments_proxy(
 
     monkeypatch.setenv("http_proxy", "127.0.0.1:9")
     monkeypatch.setenv("no_proxy", spared)
-    assert _proxy("http://models.test/v1") == ("http://127.0.0.1:9" if through else None)
+    assert _proxy("http://models.test/v1") == ("127.0.0.1:9" if through else None)
 
 
 def test_the_proxy_is_asked_for_the_whole_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

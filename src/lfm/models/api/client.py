@@ -6,13 +6,11 @@ import random
 import re
 import threading
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
+from typing import Any, NamedTuple, TypeVar, final
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -20,10 +18,8 @@ import msgspec
 
 from lfm.core.errors import EndpointError
 from lfm.models.api.refs import KEYS, Endpoint
+from lfm.models.api.wire import Answer, Lost, TooLarge, Unsent, Wire
 from lfm.models.budget import Meter
-
-if TYPE_CHECKING:
-    import httpx
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -78,27 +74,16 @@ class Client:
     """Sends JSON to one endpoint and charges a meter for it."""
 
     def __init__(self, endpoint: Endpoint, meter: Meter, patience: Patience, key: str | None) -> None:
-        import httpx
-
         self.endpoint, self.meter, self.patience = endpoint, meter, patience
         self._key = key
         self._gate = threading.BoundedSemaphore(patience.concurrency)
         self._jitter = random.Random()
-        # A transport alone: what httpx.Client adds to a request is of no use here (cookies, merged settings).
-        self._http = httpx.HTTPTransport(
-            limits=httpx.Limits(max_connections=patience.concurrency),
-            trust_env=not endpoint.local,
-            proxy=None if endpoint.local else _proxy(endpoint.url),
-        )
-        shared = {"accept-encoding": "gzip", **({"authorization": f"Bearer {key}"} if key else {})}
-        self._headers = {"GET": httpx.Headers(shared)}
-        self._headers["POST"] = httpx.Headers(shared | {"content-type": "application/json"})
-        self._urls: dict[str, httpx.URL] = {}  # read once each
-        weakref.finalize(self, self._http.close)
+        shared = {"Authorization": f"Bearer {key}"} if key else {}
+        self._wire = Wire(shared, None if endpoint.local else _proxy(endpoint.url), LARGEST)
 
     def get(self, path: str, charge: Charge = FREE, **patience: Any) -> bytes:
         """The body that lies at a path."""
-        return self._ask("GET", path, None, charge, None, **patience)
+        return self._ask(path, None, charge, None, **patience)
 
     def post(
         self,
@@ -109,7 +94,7 @@ class Client:
         **patience: Any,
     ) -> bytes:
         """The answer to a JSON body. used: the tokens that the answer says it took, to settle the charge by."""
-        return self._ask("POST", path, msgspec.json.encode(body), charge, used, **patience)
+        return self._ask(path, msgspec.json.encode(body), charge, used, **patience)
 
     def map(self, fn: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """fn of each item, as many at once as may be under way. After the first failure no further item is begun."""
@@ -126,7 +111,6 @@ class Client:
 
     def _ask(
         self,
-        method: str,
         path: str,
         body: bytes | None,
         charge: Charge,
@@ -144,13 +128,13 @@ class Client:
             self.meter.reserve(*charge)
             try:
                 with self._gate:
-                    status, headers, content = self._once(method, path, body, timeout)
-            except _Unsent as error:
+                    status, headers, content = self._once(path, body, timeout)
+            except Unsent as error:
                 self.meter.give_back(*charge)
-                trouble, pause, fix = str(error), self._backoff(attempt), "start it, or check the address"
+                trouble, pause, fix = self._plain(error), self._backoff(attempt), "start it, or check the address"
                 continue
-            except _Lost as error:  # the server may have counted it: the charge stays
-                trouble, pause, fix = str(error), self._backoff(attempt), ""
+            except Lost as error:  # the server may have counted it: the charge stays
+                trouble, pause, fix = self._plain(error), self._backoff(attempt), ""
                 continue
             if 200 <= status < 300:
                 self._settle(charge, used(content) if used else None)
@@ -173,35 +157,17 @@ class Client:
             fix=fix or "answers so far are kept: run it again when the server is well",
         )
 
-    def _once(self, method: str, path: str, body: bytes | None, timeout: float) -> tuple[int, httpx.Headers, bytes]:
+    def _once(self, path: str, body: bytes | None, timeout: float) -> Answer:
         """One exchange, redirects within the same origin followed. No exception carries the key."""
-        import httpx
-
-        url = self.endpoint.url + path
-        deadline = time.monotonic() + timeout
-        waits = {"timeout": httpx.Timeout(timeout, connect=min(10.0, timeout)).as_dict()}
-        try:
-            for _ in range(4):
-                place = self._urls.get(url) or self._urls.setdefault(url, httpx.URL(url))
-                asked = httpx.Request(method, place, headers=self._headers[method], content=body, extensions=waits)
-                with closing(self._http.handle_request(asked)) as response:
-                    if response.status_code in REDIRECTS:
-                        url = self._redirected(url, response.headers.get("location", ""))
-                        continue
-                    content = bytearray()
-                    for piece in response.iter_bytes():
-                        content += piece
-                        if len(content) > LARGEST:
-                            raise EndpointError(f"{url} answered with more than {LARGEST // 2**20} MiB")
-                        if time.monotonic() > deadline:  # a server that drips would reset httpx's timeout for ever
-                            raise _Lost(f"it had not finished its answer after {timeout:g} s")
-                    return response.status_code, response.headers, self._redacted(bytes(content))
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
-            raise _Unsent(f"nothing answers there ({self._plain(error)})") from None
-        except httpx.TimeoutException:
-            raise _Lost(f"it did not answer within {timeout:g} s") from None
-        except httpx.HTTPError as error:
-            raise _Lost(f"the connection broke ({self._plain(error)})") from None
+        url, deadline = self.endpoint.url + path, time.monotonic() + timeout
+        for _ in range(4):
+            try:
+                status, headers, content = self._wire.exchange(url, body, max(0.001, deadline - time.monotonic()))
+            except TooLarge:
+                raise EndpointError(f"{url} answered with more than {LARGEST // 2**20} MiB") from None
+            if status not in REDIRECTS:
+                return Answer(status, headers, self._redacted(content))
+            url = self._redirected(url, headers.get("location", ""))
         raise EndpointError(f"{self.endpoint.url}{path} redirects in a circle")
 
     def _redirected(self, url: str, location: str) -> str:
@@ -247,14 +213,6 @@ class Client:
         return text.replace(self._key, "[key]") if self._key else text
 
 
-class _Unsent(Exception):
-    """The request never reached the server."""
-
-
-class _Lost(Exception):
-    """The request went out and no whole answer came back."""
-
-
 def said_by(content: bytes) -> str:
     """What an error's body says, in one line: OpenAI's error, FastAPI's detail, a page's title, or its beginning."""
     try:
@@ -272,17 +230,14 @@ def said_by(content: bytes) -> str:
 def _proxy(url: str) -> str | None:
     """The proxy that this machine's settings name for an address."""
     parts, known = urlsplit(url), getproxies()
-    found = known.get(parts.scheme) or known.get("all")
-    if not found or proxy_bypass(parts.hostname or ""):
-        return None
-    return found if "://" in found else f"http://{found}"
+    return None if proxy_bypass(parts.hostname or "") else known.get(parts.scheme) or known.get("all")
 
 
 def _line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
 
 
-def _retry_after(headers: httpx.Headers) -> float:
+def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that the server asks for, from a number or an HTTP date; 0 if it asks for nothing intelligible."""
     value = headers.get("retry-after", "").strip()
     try:

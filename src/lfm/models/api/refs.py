@@ -57,4 +57,8 @@ def key_for(endpoint: Endpoint) -> str | None:
     """The key to send: from the environment, and only over https or to this machine."""
     if not endpoint.local and not endpoint.url.startswith("https:"):
         return None
-    return next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
+    name = next((name for name in KEYS if os.environ.get(name, "").strip()), None)
+    key = os.environ[name].strip() if name else None
+    if key and not (key.isascii() and key.isprintable()):
+        raise ModelError(f"{name} holds characters that no header can carry", fix="set it to the key alone")
+    return key

@@ -91,6 +91,9 @@ class Sizes(NamedTuple):
     data: Mapping[str, Amount]
     gives: Mapping[str, tuple[Collection[type], ...]] = MappingProxyType({})  # what each model can be asked
     labels: Mapping[str, int] = MappingProxyType({})  # how many different ones a role's records have
+    # (role of records, role of a model) → how many questions ask about each token that the records score the model on,
+    # and how many tokens those are; None where it is no causal one with a tokenizer. Counted when asked for
+    questions: Callable[[str, str], tuple[int, int] | None] = lambda records, model: None
 
     def model(self, role: str) -> Facts:
         return self.models[role][0]

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from math import ceil
 from pathlib import Path
@@ -19,6 +19,7 @@ import msgspec
 
 from lfm.core.errors import DataError, OutputError, at
 from lfm.core.method import Amount, Inputs, Sizes
+from lfm.core.model import Codec, Model
 from lfm.data import media
 from lfm.data.formats import READERS, NoRecord, Rows, saved
 from lfm.data.records import KINDS, Message, Record, Text, kind_of
@@ -272,8 +273,21 @@ def sizes(inputs: Inputs) -> Sizes:
         {role: tuple(model.facts for model in given) for role, given in inputs.models.items()},
         {role: amount(records) for role, records in inputs.data.items()},
         {role: tuple(model.gives.keys() for model in given) for role, given in inputs.models.items()},
-        {role: len({getattr(record, "label", "") for record in records}) for role, records in inputs.data.items()},
+        labels(inputs.data),
+        lambda data, role: questions(inputs.records(data), inputs.model(role)),
     )
+
+
+def labels(data: Mapping[str, Sequence[Record] | None]) -> dict[str, int]:
+    """How many different classes each role's records have; nothing of records that are not there yet."""
+    return {role: len({getattr(record, "label", "") for record in some}) for role, some in data.items() if some}
+
+
+def questions(records: Sequence[Record], model: Model) -> tuple[int, int] | None:
+    """As lfm.data.places has them; None of a model that is no causal one, or has no tokenizer."""
+    from lfm.data import places  # which knows of tasks, and they of files
+
+    return places.questions(records, model) if model.can(Codec) and model.facts.task == "causal-lm" else None
 
 
 def _words(record: Record) -> str:

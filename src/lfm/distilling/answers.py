@@ -52,14 +52,17 @@ Ask = Callable[[Sequence[int]], Told]
 
 def queries(sizes: Sizes, role: str = "teacher") -> tuple[int, int]:
     """(queries, tokens) that asking costs: nothing where it gives logits or kept answers; one a record where it gives
-    classes; else one a token of who reads the answers, of half a record's tokens on the mean."""
+    classes; else one for each token that a reader is scored on. Of a reader without a tokenizer here these are reckoned
+    by its vocabulary's size, from half of a record's tokens on the mean."""
     given, amount = next(iter(sizes.gives.get(role, ())), ()), sizes.data["train"]
     if Logits in given or Answers in given or not given:
         return 0, 0
     if Classes in given:
         return amount.records, amount.tokens
-    readers = [facts for name, given in sizes.models.items() if name != role for facts in given]
-    places = int(amount.tokens * finer(next((facts.vocabulary for facts in readers), 0)))
+    readers = [name for name in ("reader", "student") if sizes.models.get(name)]
+    if (counted := next((sizes.questions("train", name) for name in readers), None)) is not None:
+        return counted
+    places = int(amount.tokens * finer(next((sizes.model(name).vocabulary for name in readers), 0)))
     return places, places * (places // max(amount.records, 1) + 2) // 2  # and each asks for one more
 
 

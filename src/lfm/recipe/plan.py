@@ -6,7 +6,7 @@ from, and giving what is asked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from lfm.core import registry
 from lfm.core.config import configure
 from lfm.core.errors import AccessError, LfmError, ModelError
 from lfm.core.method import Amount, Cost, Data, Sizes, Slot
-from lfm.core.model import Facts, names_of
+from lfm.core.model import Embeddings, Facts, Logprobs, Model, Text, Top, Vectors, names_of
 from lfm.data import files
+from lfm.data.records import Record
 from lfm.recipe.expand import SERVE, Job, mentions, name_of, parse_reference
 from lfm.recipe.job import Asked, located, order_of
 from lfm.recipe.parse import Recipe
@@ -43,6 +44,9 @@ ASSUMED_DATA = {
 }
 """Records that are not there yet, by how much a method asks of them."""
 
+CARRIED = (Text, Top, Logprobs, Embeddings, Vectors)
+"""What a model can be asked over HTTP, at most."""
+
 
 def plan(recipe: Recipe, jobs: Sequence[Job], out: Path, *, on: Machine | None = None) -> dict[str, Plan]:
     """Every job's plan, by name. Raises what would stop the recipe, with file and line."""
@@ -64,15 +68,30 @@ def _one(job: Job, known: Mapping[str, Facts], near: Path, here: Machine, out: P
         runs.prepare(order_of(Asked(job, out, {job.name: out / job.folder}, near, "")))
     settings = {key: value for key, value in job.settings.items() if not any(mentions(value))}
     config = configure(method.config, settings, where=job.method)
-    models = {}
+    models: dict[str, tuple[Facts, ...]] = {}
+    gives: dict[str, tuple[Collection[type], ...]] = {}
+    there: dict[str, Model] = {}
     for role, refs in job.models.items():
         slot = method.models[role]
         if len(refs) < slot.min or (slot.max is not None and len(refs) > slot.max):
             most = "or more" if slot.max is None else f"to {slot.max}"
             raise AccessError(f"{job.method} takes {slot.min} {most} models for {role!r}, got {len(refs)}")
-        models[role] = tuple(_facts(ref, role, slot, job, known, near) for ref in refs)
-    data = {role: _amount(ref, method.data[role].level, near) for role, ref in job.data.items()}
-    cost: Cost = method.cost(config, Sizes(models, data))
+        found = [_model(ref, role, slot, job, near) for ref in refs]
+        models[role] = tuple(one.facts if one else _facts(ref, known) for one, ref in zip(found, refs, strict=True))
+        gives[role] = tuple(_given(ref, one, slot) for one, ref in zip(found, refs, strict=True))
+        if found and found[0]:
+            there[role] = found[0]
+    records = {role: _records(ref, near) for role, ref in job.data.items()}
+    data = {
+        role: ASSUMED_DATA.get(method.data[role].level, Amount(0, 0)) if some is None else files.amount(some)
+        for role, some in records.items()
+    }
+
+    def questions(role: str, asked: str) -> tuple[int, int] | None:
+        some = records[role]
+        return files.questions(some, there[asked]) if some and asked in there else None
+
+    cost: Cost = method.cost(config, Sizes(models, data, gives, files.labels(records), questions))
     access = {role: method.models[role].asked for role in models}
     first = next((held[0] for held in models.values() if held), ASSUMED)
     asks = any(ref.startswith(("api:", SERVE)) for refs in job.models.values() for ref in refs)
@@ -90,14 +109,11 @@ def _all_there(job: Job, near: Path) -> bool:
     return not any(ref.startswith("zoo:") and _unmade(ref, kind) for refs, kind in kinds for ref in refs)
 
 
-def _facts(ref: str, role: str, slot: Slot, job: Job, known: Mapping[str, Facts], near: Path) -> Facts:
+def _model(ref: str, role: str, slot: Slot, job: Job, near: Path) -> Model | None:
+    """What a reference names, or would put behind HTTP; None where that is still to be made, or an endpoint."""
     inner = ref.removeprefix(SERVE)
-    for inside in mentions(inner):
-        reference = parse_reference(inside)
-        assert reference is not None
-        return known.get(name_of(reference.step, reference.point or {}), ASSUMED)
-    if inner.startswith("api:") or (inner.startswith("zoo:") and _unmade(inner, "model")):
-        return ASSUMED
+    if any(mentions(inner)) or inner.startswith("api:") or (inner.startswith("zoo:") and _unmade(inner, "model")):
+        return None
     model = runs.model(located(inner, near))
     missing = [] if ref != inner else slot.missing(model.gives.keys())
     if missing:
@@ -106,15 +122,30 @@ def _facts(ref: str, role: str, slot: Slot, job: Job, known: Mapping[str, Facts]
             f"{job.method} asks {lacks} of {role!r}, which {ref} does not give",
             why=f"this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}",
         )
-    return model.facts
+    return model
 
 
-def _amount(ref: str, level: Data, near: Path) -> Amount:
+def _facts(ref: str, known: Mapping[str, Facts]) -> Facts:
+    """Of what is still to be made: of the size of what it is made from."""
+    for inside in mentions(ref.removeprefix(SERVE)):
+        reference = parse_reference(inside)
+        assert reference is not None
+        return known.get(name_of(reference.step, reference.point or {}), ASSUMED)
+    return ASSUMED
+
+
+def _given(ref: str, model: Model | None, slot: Slot) -> Collection[type]:
+    """What can be asked of it in this slot: of an endpoint what HTTP carries; of what is still to be made, anything."""
+    if ref.startswith(("api:", SERVE)):
+        return [kind for kind in slot.declared if kind in CARRIED]
+    return [kind for kind in slot.declared if model is None or kind in model.gives]
+
+
+def _records(ref: str, near: Path) -> Sequence[Record] | None:
+    """None where they are still to be made."""
     if any(mentions(ref)) or (ref.startswith("zoo:") and _unmade(ref, "data")):
-        return ASSUMED_DATA.get(level, Amount(0, 0))
-    if ref.startswith("zoo:"):
-        return files.amount(runs.records(ref))
-    return files.amount(files.read(located(ref, near)))
+        return None
+    return runs.records(ref) if ref.startswith("zoo:") else files.read(located(ref, near))
 
 
 def _unmade(ref: str, kind: str) -> bool:

@@ -35,3 +35,25 @@ def test_a_plan_runs_nothing(files: None, capsys: pytest.CaptureFixture[str]) ->
     assert run([*GIVEN, "--plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
     assert not Path("runs").exists()
+
+
+def test_what_was_kept_of_a_teacher_stands_for_it_beside_a_student(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each model in hand gives answers, and no student can be trained on that: so it came to no method at all."""
+    assert run(["methods", "--have", "answers", "--json"]) == 0
+    beside = {entry["id"]: entry["beside"] for entry in json.loads(capsys.readouterr().out) if entry["works"]}
+    student = {"student": ["codec", "gradients"]}
+    asked = {"teacher": ["logits or logprobs or top or classes"]}
+    assert beside == {"distill.cache": asked, "distill.multi_teacher": student, "distill.response": student}
+    assert run(["methods", "--have", "answers", "--data", "none"]) == 0
+    shown = capsys.readouterr().out
+    assert "distill.response" in shown and "distill.noise" not in shown, "it would need all that it needs anyway"
+
+
+def test_answers_given_for_a_model_are_refused_in_words(files: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*GIVEN, "--out", "answers"]) == 0
+    assert run(["run", "tune.lora", "model=answers", "train=train.jsonl", "--out", "out"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "this cache of a teacher's answers gives answers" in told
+    assert "methods that work with it: distill.cache, distill.multi_teacher, distill.response" in told
+    assert run(["eval", "answers", "--data", "train.jsonl"]) == 2
+    assert "and this cache of a teacher's answers gives answers" in " ".join(capsys.readouterr().err.split())

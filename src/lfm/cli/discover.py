@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -59,11 +61,15 @@ ROOM = 44
 
 
 class Fit(NamedTuple):
-    """How a method fits what is in hand: the interfaces and the data level that are missing."""
+    """How a method fits what is in hand: the interfaces and the data level that are missing.
+
+    beside: the roles that other models play, and what these are asked, where what is in hand was kept of a model.
+    """
 
     listed: Listed
     missing: tuple[str, ...]
     data: str
+    beside: Mapping[str, list[str]] = MappingProxyType({})
 
     @property
     def works(self) -> bool:
@@ -125,10 +131,13 @@ def listed(area: str | None) -> list[Listed]:
 
 def fit(method: Listed, have: frozenset[type] | None, level: Data | None) -> Fit:
     """What a method still asks beyond this access and this much data."""
-    lacking = {kind for slot in method.method.models.values() if slot.min > 0 for kind in slot.missing(have or ())}
-    missing = names_of(lacking) if have is not None else []
-    asked = method.method.level
-    return Fit(method, tuple(missing), level_name(asked) if level is not None and asked > level else "")
+    models, asked = method.method.models, method.method.level
+    data = level_name(asked) if level is not None and asked > level else ""
+    if roles := registry.standing(method.method, have or ()):
+        others = {role: slot.asked for role, slot in models.items() if slot.min > 0 and role not in roles}
+        return Fit(method, (), data, others)
+    missing = names_of(registry.lacking(method.method, have)) if have is not None else []
+    return Fit(method, tuple(missing), data)
 
 
 def facts(item: Fit) -> dict[str, Any]:
@@ -157,6 +166,7 @@ def facts(item: Fit) -> dict[str, Any]:
         "level": level_name(method.level),
         "works": item.works,
         "missing": list(item.missing),
+        "beside": dict(item.beside),
         "missing_data": item.data or None,
     }
 
@@ -176,7 +186,11 @@ def _line(item: Fit) -> list[Text]:
     level = level_name(method.method.level)
     if item.works:
         name = Text(method.id, style="bold")
-        return [name, Text(method.summary), screen.badges(asked(method), screen.ACCESS), _data(level)]
+        access = screen.badges(asked(method), screen.ACCESS)
+        if item.beside:
+            wanted = (f"{role}: {', '.join(n for n in kinds if n != 'codec')}" for role, kinds in item.beside.items())
+            access = Text(f"+ {'; '.join(wanted)}", style="yellow")
+        return [name, Text(method.summary), access, _data(level)]
     gap = " and ".join([*item.missing, *([f"{item.data} data"] if item.data else [])])
     return [Text(method.id, style="dim"), Text(method.summary, style="dim"), Text(f"+ {gap}", style="yellow"), Text("")]
 
@@ -206,6 +220,8 @@ def methods(
     console = screen.out()
     asking = given is not None or level is not None
     works, near = [f for f in fits if f.works], [f for f in fits if f.near]
+    if given and registry.KEPT.issuperset(given):  # what a method that does not take it lacks is all that it needs
+        near = [f for f in near if f.beside]
     console.print()
     if asking:
         console.print(f"  [bold]{len(works)}[/] of {len(fits)} methods work with {_hand(given, level)}")
@@ -290,7 +306,7 @@ def show(
             for f in configs.fields(method.method.config)
         ]
         known = facts(fit(method, None, None))
-        for key in ("works", "missing", "missing_data"):
+        for key in ("works", "missing", "beside", "missing_data"):
             known.pop(key)
         screen.emit(known | {"doc": method.doc, "settings": settings, "example": example(method)})
     else:

@@ -284,8 +284,7 @@ def check(id: str, method: Method[Any], inputs: Inputs, *, alternatives: Callabl
                 others = list(alternatives())
                 raise AccessError(
                     f"{id} asks {', '.join(names_of(missing))} of {role!r}, which {model.ref} does not give",
-                    why=(f"{model.hint}; " if model.hint else "")
-                    + f"this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}",
+                    why=(f"{model.hint}; " if model.hint else "") + model.offers,
                     fix="; ".join(filter(None, [model.instead and f"{role}={model.instead}", _others(model, others)])),
                 )
     for role, slot in method.data.items():

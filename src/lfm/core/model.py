@@ -372,6 +372,10 @@ class Facts(NamedTuple):
     context: int = 0  # the longest input in tokens; 0: not known
 
 
+SUBJECTS = {"api": "this endpoint", "answers": "this cache of a teacher's answers"}
+"""What errors call a model of a kind; "this KIND" where it is not here."""
+
+
 @final
 @dataclass(frozen=True)
 class Model:
@@ -408,17 +412,23 @@ class Model:
             self._opened["facts"] = self.look()
         return self._opened["facts"]
 
+    @property
+    def offers(self) -> str:
+        """What it gives, as errors say it: "this checkpoint gives codec, logits"."""
+        subject = SUBJECTS.get(self.kind, f"this {self.kind}")
+        return f"{subject} gives {', '.join(names_of(self.gives)) or 'nothing'}"
+
     def can(self, *kinds: type) -> bool:
         return all(kind in self.gives for kind in kinds)
 
     def ask(self, kind: type[I]) -> I:
         """Open an interface (once). AccessError if this model does not give it."""
         if kind not in self.gives:
+            have = ",".join(names_of(self.gives))
             raise AccessError(
                 f"{self.ref} does not give {name_of(kind)}",
-                why=f"this {self.kind} gives {', '.join(names_of(self.gives)) or 'nothing'}"
-                + (f" ({self.hint})" if self.hint else ""),
-                fix=f"`lfm methods --have {','.join(names_of(self.gives)) or 'none'}` lists what works with it",
+                why=self.offers + (f" ({self.hint})" if self.hint else ""),
+                fix=have and f"`lfm methods --have {have}` lists what works with it",
             )
         if kind not in self._opened:
             self._opened[kind] = self.gives[kind]()
@@ -437,7 +447,8 @@ class Model:
         Returns the model that was written: another where the format rounds, as a merged adapter's weights.
         """
         if not self.formats:
-            raise OutputError(f"{self.ref} cannot be saved", why=f"a {self.kind} has no files of its own")
+            subject = SUBJECTS.get(self.kind, f"this {self.kind}")
+            raise OutputError(f"{self.ref} cannot be saved", why=f"{subject} has no files of its own")
         if form and form not in self.formats:
             raise OutputError(f"{self.ref} has no format {form!r}", fix=f"formats: {', '.join(self.formats)}")
         return self.formats[form or next(iter(self.formats))](out) or self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from lfm.core.errors import UnknownMethod
 from lfm.core.method import Data, Method
+from lfm.core.model import Answers
 
 ENTRY_POINTS = "lfm.methods"
 """Entry-point group: name = the id (area.name), value = a module that holds METHOD."""
@@ -64,15 +65,32 @@ def get(id: str) -> Listed:
     return Listed(id, module.METHOD, inspect.cleandoc(module.__doc__ or ""))
 
 
+KEPT = frozenset({Answers})
+"""What was kept of a model, and stands for it where a role takes it: other roles then want models of their own."""
+
+
+def standing(method: Method[Any], have: Collection[type]) -> list[str]:
+    """The roles that what was kept plays, where nothing else is in hand."""
+    if not KEPT.issuperset(have):
+        return []
+    return [role for role, slot in method.models.items() if set(have) & set(slot.declared)]
+
+
+def lacking(method: Method[Any], have: Collection[type]) -> set[type]:
+    """What models that give this lack for the roles that must be filled."""
+    return {kind for slot in method.models.values() if slot.min > 0 for kind in slot.missing(have)}
+
+
 def methods(area: str | None = None, *, have: Iterable[type] | None = None, data: Data | None = None) -> list[Listed]:
     """The methods of an area (of all areas), and of those only what works with this access and this much data.
 
-    have: the interfaces that *each* model in hand gives; a slot that may stay empty asks nothing.
+    have: the interfaces that *each* model in hand gives; a slot that may stay empty asks nothing. Of what was kept of a
+    model alone: the methods that take it in some role.
     """
     listed = [get(id) for id in ids() if area is None or id.split(".")[0] == area]
     if have is not None:
-        given = set(have)
-        listed = [m for m in listed if not any(s.missing(given) for s in m.method.models.values() if s.min > 0)]
+        given = frozenset(have)
+        listed = [m for m in listed if standing(m.method, given) or not lacking(m.method, given)]
     if data is not None:
         listed = [m for m in listed if m.method.level <= data]
     return listed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, final
 import msgspec
 
 from lfm.core.errors import AccessError, DataError
-from lfm.core.model import Batch, Classes, Codec, Logits, Logprobs, Model, Text, name_of, names_of
+from lfm.core.model import Batch, Classes, Codec, Logits, Logprobs, Model, Text, name_of
 from lfm.data.records import Record, kind_of
 from lfm.data.task import LANGUAGE, Task, task_for
 from lfm.evals.estimate import Measure
@@ -108,7 +108,7 @@ def access_for(model: Model, records: Sequence[Record]) -> type:
     needed = " or ".join("logits with a codec" if w is Logits else name_of(w) for w in wanted)
     raise AccessError(
         f"{model.ref} cannot be evaluated on {kind} records",
-        why=f"that needs {needed}, and this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}",
+        why=f"that needs {needed}, and {model.offers}",
         fix="" if task in LANGUAGE or not task else f"its task is {task}",
     )
 

@@ -120,7 +120,7 @@ def _model(ref: str, role: str, slot: Slot, job: Job, near: Path) -> Model | Non
         lacks = ", ".join(names_of(missing))
         raise AccessError(
             f"{job.method} asks {lacks} of {role!r}, which {ref} does not give",
-            why=f"this {model.kind} gives {', '.join(names_of(model.gives)) or 'nothing'}",
+            why=model.offers,
         )
     return model
 

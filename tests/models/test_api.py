@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import threading
@@ -433,9 +434,52 @@ def test_a_redirect_to_another_host_is_not_followed(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("LFM_API_KEY", KEY)
     with scripted(parrot()) as thief:
         away = Reply(b"", 307, {"location": f"{thief.url}/models"})
-        with scripted(lambda seen: away) as script, pytest.raises(EndpointError, match="redirects to another host"):
+        with (
+            scripted(lambda seen: away) as script,
+            pytest.raises(EndpointError, match="redirects elsewhere, to http://127"),
+        ):
             opened(script, tmp_path)
         assert thief.seen == []
+
+
+@pytest.mark.parametrize("location", ["", "http://[::1"])
+def test_a_redirect_to_nowhere_is_one_clear_error(location: str, tmp_path: Path) -> None:
+    lost = Reply(b"", 303, {"location": location})
+    with scripted(lambda seen: lost) as script, pytest.raises(EndpointError, match=r"\(303\) to nowhere.*/v1"):
+        opened(script, tmp_path)
+
+
+def test_an_interrupt_calls_off_what_is_under_way_and_keeps_what_was_answered(tmp_path: Path) -> None:
+    """Eight at once to a server that answers four of them and no more; those are not asked again."""
+    code = f"""
+from pathlib import Path
+from lfm.core import Text
+from lfm.models.api import open_api
+import sys
+model = open_api(f"api:{{sys.argv[1]}}#parrot", cache=Path({str(tmp_path / "cache")!r}))
+model.ask(Text).generate([f"{{i}} asked" for i in range(8)])
+"""
+    plain = parrot(lists=False)
+
+    def handler(seen: Seen) -> Reply:
+        said = str((seen.body or {}).get("prompt"))
+        return HANG if said.endswith("asked") and said[0] > "3" else plain(seen)
+
+    def asked(script: Script) -> list[str]:
+        return sorted(said for seen in script.posts() if "asked" in (said := str(seen.body.get("prompt"))))
+
+    with scripted(handler) as script:
+        asking = subprocess.Popen([sys.executable, "-c", code, script.url], stderr=subprocess.PIPE, text=True)
+        while len(asked(script)) < 8:
+            assert asking.poll() is None
+            time.sleep(0.05)
+        asking.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        _, said = asking.communicate(timeout=25)
+        assert time.monotonic() - began < 10 and said.rstrip().endswith("KeyboardInterrupt")
+        again = opened(script, tmp_path, timeout=5.0)
+        again.ask(Text).generate([f"{i} asked" for i in range(4)])
+        assert asked(script) == [f"{i} asked" for i in range(8)]
 
 
 def test_a_redirect_within_the_host_is_followed(tmp_path: Path) -> None:

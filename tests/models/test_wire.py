@@ -123,6 +123,68 @@ def test_an_answer_is_bounded_in_bytes_unpacked(packed: bool) -> None:
             Wire({}, None, len(body) - 1).exchange(script.url, b"{}", 20)
 
 
+@pytest.mark.parametrize(
+    ("coding", "body", "why"),
+    [
+        ("gzip", gzip.compress(os.urandom(300))[:-40], "broke off"),
+        ("gzip", gzip.compress(b"all")[:-8] + bytes(8), "cannot be unpacked"),
+        ("br", b"all", "'br', which was not asked for"),
+    ],
+)
+def test_an_answer_that_cannot_be_unpacked_whole_is_none(coding: str, body: bytes, why: str) -> None:
+    with (
+        scripted(lambda seen: Reply(body, 200, {"content-encoding": coding})) as script,
+        pytest.raises(Lost, match=why),
+    ):
+        Wire({}, None, 10_000).exchange(script.url, b"{}", 5)
+
+
+def test_a_connection_that_its_server_closed_unsaid_is_not_used() -> None:
+    """Or the request would be lost on it, and charged."""
+    requests: list[bytes] = []
+
+    def talk(connection: socket.socket) -> None:
+        with connection:
+            requests.append(heard(connection))
+            connection.sendall(OK)
+
+    with listening(talk) as port:
+        wire, url = Wire({}, None, 100), f"http://127.0.0.1:{port}/"
+        for _ in range(4):
+            assert wire.exchange(url, b"{}", 5).content == b"ok"
+            time.sleep(0.05)
+    assert len(requests) == 4
+
+
+def test_a_fork_opens_connections_of_its_own() -> None:
+    connections: list[list[bytes]] = []
+
+    def talk(connection: socket.socket) -> None:
+        connections.append(requests := [])
+        with connection:
+            while said := heard(connection):
+                requests.append(said)
+                connection.sendall(OK)
+
+    with listening(talk) as port:
+        code = f"""
+import os
+from lfm.models.api.wire import Wire
+wire = Wire({{}}, None, 100)
+def ask(body):
+    assert wire.exchange("http://127.0.0.1:{port}/", body, 5).content == b"ok"
+ask(b"before")
+if not (child := os.fork()):
+    ask(b"child")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+ask(b"after")
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    bodies = [[said.rpartition(b"\n")[2] for said in requests] for requests in connections]
+    assert bodies == [[b"before", b"after"], [b"child"]]
+
+
 def test_an_answer_without_a_length_ends_with_its_connection() -> None:
     def talk(connection: socket.socket) -> None:
         with connection:
@@ -188,9 +250,10 @@ def test_only_http_is_spoken(tmp_path: Path) -> None:
 
 def test_an_interrupt_is_heard_while_a_server_says_nothing(tmp_path: Path) -> None:
     def talk(connection: socket.socket) -> None:
-        heard(connection)
-        (tmp_path / "heard").touch()
-        time.sleep(30)
+        with connection:
+            heard(connection)
+            (tmp_path / "heard").touch()
+            time.sleep(30)
 
     with listening(talk) as port:
         code = (

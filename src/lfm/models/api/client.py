@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar, final
@@ -18,7 +18,7 @@ import msgspec
 
 from lfm.core.errors import EndpointError
 from lfm.models.api.refs import KEYS, Endpoint
-from lfm.models.api.wire import Answer, Lost, TooLarge, Unsent, Wire
+from lfm.models.api.wire import NOBODY, Answer, CalledOff, Lost, TooLarge, Unsent, Wire
 from lfm.models.budget import Meter
 
 A = TypeVar("A")
@@ -33,18 +33,22 @@ LARGEST = 2**30
 LONGEST_WAIT = 120.0
 """Seconds that a server may make us wait before the next try."""
 
+GRACE = 1.0
+"""Seconds for answers under way at a ^C: they are paid for, and kept if they come."""
+
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
 @final
 @dataclass(frozen=True)
 class Patience:
-    """timeout: seconds for one whole answer. retries: tries after the first. concurrency: requests at once."""
+    """timeout: seconds for one whole answer. retries: tries after the first. concurrency: requests at once.
+    sleep: instead of the clock's, for tests."""
 
     timeout: float = 120.0
     retries: int = 5
     concurrency: int = 8
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], object] | None = None
 
 
 class Charge(NamedTuple):
@@ -78,6 +82,7 @@ class Client:
         self._key = key
         self._gate = threading.BoundedSemaphore(patience.concurrency)
         self._jitter = random.Random()
+        self._here = threading.local()
         shared = {"Authorization": f"Bearer {key}"} if key else {}
         self._wire = Wire(shared, None if endpoint.local else _proxy(endpoint.url), LARGEST)
 
@@ -97,16 +102,25 @@ class Client:
         return self._ask(path, msgspec.json.encode(body), charge, used, **patience)
 
     def map(self, fn: Callable[[A], B], items: Sequence[A]) -> list[B]:
-        """fn of each item, as many at once as may be under way. After the first failure no further item is begun."""
+        """fn of each item, as many at once as may be under way. After the first failure no further item is begun; at
+        ^C what is under way is called off."""
         if len(items) < 2:
             return [fn(item) for item in items]
-        with ThreadPoolExecutor(min(self.patience.concurrency, len(items))) as pool:
+        off = threading.Event()
+        with ThreadPoolExecutor(
+            min(self.patience.concurrency, len(items)), initializer=lambda: setattr(self._here, "off", off)
+        ) as pool:
             waiting = [pool.submit(fn, item) for item in items]
             try:
                 return [future.result() for future in waiting]
-            except BaseException:
+            except BaseException as error:
                 for future in waiting:
                     future.cancel()
+                if not isinstance(error, Exception):
+                    try:
+                        wait(waiting, GRACE)
+                    finally:
+                        off.set()
                 raise
 
     def _ask(
@@ -122,13 +136,16 @@ class Client:
         timeout = min(timeout or self.patience.timeout, self.patience.timeout)
         tries = 1 + min(self.patience.retries if retries is None else retries, self.patience.retries)
         trouble, pause, attempt, fix = "", 0.0, 0, ""
+        off: threading.Event = getattr(self._here, "off", NOBODY)
         for attempt in range(tries):
             if attempt:
-                self.patience.sleep(pause)
+                (off.wait if self.patience.sleep is None else self.patience.sleep)(pause)
+                if off.is_set():
+                    raise CalledOff
             self.meter.reserve(*charge)
             try:
                 with self._gate:
-                    status, headers, content = self._once(path, body, timeout)
+                    status, headers, content = self._once(path, body, timeout, off)
             except Unsent as error:
                 self.meter.give_back(*charge)
                 trouble, pause, fix = self._plain(error), self._backoff(attempt), "start it, or check the address"
@@ -157,26 +174,33 @@ class Client:
             fix=fix or "answers so far are kept: run it again when the server is well",
         )
 
-    def _once(self, path: str, body: bytes | None, timeout: float) -> Answer:
+    def _once(self, path: str, body: bytes | None, timeout: float, off: threading.Event) -> Answer:
         """One exchange, redirects within the same origin followed. No exception carries the key."""
         url, deadline = self.endpoint.url + path, time.monotonic() + timeout
         for _ in range(4):
             try:
-                status, headers, content = self._wire.exchange(url, body, max(0.001, deadline - time.monotonic()))
+                status, headers, content = self._wire.exchange(url, body, max(0.001, deadline - time.monotonic()), off)
             except TooLarge:
                 raise EndpointError(f"{url} answered with more than {LARGEST // 2**20} MiB") from None
             if status not in REDIRECTS:
                 return Answer(status, headers, self._redacted(content))
-            url = self._redirected(url, headers.get("location", ""))
+            url = self._redirected(status, url, headers.get("location", ""))
         raise EndpointError(f"{self.endpoint.url}{path} redirects in a circle")
 
-    def _redirected(self, url: str, location: str) -> str:
-        target = urljoin(url, location)
-        if urlsplit(target)[:2] != urlsplit(url)[:2]:
+    def _redirected(self, status: int, url: str, location: str) -> str:
+        try:
+            target = urljoin(url, location) if location else ""
+            parts = urlsplit(target)
+        except ValueError:
+            target, parts = "", urlsplit("")
+        if not target:
+            raise Closed(f"{url} redirects ({status}) to nowhere", fix="is that the API's address? Most end in /v1")
+        if parts[:2] != urlsplit(url)[:2]:
+            there = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
             raise Closed(
-                f"{self.endpoint.url} redirects to another host, {urlsplit(target).hostname}",
+                f"{self.endpoint.url} redirects elsewhere, to {self._plain(there)}",
                 why="a key sent there would be a key given away",
-                fix="name that host in the reference if it is the one you mean",
+                fix="name that address in the reference if it is the one you mean",
             )
         return target
 
@@ -208,7 +232,7 @@ class Client:
     def _redacted(self, content: bytes) -> bytes:
         return content.replace(self._key.encode(), b"[key]") if self._key else content
 
-    def _plain(self, error: Exception) -> str:
+    def _plain(self, error: Exception | str) -> str:
         text = str(error) or type(error).__name__
         return text.replace(self._key, "[key]") if self._key else text
 

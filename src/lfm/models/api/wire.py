@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
+import threading
 import time
+import zlib
 from collections.abc import Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple, final
@@ -14,6 +17,13 @@ if TYPE_CHECKING:
 CONNECT = 10.0
 """Seconds to reach a server in."""
 
+STEP = 0.5
+"""Seconds between two looks at whether anybody still waits for the answer."""
+
+PACKED = ("gzip", "x-gzip")
+NOBODY = threading.Event()
+"""Of a transfer that nobody calls off."""
+
 
 class Unsent(Exception):
     """The request never reached the server."""
@@ -21,6 +31,10 @@ class Unsent(Exception):
 
 class Lost(Exception):
     """The request went out and no whole answer came back."""
+
+
+class CalledOff(Exception):
+    """Nobody waits for the answer any more."""
 
 
 class TooLarge(Exception):
@@ -45,17 +59,15 @@ class Wire:
     def __init__(self, headers: Mapping[str, str], proxy: str | None, most: int) -> None:
         self._proxy, self._most = proxy or "", most
         self._headers = [f"{name}: {value}".encode() for name, value in headers.items()]
-        self._idle: list[tuple[Curl, CurlMulti]] = []  # append and pop are atomic
+        # By process, as a connection must not cross a fork: append and pop are atomic.
+        self._idle: dict[int, list[tuple[Curl, CurlMulti, int]]] = {}
 
-    def exchange(self, url: str, body: bytes | None, timeout: float) -> Answer:
+    def exchange(self, url: str, body: bytes | None, timeout: float, off: threading.Event = NOBODY) -> Answer:
         """What is answered to a JSON body, or to a GET where there is none, within so many seconds; no redirect is
-        followed. Unsent, Lost, TooLarge."""
+        followed. off: calls it off. Unsent, Lost, TooLarge, CalledOff."""
         import pycurl
 
-        try:
-            curl, multi = self._idle.pop()
-        except IndexError:
-            curl, multi = self._opened()
+        curl, multi = self._kept() or self._opened()
         said, heads = BytesIO(), list[bytes]()
         curl.setopt(pycurl.URL, url.encode())
         curl.setopt(pycurl.WRITEFUNCTION, said.write)
@@ -72,23 +84,41 @@ class Wire:
         curl.setopt(pycurl.FRESH_CONNECT, body is None)
         multi.add_handle(curl)
         try:
-            self._through(multi, said, time.monotonic() + timeout)
-            failed = multi.info_read()[2]
+            self._through(multi, said, time.monotonic() + timeout, off)
+            failed, socket = multi.info_read()[2], curl.getinfo(pycurl.ACTIVESOCKET)
         finally:
             multi.remove_handle(curl)
         if failed:
             _, code, why = failed[0]
             raise _failure(curl, code, why, timeout)
-        answer = Answer(curl.getinfo(pycurl.RESPONSE_CODE), _fields(heads), said.getvalue())
-        self._idle.append((curl, multi))
-        return answer
+        status, fields = curl.getinfo(pycurl.RESPONSE_CODE), _fields(heads)
+        self._idle.setdefault(os.getpid(), []).append((curl, multi, socket))
+        return Answer(status, fields, unpacked(said.getvalue(), fields.get("content-encoding", ""), self._most))
 
-    def _through(self, multi: CurlMulti, said: BytesIO, deadline: float) -> None:
+    def _kept(self) -> tuple[Curl, CurlMulti] | None:
+        """A connection that its server has not closed: libcurl itself looks once a second only, and a request that is
+        lost on a closed one would be charged."""
+        idle = self._idle.setdefault(os.getpid(), [])
+        while True:
+            try:
+                curl, multi, socket = idle.pop()
+            except IndexError:
+                return None
+            if socket < 0:  # closed as its last answer said: libcurl opens another
+                return curl, multi
+            heard = select.poll()
+            heard.register(socket, select.POLLIN)
+            if not heard.poll(0):
+                return curl, multi
+
+    def _through(self, multi: CurlMulti, said: BytesIO, deadline: float, off: threading.Event) -> None:
         """Until the transfer ends. In steps of this thread's own, so that ^C is heard between them."""
         while multi.perform()[1]:
             if said.tell() > self._most:
                 raise TooLarge
-            multi.select(min(1.0, max(0.001, deadline - time.monotonic())))
+            if off.is_set():
+                raise CalledOff
+            multi.select(min(STEP, max(0.001, deadline - time.monotonic())))
         if said.tell() > self._most:
             raise TooLarge
 
@@ -100,8 +130,9 @@ class Wire:
         curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
         curl.setopt(pycurl.USERAGENT, "lfm")
-        curl.setopt(pycurl.HTTPHEADER, [*self._headers, b"Content-Type: application/json", b"Expect:"])
-        curl.setopt(pycurl.ACCEPT_ENCODING, "gzip")
+        # Unpacked here: libcurl takes what breaks off in the middle for the whole.
+        own = [b"Content-Type: application/json", b"Accept-Encoding: gzip", b"Expect:"]
+        curl.setopt(pycurl.HTTPHEADER, [*self._headers, *own])
         curl.setopt(pycurl.NOSIGNAL, 1)
         curl.setopt(pycurl.PROXY, self._proxy)
         curl.setopt(pycurl.CAINFO, os.environ.get("SSL_CERT_FILE") or certifi.where())
@@ -118,7 +149,26 @@ def _failure(curl: Curl, code: int, why: str, timeout: float) -> Exception:
         return Unsent(f"nothing answers there ({why})")
     if code == pycurl.E_OPERATION_TIMEDOUT:
         return Lost(f"it did not answer within {timeout:g} s")
-    return Lost(f"the connection broke ({why})")
+    return Lost(f"the connection broke ({why or f'error {code} of libcurl'})")
+
+
+def unpacked(said: bytes, coding: str, most: int) -> bytes:
+    """A body as it was before it was packed. Lost where that is not all of it, TooLarge beyond so many bytes."""
+    coding = coding.strip().lower()
+    if coding in ("", "identity") or not said:
+        return said
+    if coding not in PACKED:
+        raise Lost(f"the answer is packed as {coding!r}, which was not asked for")
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        found = unpacker.decompress(said, most + 1)
+    except zlib.error as error:
+        raise Lost(f"the answer cannot be unpacked ({error})") from None
+    if len(found) > most:
+        raise TooLarge
+    if not unpacker.eof:
+        raise Lost("the answer broke off")
+    return found
 
 
 def _fields(lines: list[bytes]) -> dict[str, str]:

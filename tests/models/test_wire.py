@@ -130,6 +130,7 @@ def test_an_answer_is_bounded_in_bytes_unpacked(packed: bool) -> None:
         ("gzip", gzip.compress(b"all")[:-8] + bytes(8), "cannot be unpacked"),
         ("br", b"all", "'br', which was not asked for"),
     ],
+    ids=["cut", "wrong sum", "unknown"],
 )
 def test_an_answer_that_cannot_be_unpacked_whole_is_none(coding: str, body: bytes, why: str) -> None:
     with (

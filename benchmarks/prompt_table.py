@@ -42,7 +42,7 @@ from lfm.prompting.classifier import labels_of
 from lfm.prompting.judging import judged
 from lfm.prompting.shots import evenly
 from lfm.runs.run import LocalRun
-from lfm.search.alternatives import alone, fixed, smaller
+from lfm.search.alternatives import alone, fixed, largest
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}
 """Student's t at 97.5 % for so many seeds."""
@@ -157,10 +157,12 @@ def tried(
     given = {"train": shots[: len(labels)]} if id == ZERO else {"train": shots, "dev": dev}
     given = {role: some for role, some in given.items() if role in method.data}
     sizes = files.sizes(Inputs({"model": (model,)}, given))
-    fit = (made for _, made in smaller(base, lambda c: method.cost(c, sizes).queries))
-    config = next((c for c in fit if not budget or method.cost(c, sizes).queries <= budget), None)
-    if config is None:
+    found = largest(
+        base, lambda c: method.cost(c, sizes).queries, lambda c: not budget or method.cost(c, sizes).queries <= budget
+    )
+    if found is None:
         raise LfmError("the budget allows no size of it")
+    config = found[1]
     name = "prompt.manual" if id == ZERO else id
     checked = check(name, method, Inputs({"model": (counted,)}, given))
     made = method.run(config, checked, LocalRun(seed, place))

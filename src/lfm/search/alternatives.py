@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -16,6 +17,9 @@ SIZES = ("calls", "queries", "budget", "rounds", "generations", "candidates", "t
 """Settings by which a method asks less; `examples` is the last to be made smaller."""
 
 LAST = "examples"
+
+PARTS = 32
+"""Of the way between sizes that fit and their doubles, in so many parts what fits is found."""
 
 
 def alone(method: Method[Any], kind: str) -> bool:
@@ -59,7 +63,20 @@ def tried(
     return ids
 
 
-def smaller(config: Any, cost: Callable[[Any], float]) -> Iterator[tuple[dict[str, int], Any]]:
+def largest(
+    config: Any, cost: Callable[[Any], float], fits: Callable[[Any], bool]
+) -> tuple[dict[str, int], Any] | None:
+    """(what differs, the settings) with sizes made smaller together until they fit; None where the least does not."""
+    above = config
+    for changed, made in _smaller(config, cost):
+        if fits(made):
+            best = _between(made, above, fits)
+            return {name: getattr(best, name) for name in changed}, best
+        above = made
+    return None
+
+
+def _smaller(config: Any, cost: Callable[[Any], float]) -> Iterator[tuple[dict[str, int], Any]]:
     """(what differs, the settings) with sizes halved again and again: those that lower the cost, `examples` last."""
     held = [f.name for f in msgspec.structs.fields(type(config)) if isinstance(f.default, int)]
     sizes = [name for name in (*SIZES, LAST) if name in held and _halved(config, [name]) is not None]
@@ -72,6 +89,21 @@ def smaller(config: Any, cost: Callable[[Any], float]) -> Iterator[tuple[dict[st
             yield dict(changed), config
 
 
+def _between(made: Any, above: Any, fits: Callable[[Any], bool]) -> Any:
+    """The largest settings that fit, on the way from some that do to some that may not, by bisection."""
+    ends = {name: (getattr(made, name), getattr(above, name)) for name in (*SIZES, LAST) if hasattr(made, name)}
+    fitting, beyond = 0, PARTS
+    while beyond - fitting > 1:
+        part = (fitting + beyond) // 2
+        values = {name: low + (high - low) * part // PARTS for name, (low, high) in ends.items() if low != high}
+        tried = msgspec.structs.replace(made, **values)
+        if fits(tried):
+            fitting, made = part, tried
+        else:
+            beyond = part
+    return made
+
+
 def _least(config: Any, name: str) -> Any:
     """The settings with this one as small as may be: the first halving may change nothing, where data are few."""
     while (made := _halved(config, [name])) is not None:
@@ -80,11 +112,10 @@ def _least(config: Any, name: str) -> Any:
 
 
 def _halved(config: Any, names: Sequence[str]) -> Any:
-    """The settings with these halved; None where that is not allowed, or changes nothing."""
-    values = {name: max(1, getattr(config, name) // 2) for name in names}
-    made = msgspec.structs.replace(config, **values)
-    try:
-        made = msgspec.convert(msgspec.to_builtins(made), type(config))
-    except msgspec.ValidationError:
-        return None
+    """The settings with each of these halved where that is allowed; None where nothing changes."""
+    made = config
+    for name in names:
+        tried = msgspec.structs.replace(made, **{name: max(1, getattr(made, name) // 2)})
+        with suppress(msgspec.ValidationError):
+            made = msgspec.convert(msgspec.to_builtins(tried), type(config))
     return None if made == config else made

@@ -88,7 +88,7 @@ def test_no_more_is_asked_than_allowed_and_what_is_told_is_what_was_asked(querie
 def test_the_best_is_kept_with_its_interval_and_table(tmp_path: Path) -> None:
     made, run = advised(Knowing(), tmp_path, queries=400)
     found = finding.read(tmp_path / "scratch")
-    assert str(run.notes["advice"]).startswith("Best for 400 queries: prompt.manual (examples 8), accuracy 0.")
+    assert str(run.notes["advice"]).startswith("Best for 400 queries: prompt.manual (examples 9), accuracy 0.")
     low, value, high = (float(run.notes[name]) for name in ("accuracy_low", "accuracy", "accuracy_high"))
     assert low < value < high
     assert found.rows[-1]["spent"] == run.notes["asked"] and found.curves[0].x[-1] == run.notes["asked"]

@@ -6,9 +6,10 @@
 tokens, log-probabilities, embeddings in their place), make a model of `train`, and read these records: they are found
 by what they declare, so that one more needs no word here. Each is tried with at most a sixteenth of the budget, in the
 order of what it says it costs; then those whose interval still reaches the best accuracy get a fourth, and all that is
-left. Sizes (calls, rounds, generations, candidates, and last the examples) are halved from their defaults until a try
-fits. All that is asked, for making and for judging, is charged before it is asked, and nothing is asked twice: not by
-two methods, nor after a kill. It ends when the budget is spent, or all is tried whole, or when more would not pay:
+left. Sizes (calls, rounds, generations, candidates, and last the examples) are made smaller than their defaults,
+together, until a try fits. All that is asked, for making and for judging, is charged before it is asked, and nothing is
+asked twice: not by two methods, nor after a kill. It ends when the budget is spent, or all is tried whole, or when more
+would not pay:
 
     gain of the best accuracy over the last `patience` tries / doublings of all queries in them · doublings by the next
         <  half the width of the best's 95 % interval
@@ -41,14 +42,14 @@ from lfm.core.method import check
 from lfm.data import files
 from lfm.data.records import Label, Pair, kind_of
 from lfm.models.api.cache import Cache, digest_of
-from lfm.models.budget import Budget, Meter
+from lfm.models.budget import UNLIMITED, Budget, Meter
 from lfm.models.tally import ASKED, Tally
 from lfm.prompting.advice import Attempt, answer, best, expected, half, told
 from lfm.prompting.classifier import labels_of
 from lfm.prompting.judging import judged
 from lfm.prompting.shots import evenly
 from lfm.search import Trial
-from lfm.search.alternatives import alone, fixed, smaller, tried
+from lfm.search.alternatives import alone, fixed, largest, tried
 
 ID = "prompt.advise"
 SHARES = (1 / 16, 1 / 4, 1.0)
@@ -152,13 +153,19 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
             cost = method.cost(made, sizes)
             return cost.queries + len(records["dev"]) * max(0, cost.each - len(labels))
 
-        for changed, made in smaller(base, queries):
-            asked, each = queries(made), method.cost(made, sizes).each or len(labels)
-            judging = len(records["dev"]) * (1 if known else min(each, len(labels)))
-            least[id] = asked + judging
-            if asked <= share * config.queries and asked + judging <= left:
-                return Try(id, changed, fixed(method, config.settings) | changed, asked, judging)
-        return None
+        def judging(made: Any) -> int:
+            each = method.cost(made, sizes).each or len(labels)
+            return len(records["dev"]) * (1 if known else min(each, len(labels)))
+
+        def fits(made: Any) -> bool:
+            asked = queries(made)
+            least[id] = min(asked + judging(made), least.get(id, UNLIMITED))
+            return asked <= share * config.queries and asked + judging(made) <= left
+
+        if (found := largest(base, queries, fits)) is None:
+            return None
+        changed, made = found
+        return Try(id, changed, fixed(method, config.settings) | changed, queries(made), judging(made))
 
     def status() -> str:
         first = best(done)

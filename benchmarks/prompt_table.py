@@ -1,7 +1,7 @@
 """Every way to prompt, on every task, by how many questions may be asked: accuracy, what it took, over seeds.
 
-The methods are those that `lfm advise` finds for the model, at their defaults, their sizes halved until they fit the
-budget. Sixteen records a class to train on and sixteen to choose by, drawn by the seed, are all that is given;
+The methods are those that `lfm advise` finds for the model, at their defaults, their sizes made smaller until they fit
+the budget. Sixteen records a class to train on and sixteen to choose by, drawn by the seed, are all that is given;
 accuracy is on `--test` others, the same for all. Beside them: the labels' own words without an example (`zero-shot`),
 full fine-tuning (`fine-tuning`; of a masked model through its own head, as tune.mvp does), and a linear head on
 MiniLM's vectors (`probe`). Queries and tokens are what the model was asked while the prompt was made, counted here

@@ -19,9 +19,8 @@ gives Classes. Errors: AccessError where nobody can be the policy; ConfigError f
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -29,30 +28,24 @@ import lfm.core
 from lfm import prompting
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.errors import AccessError, ConfigError
-from lfm.core.heavy import nn, np, torch
+from lfm.core.heavy import np
 from lfm.data.records import Label, Pair
 from lfm.models.program import program
 from lfm.prompting.classifier import Classifier, Prompt, labels_of, questions, read, verbalizer
 from lfm.prompting.examples import ask_ahead
+from lfm.prompting.policy import Policy
 from lfm.prompting.reading import Reader
 from lfm.prompting.replaying import replayed
 from lfm.prompting.shots import shots
 from lfm.prompting.template import checked
-from lfm.train.softq import path_consistency
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
 ID = "prompt.rlprompt"
 GAP = "{prompt}"
 SHAPED = 5.0
 """What a standard deviation of rewards counts."""
-CLIP = 5.0
-BEGIN = 1e-4
-"""Gain of the first weights, and minus the first biases."""
-NEVER = -1e4
-"""Value of a token that is not drawn."""
 
 
 class Config(lfm.core.Config, frozen=True):
@@ -83,7 +76,14 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     labels = labels_of(train, dev)
     bare = Prompt(words=verbalizer(labels, config.words))
     reader = Reader(model)
-    policy = Policy(config, (inputs.all("policy") or (model,))[0], run)
+    policy = Policy(
+        (inputs.all("policy") or (model,))[0],
+        length=config.length,
+        hidden=config.hidden,
+        lr=config.lr,
+        follow=config.follow,
+        seed=run.seed_for("policy"),
+    )
 
     def rewarded(texts: Sequence[str], records: Sequence[Label | Pair]) -> list[float]:
         prompts = [worded(bare, config.template, text) for text in texts]
@@ -92,9 +92,9 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     def act(step: int, known: list[float] | None) -> list[float]:
         start = step * config.batch % len(train)
         records = (train * 2)[start : start + min(config.batch, len(train))]
-        actions, seen = policy.draw(step)
+        actions, seen = policy.draw(config.prompts, config.top_k, run.generator("draw", step))
         values = known or rewarded([policy.text(row) for row in actions], records)
-        policy.learn(actions, seen, values)
+        policy.learn(actions, seen, shaped(values))
         return values
 
     kept, best = "", run.step("none", lambda: rewarded([""], dev))[0]
@@ -141,80 +141,6 @@ def shaped(values: Sequence[float]) -> list[float]:
     """Rewards of a step's prompts in standard deviations from their mean, times SHAPED."""
     array = np.array(values)
     return (SHAPED * (array - array.mean()) / (array.std() + 1e-4)).tolist()
-
-
-@final
-class Policy:
-    """A frozen language model with an MLP before its head, which is all that learns; and its target."""
-
-    def __init__(self, config: Config, model: Model, run: Run) -> None:
-        self._config, self._run = config, run
-        self._tokenizer = model.ask(Codec).tokenizer
-        self._module: Any = model.ask(Gradients).module().requires_grad_(False)
-        head: Any = self._module.get_output_embeddings()
-        self._head, width = head, head.weight.shape[1]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed_for("policy"))
-            self._mlp = nn.Sequential(nn.Linear(width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, width))
-            for layer in (self._mlp[0], self._mlp[2]):
-                nn.init.xavier_uniform_(layer.weight, gain=BEGIN)  # type: ignore[arg-type]
-                nn.init.constant_(layer.bias, -BEGIN)  # type: ignore[arg-type]
-        self._target = copy.deepcopy(self._mlp).requires_grad_(False)
-        self._adam = torch.optim.Adam(self._mlp.parameters(), lr=config.lr)
-        size = head.weight.shape[0]
-        self._barred = torch.tensor([self._bars(i) for i in range(size)])
-
-    def _bars(self, token: int) -> bool:
-        if token >= len(self._tokenizer) or token in self._tokenizer.all_special_ids:
-            return True
-        text = self._tokenizer.decode([token])
-        return not text.strip() or "{" in text or "}" in text or "\ufffd" in text
-
-    def _values(self, mlp: Any, seen: Tensor) -> Tensor:
-        return self._head(mlp(seen)).masked_fill(self._barred, NEVER)
-
-    def _hidden(self, ids: Tensor) -> Tensor:
-        """The last state (B, width) after each row."""
-        with torch.no_grad():
-            return self._module(input_ids=ids, output_hidden_states=True).hidden_states[-1][:, -1]
-
-    def _walk(self, count: int, choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """(tokens (count, length), states before each (count, length, width))."""
-        tokenizer = self._tokenizer
-        opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids = torch.full((count, 1), opening if opening is not None else 0)
-        seen = []
-        for _ in range(self._config.length):
-            seen.append(self._hidden(ids))
-            with torch.no_grad():
-                ids = torch.cat([ids, choose(self._values(self._mlp, seen[-1]))], 1)
-        return ids[:, 1:], torch.stack(seen, 1)
-
-    def draw(self, step: int) -> tuple[Tensor, Tensor]:
-        random = self._run.generator("draw", step)
-
-        def chosen(values: Tensor) -> Tensor:
-            best, places = values.topk(min(self._config.top_k, values.shape[-1]))
-            return places.gather(1, torch.multinomial(best.softmax(-1), 1, generator=random))
-
-        return self._walk(self._config.prompts, chosen)
-
-    def greedy(self) -> Tensor:
-        return self._walk(1, lambda values: values.argmax(-1, keepdim=True))[0][0]
-
-    def text(self, tokens: Tensor) -> str:
-        return str(self._tokenizer.decode(tokens.tolist())).strip()
-
-    def learn(self, actions: Tensor, seen: Tensor, values: Sequence[float]) -> None:
-        with torch.no_grad():
-            for slow, fast in zip(self._target.parameters(), self._mlp.parameters(), strict=True):
-                slow.lerp_(fast, self._config.follow)
-            target = self._values(self._target, seen)
-        loss = path_consistency(self._values(self._mlp, seen), target, actions, torch.tensor(shaped(values)))
-        self._adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._mlp.parameters(), CLIP)
-        self._adam.step()
 
 
 def opened(config: Config, parts: Parts) -> Mapping[type, Callable[[], Any]]:

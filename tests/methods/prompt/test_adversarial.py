@@ -21,6 +21,7 @@ from lfm.data import files
 from lfm.data.records import Label, Text
 from lfm.methods.prompt import adversarial
 from lfm.models import load
+from lfm.prompting.tokens import Tokens, near
 from lfm.runs.run import LocalRun
 
 TRAIN = [Label(text=f"The {n} sat.", label=("good", "bad")[i % 2]) for i, n in enumerate(("cat", "dog", "mat", "town"))]
@@ -72,7 +73,7 @@ def test_what_the_model_yields_to_is_found(cat: Model, search: str, tmp_path: Pa
     assert found.metrics["score without"] == -8.0
     assert found.metrics["score"] >= found.metrics["best by chance"] > -8.0
     assert list(found.curves[0].y) == sorted(found.curves[0].y)
-    assert not any(adversarial.near(word, "world") for row in found.rows for word in row["prefix"].split())
+    assert not any(near(word, "world") for row in found.rows for word in row["prefix"].split())
 
 
 def test_a_flip_is_the_margin_of_the_wrong_class(cat: Model, tmp_path: Path) -> None:
@@ -96,9 +97,9 @@ def test_a_flip_is_the_margin_of_the_wrong_class(cat: Model, tmp_path: Path) -> 
 
 def test_points_become_their_nearest_tokens() -> None:
     vectors = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    tokens = adversarial.Tokens(("a", "b", "c"), vectors, mean=0.5, std=2.0, apart=1.0)
+    tokens = Tokens(("a", "b", "c"), vectors, mean=0.5, std=2.0, apart=1.0)
     points = np.array([[-0.2, -0.2, 0.3, -0.3], [-0.3, 0.3, -5.0, -5.0]])  # ×2 + 0.5: (.1, .1), (1.1, −.1), (−.1, 1.1)
-    assert adversarial.projected(points, tokens, 2) == ["a b", "c a"]
+    assert tokens.nearest(points) == ["a b", "c a"]
 
 
 def test_what_cannot_be_attacked_is_said(cat: Model, tmp_path: Path) -> None:

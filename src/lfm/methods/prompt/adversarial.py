@@ -24,40 +24,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import msgspec
 
 import lfm.core
 from lfm import prompting
-from lfm.core import Codec, Cost, Data, DataSlot, Embeddings, Inputs, Meta, Method, Run, Sizes, Slot
+from lfm.core import Codec, Cost, Data, DataSlot, Embeddings, Inputs, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import AccessError, ConfigError
 from lfm.core.finding import Curve, Finding, table
-from lfm.core.heavy import np, torch
+from lfm.core.heavy import np
 from lfm.data.records import Label, Pair, Record, Text
 from lfm.data.wording import wording
-from lfm.models.language import piece
 from lfm.prompting.classifier import LEAST, Prompt, labels_of, questions, read, verbalizer
 from lfm.prompting.examples import ask_ahead
 from lfm.prompting.reading import Reader
 from lfm.prompting.replaying import replayed
 from lfm.prompting.shots import evenly
 from lfm.prompting.template import Asked, checked
-from lfm.retrieval.index import nearest
+from lfm.prompting.tokens import LETTERS, plain_words
 from lfm.search.local import Around, around
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
 SHOWN = 10
 """Prefixes in the table."""
-SAMPLE = 512
-"""Embeddings whose mean distance is taken."""
 TOGETHER = 10
 """Batches that are kept as one step."""
-LETTERS = 3
-"""Of a token, from which on it must not lie within the target, or the target within it."""
 
 Score = Callable[[Sequence[str], Sequence[Record]], "NDArray[np.float64]"]
 """Prefixes and records → (prefixes, records) of s."""
@@ -80,28 +74,17 @@ class Config(lfm.core.Config, frozen=True):
     examples: Annotated[int, Meta(ge=1, description="most texts to attack on")] = 16
 
 
-class Tokens(NamedTuple):
-    """texts: what may be said; vectors (n, d): their embeddings; mean, std: of the table; apart: their distance."""
-
-    texts: tuple[str, ...]
-    vectors: Tensor
-    mean: float
-    std: float
-    apart: float
-
-
 def run(config: Config, inputs: Inputs, run: Run) -> Finding:
     train = inputs.records("train")
     if config.aim == "flip":  # a file may have one class after the other
         train, _ = evenly(cast("Sequence[Label | Pair]", train), config.examples, run.seed_for("examples"))
     train = train[: config.examples]
     score = scorer(config, Reader(inputs.model("model")), [*train, *inputs.records("dev")])
-    tokens = vocabulary(inputs, spoken(config, inputs))
-    width = tokens.vectors.shape[1]
+    tokens = plain_words(_holder(inputs), spoken(config, inputs))
     found: dict[str, list[float]] = {"": run.step("none", lambda: score([""], train).tolist())[0]}
     search = around(
         config.search,
-        config.tokens * width,
+        config.tokens * tokens.width,
         popsize=config.batch,
         first=min(config.first, config.calls),
         noise=tokens.apart / tokens.std,
@@ -111,7 +94,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Finding:
 
     def act(batch: int, known: list[list[float]] | None) -> list[list[float]]:
         points = search.ask()
-        prefixes = projected(points, tokens, width)
+        prefixes = tokens.nearest(points)
         fresh = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in found]
         told = known if known is not None else score(fresh, train).tolist() if fresh else []
         found.update(zip(fresh, told, strict=True))
@@ -133,38 +116,9 @@ def run(config: Config, inputs: Inputs, run: Run) -> Finding:
     return report(config, run, found, dict(zip(shown, told, strict=False)), shown, best)
 
 
-def projected(points: NDArray[Any], tokens: Tokens, width: int) -> list[str]:
-    """Points (n, t·d), in standard deviations around the mean, as the texts of their nearest tokens."""
-    x = torch.from_numpy(points).float().reshape(-1, width) * tokens.std + tokens.mean
-    _, places = nearest(x, tokens.vectors, 1)
-    rows = places[:, 0].reshape(len(points), -1).tolist()
-    return [" ".join(tokens.texts[i] for i in row) for row in rows]
-
-
-def vocabulary(inputs: Inputs, banned: Sequence[str]) -> Tokens:
-    """Plain words of the surrogate's vocabulary that share no letters in a row with what is banned."""
-    surrogate = (inputs.all("surrogate") or inputs.all("model"))[0]
-    table, tokenizer = surrogate.ask(Embeddings).table().float(), surrogate.ask(Codec).tokenizer
-    size = min(len(table), len(tokenizer))
-    whole = any(piece(tokenizer, i)[:1] == " " for i in range(size))
-    texts: dict[str, int] = {}
-    for i in range(size):
-        text = piece(tokenizer, i)
-        word = text.strip()
-        if word.isalpha() and (not whole or text[:1] == " ") and not any(near(word, other) for other in banned):
-            texts.setdefault(word, i)
-    if not texts:
-        raise ConfigError("no token is left to attack with", why="all are parts of words, or of the target")
-    vectors = table[list(texts.values())]
-    some = vectors[torch.linspace(0, len(vectors) - 1, min(SAMPLE, len(vectors))).long()]
-    apart = float(torch.pdist(some).mean()) if len(some) > 1 else 1.0
-    return Tokens(tuple(texts), vectors, float(table.mean()), float(table.std()), apart)
-
-
-def near(word: str, other: str) -> bool:
-    """Whether one lies within the other, case aside: "sadly" and "sad"."""
-    word, other = word.casefold(), other.casefold()
-    return other in word or (len(word) >= LETTERS and word in other)
+def _holder(inputs: Inputs) -> Model:
+    """Whose tokens are searched among."""
+    return (inputs.all("surrogate") or inputs.all("model"))[0]
 
 
 def spoken(config: Config, inputs: Inputs) -> list[str]:
@@ -259,7 +213,7 @@ def agree(config: Config, inputs: Inputs) -> None:
         raise ConfigError("aim=flip takes no target", fix="aim=say, or leave the target out")
     if config.calls < config.batch:
         raise ConfigError(f"{config.calls} calls are less than a batch of {config.batch}", fix="raise calls")
-    holder = (inputs.all("surrogate") or inputs.all("model"))[0]
+    holder = _holder(inputs)
     if not holder.can(Embeddings, Codec):
         raise AccessError(
             f"{holder.ref} gives no table of token embeddings with their texts",

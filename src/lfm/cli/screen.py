@@ -176,7 +176,8 @@ def finding(found: Finding, rows: int = 12, width: int | None = None) -> Rendera
     heads = [words.metric(column) for column in found.columns]
     numeric = [any(isinstance(row.get(column), int | float) for row in first) for column in found.columns]
     wraps = [not numeric[at] and any(" " in row[at] for row in told) for at in range(last + 1)]
-    widest = [max([len(head), *(len(row[at]) for row in told)]) for at, head in enumerate(heads)]
+    heads = [head.replace(" ", "\n") if number else head for head, number in zip(heads, numeric)]
+    widest = [max(map(len, [*head.split("\n"), *(row[at] for row in told)])) for at, head in enumerate(heads)]
     least = [min(most, NARROW) if wrap else most for most, wrap in zip(widest, wraps)]
     room = (width or out().width) - 2
     below = wraps[-1] and sum(least[:-1]) + 2 * last + min(widest[-1], LONG) > room

@@ -156,9 +156,12 @@ def agree(config: Config, inputs: Inputs) -> None:
     checked(config.template.replace(GAP, ""), fills=model.facts.task == "masked-lm")
     policy = (inputs.all("policy") or (model,))[0]
     if not policy.can(Gradients, Codec) or policy.facts.task != "causal-lm":
+        here = policy.can(Gradients, Codec)
         raise AccessError(
             f"{policy.ref} cannot be the policy",
-            why="that takes the module of a causal language model",
+            why=f"it is a model for {policy.facts.task}, and no causal language model"
+            if here
+            else "that takes the module of a causal language model, and of this model answers alone are given",
             fix="add policy=REF, a small local one",
         )
 

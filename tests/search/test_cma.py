@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from cmaes import CMA
 
 from lfm.runs.run import LocalRun
-from lfm.search import Best, generations, minimise
+from lfm.search import generations
 
 
 def sphere(points: np.ndarray[Any, Any]) -> list[float]:
@@ -25,8 +25,18 @@ def rotated_ellipsoid(dim: int) -> Callable[[Any], list[float]]:
     return lambda points: [float((scale * (turn @ (p - 2))) @ (scale * (turn @ (p - 2)))) + 3 for p in points]
 
 
+class Best(NamedTuple):
+    """The lowest value of a whole search, where it lies, and the lowest of each generation."""
+
+    point: Any
+    value: float
+    history: tuple[float, ...]
+
+
 def search(fn: Any, dim: int, here: Path, *, budget: int, seed: int = 0, popsize: int = 10) -> Best:
-    return minimise(fn, dim, sigma=1.0, popsize=popsize, budget=budget, run=LocalRun(seed, here), seed=seed)
+    made = list(generations(fn, dim, sigma=1.0, popsize=popsize, budget=budget, run=LocalRun(seed, here), seed=seed))
+    best = min(made, key=lambda one: one.values[one.best])
+    return Best(best.points[best.best], best.values[best.best], tuple(one.values[one.best] for one in made))
 
 
 def test_it_finds_the_minimum_of_a_sphere(tmp_path: Path) -> None:

@@ -30,14 +30,6 @@ class Generation(NamedTuple):
         return min(range(len(self.values)), key=self.values.__getitem__)
 
 
-class Best(NamedTuple):
-    """The lowest value found, where it lies, and the lowest of each generation."""
-
-    point: NDArray[Any]
-    value: float
-    history: tuple[float, ...]
-
-
 def generations(
     evaluate: Points,
     dim: int,
@@ -66,29 +58,6 @@ def generations(
         yield Generation(index, points, tuple(values))
         if search.done():
             return
-
-
-def minimise(
-    evaluate: Points,
-    dim: int,
-    *,
-    sigma: float,
-    popsize: int,
-    budget: int,
-    run: Run,
-    seed: int,
-    name: str = "generation",
-    kind: Kind = "cma",
-) -> Best:
-    """The best point of a whole search. Arguments are those of `generations`."""
-    point, value, history = np.zeros(dim), math.inf, []
-    for made in generations(
-        evaluate, dim, sigma=sigma, popsize=popsize, budget=budget, run=run, seed=seed, name=name, kind=kind
-    ):
-        history.append(made.values[made.best])
-        if made.values[made.best] < value:
-            point, value = made.points[made.best], made.values[made.best]
-    return Best(point, value, tuple(history))
 
 
 def finite(values: Sequence[float]) -> list[float]:

@@ -262,6 +262,10 @@ def replace_label(record: Label, label: str) -> Label:
     return Label(text=record.text, label=label)
 
 
+def replace_text(record: Label, text: str) -> Label:
+    return Label(text=text, label=record.label)
+
+
 def test_tokens_asked_for_are_told_wherever_they_rank(cat: Model, tmp_path: Path) -> None:
     """Here and over HTTP: the loss does not depend on how many alternatives are told."""
     rows = cat.ask(Embeddings).embed(["The cat sat"])
@@ -367,6 +371,29 @@ def test_over_http_long_texts_are_cut_the_same(cat: Model, tmp_path: Path) -> No
         assert over.notes["texts_shortened"] == run.notes["texts_shortened"] == len(LONG)
         scores = [m.ask(Logprobs).score([LONG[0].text], [" good"])[0].total for m in (here, there)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("template", ["", "So : {text} It was"])
+def test_a_plan_holds_where_every_text_is_cut(template: str, cat: Model, tmp_path: Path) -> None:
+    """Of all texts that are cut only the template's words are asked for once more; the budget of `cost` is enough for
+    that, and for what the made model asks when the saved one is held against it."""
+    how: dict[str, Any] = {**SMALL, "template": template, "words": {"good": "good and kind", "bad": "bad and cold"}}
+    spent: dict[str, int] = {}
+    with running(cat) as url:
+        for name, train in (("short", TRAIN), ("long", LONG)):
+            dev = [replace_text(record, f"{record.text} again") for record in train[2:]]
+            sizes = files.sizes(Inputs({"model": (cat,)}, {"train": train, "dev": dev}))
+            cost = bbt.cost(bbt.Config(**how), sizes)
+            budget = Budget(cost.queries, cost.tokens, tmp_path / f"{name}.sqlite")
+            model = open_api(f"api:{url}", cache=tmp_path / name, budget=budget)
+            made, run = tune(model, tmp_path / f"work {name}", train, dev, **how)
+            assert run.notes.get("texts_shortened", 0) == (len(train) + len(dev) if name == "long" else 0)
+            asked = Meter(budget).spent()
+            spent[name] = asked.queries
+            assert asked.tokens <= cost.tokens - blackbox.CHECK * (how["prompt_tokens"] + 50)
+            made.ask(Logprobs).score([LONG[0].text * 2] * 2, [" good", " bad"])
+            assert Meter(budget).spent().queries - asked.queries <= blackbox.CHECK
+    assert spent["long"] == spent["short"] + 1
 
 
 # As a program

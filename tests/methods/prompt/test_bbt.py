@@ -375,24 +375,23 @@ def test_over_http_long_texts_are_cut_the_same(cat: Model, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("template", ["", "So : {text} It was"])
 def test_a_plan_holds_where_every_text_is_cut(template: str, cat: Model, tmp_path: Path) -> None:
-    """Of all texts that are cut only the template's words are asked for once more; the budget of `cost` is enough for
-    that, and for what the made model asks when the saved one is held against it."""
-    how: dict[str, Any] = {**SMALL, "template": template, "words": {"good": "good and kind", "bad": "bad and cold"}}
+    """Of all texts that are cut only the template's words are asked for once more; the budget of `cost` is enough,
+    without what it allows for the check of what is saved."""
+    words = {"good": "good and kind and mild and warm", "bad": "bad and cold and mean and grim"}
+    how: dict[str, Any] = {**SMALL, "template": template, "words": words}
     spent: dict[str, int] = {}
     with running(cat) as url:
         for name, train in (("short", TRAIN), ("long", LONG)):
             dev = [replace_text(record, f"{record.text} again") for record in train[2:]]
             sizes = files.sizes(Inputs({"model": (cat,)}, {"train": train, "dev": dev}))
             cost = bbt.cost(bbt.Config(**how), sizes)
-            budget = Budget(cost.queries, cost.tokens, tmp_path / f"{name}.sqlite")
+            check = blackbox.CHECK, blackbox.CHECK * (how["prompt_tokens"] + 50)
+            ledger = tmp_path / f"{name}.sqlite"
+            budget = Budget(cost.queries - check[0], cost.tokens - check[1], ledger)
             model = open_api(f"api:{url}", cache=tmp_path / name, budget=budget)
-            made, run = tune(model, tmp_path / f"work {name}", train, dev, **how)
+            _, run = tune(model, tmp_path / f"work {name}", train, dev, **how)
             assert run.notes.get("texts_shortened", 0) == (len(train) + len(dev) if name == "long" else 0)
-            asked = Meter(budget).spent()
-            spent[name] = asked.queries
-            assert asked.tokens <= cost.tokens - blackbox.CHECK * (how["prompt_tokens"] + 50)
-            made.ask(Logprobs).score([LONG[0].text * 2] * 2, [" good", " bad"])
-            assert Meter(budget).spent().queries - asked.queries <= blackbox.CHECK
+            spent[name] = Meter(budget).spent().queries
     assert spent["long"] == spent["short"] + 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -37,8 +37,22 @@ def alone(method: Method[Any], kind: str) -> bool:
 
 
 def fixed(method: Method[Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Of the fixed settings those that the method has."""
-    return {name: value for name, value in settings.items() if name in method.config.__struct_fields__}
+    """Of the fixed settings those that the method has. What speaks for a label is to some one word, to others several:
+    either form is given to both."""
+    own = {name: value for name, value in settings.items() if name in method.config.__struct_fields__}
+    if isinstance(words := own.get("words"), Mapping):
+        several = {label: [said] if isinstance(said, str) else said for label, said in words.items()}
+        one = {label: said[0] if isinstance(said, list | tuple) and said else said for label, said in words.items()}
+        own["words"] = next((form for form in (words, several, one) if _takes(method, form)), words)
+    return own
+
+
+def _takes(method: Method[Any], words: Mapping[str, Any]) -> bool:
+    try:
+        configure(method.config, {"words": words})
+    except ConfigError:
+        return False
+    return True
 
 
 def tried(

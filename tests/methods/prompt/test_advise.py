@@ -152,6 +152,15 @@ def test_votes_are_tried_at_a_size_that_leaves_room_for_others(tmp_path: Path) -
     assert rows["prompt.self_consistency"]["queries"] <= 400 // 16 + 2 * 12 and rows["prompt.manual"]["accuracy"] == 1.0
 
 
+def test_it_does_not_end_before_each_method_was_tried(tmp_path: Path) -> None:
+    """One that takes more than a fourth of the budget waits for the last round, though all that was tried last gained
+    nothing."""
+    settings: dict[str, Any] = {"methods": (*MANUAL, "prompt.demonstrations", "prompt.boosting"), "patience": 1}
+    advised(Knowing(), tmp_path, queries=200, judged=12, **settings)
+    rows = finding.read(tmp_path / "scratch").rows
+    assert {row["method"] for row in rows} == set(settings["methods"])
+
+
 def test_few_records_are_no_hindrance_to_asking_for_less(tmp_path: Path) -> None:
     _, run = advised(Knowing(), tmp_path, records=RECORDS[:8], queries=20)
     assert float(run.notes["asked"]) <= 20
@@ -181,6 +190,29 @@ def test_what_cannot_be_tried_is_refused(tmp_path: Path) -> None:
         advised(Knowing(), tmp_path, settings={"width": 3})
     with pytest.raises(DataError, match="have the label"):
         advised(Knowing(), tmp_path, [r for r in RECORDS if r.label == "good"])
+
+
+@pytest.mark.parametrize("said", ["dog", ["dog"]])
+def test_words_for_labels_go_to_methods_of_one_word_and_of_several(said: Any, tmp_path: Path) -> None:
+    spoken = load(tiny.causal(tmp_path / "model"))
+    settings = {"words": {"good": said, "bad": "cat"}}
+    data = {"train": RECORDS}
+    fits = Inputs({"model": (spoken,)}, data)
+    config = advise.Config(queries=2000, settings=settings, methods=("prompt.manual", "prompt.bbt"), judged=4)
+    assert advise.METHOD.agree
+    advise.METHOD.agree(config, fits)
+    (tmp_path / "work").mkdir()
+    advise.run(config, fits, LocalRun(0, tmp_path / "work"))
+    table = finding.read(tmp_path / "work" / "scratch").rows
+    assert {row["method"] for row in table} == {"prompt.manual", "prompt.bbt"}
+    assert not any(row.get("why not") for row in table)
+
+
+def test_a_setting_out_of_range_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    spoken = load(tiny.causal(tmp_path / "model"))
+    assert advise.METHOD.agree
+    with pytest.raises(ConfigError, match=r"prompt\.bbt.*'popsize'"):
+        advise.METHOD.agree(advise.Config(settings={"popsize": 1}), Inputs({"model": (spoken,)}, {"train": RECORDS}))
 
 
 def attempt(id: str, right: int, queries: int, spent: int) -> Attempt:

@@ -37,7 +37,7 @@ import msgspec
 import lfm.core
 from lfm.core import Cost, Data, DataSlot, Inputs, Meta, Method, Model, Run, Sizes, Slot, registry
 from lfm.core.config import configure
-from lfm.core.errors import AccessError, BudgetError, ConfigError, DataError, LfmError, MismatchError
+from lfm.core.errors import AccessError, BudgetError, ConfigError, DataError, MismatchError
 from lfm.core.method import check
 from lfm.data import files
 from lfm.data.records import Label, Pair, kind_of
@@ -171,8 +171,14 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         first = best(done)
         return f"best {first.id} {first.accuracy:.3f} ± {half(first):.3f}, {done[-1].spent:,} queries" if first else ""
 
-    ended, small = "all that fits was tried whole", 2**31
+    ended, small, over = "all that fits was tried whole", 2**31, False
     ids = candidates(config, inputs)
+
+    def waits() -> bool:
+        """Whether a method that fits was not tried yet."""
+        met = {a.id for a in done}
+        return any(id not in met and sized(id, 1.0) is not None for id in ids)
+
     for share in SHARES:
         known = {(a.id, str(a.settings)) for a in done}
         now = (one for id in reaching(ids, done) if (one := sized(id, share)) is not None)
@@ -185,10 +191,14 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
                 ended = "what is left of the budget allows no larger try"
                 continue
             if len(done) - small >= config.patience and (short := not_worth(done, one.queries, config.patience)):
-                ended = short
-                break
+                if over := not waits():
+                    ended = short
+                    break
+                if any(a.id == one.id for a in done):
+                    ended = short
+                    continue
             done.append(attempt(one))
-        if ended.startswith("more"):
+        if over:
             break
         small = min(small, len(done))
     first = best(done)
@@ -271,11 +281,7 @@ def parted(config: Config, inputs: Inputs, seed: int) -> dict[str, list[Label | 
 def agree(config: Config, inputs: Inputs) -> None:
     for id in candidates(config, inputs):
         method = registry.get(id).method
-        try:
-            configure(method.config, fixed(method, config.settings), where=id)
-        except LfmError:
-            if id in config.methods:
-                raise
+        configure(method.config, fixed(method, config.settings), where=id)
     labels_of(inputs.records("train"))
     if not inputs.records("dev") and len(inputs.records("train")) < 4:
         raise DataError("too few records to learn from and to choose by", why=f"{len(inputs.records('train'))} records")

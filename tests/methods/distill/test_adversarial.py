@@ -164,6 +164,35 @@ def test_what_is_remembered_has_its_weight(
     assert run.notes["loss_before"] == 3.5
 
 
+def test_what_is_known_was_put_into_memory_before_with_what_the_teacher_told_of_it(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a batch of 4 goes in at steps 0 and 2: two pictures are known at steps 0 and 1, then four."""
+    seen: list[tuple[Any, Any]] = []
+
+    def listening(acquire: Any, remember: Any, weights: Any, inner: float, *, exact: bool) -> Any:
+        assert inner == 0.3
+        seen.append((acquire.args[0], remember.args[0]))
+        return retained(acquire, remember, weights, inner, exact=exact)
+
+    monkeypatch.setattr(adversarial, "retained", listening)
+    distill(*pair, tmp_path, **(QUICK | {"share": 0.5, "inner": 0.3}))
+
+    def shared(step: int, new: int) -> int:
+        """How many of those known at a step were new at another, picture and answer."""
+        known, made = seen[step][1], seen[new][0]
+        same = [(known[name][:, None] == made[name][None]).flatten(2).all(-1) for name in (PIXELS, TOLD)]
+        return int((same[0] & same[1]).sum())
+
+    assert [len(known[PIXELS]) for _, known in seen] == [2, 2, 4, 4]
+    assert [[shared(step, new) for new in range(4)] for step in range(4)] == [
+        [2, 0, 0, 0],
+        [2, 0, 0, 0],
+        [2, 0, 2, 0],
+        [2, 0, 2, 0],
+    ]
+
+
 def test_a_share_of_every_so_many_batches_is_remembered(pair: tuple[Model, Model], tmp_path: Path) -> None:
     config = adversarial.Config(batch_size=8, every=2, memorise=3, share=0.25, width=4, latent=8)
     run = LocalRun(0, tmp_path)

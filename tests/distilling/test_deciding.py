@@ -85,6 +85,46 @@ def test_pictures_move_away_from_decisions_and_keep_their_class() -> None:
     assert after > before + 0.02 * m.norm()
 
 
+def test_it_is_the_nearest_way_out_of_those_drawn_that_pictures_move_away_from() -> None:
+    """Along θ a plane is met at −(m · x + c) / (m · θ): the least of those above 0 and within a picture's diagonal."""
+    decide = Linear(classes=2, size=12)
+    m = decide.w[1] - decide.w[0]
+    decide.b = torch.stack([-0.6 * m.norm() - decide.w[1].sum() / 2, -decide.w[0].sum() / 2])
+    c = decide.b[1] - decide.b[0]
+    x = torch.rand(30, 3, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(5)
+    ways = [deciding.unit(torch.randn(x.shape, generator=draw).to(x))[0] for _ in range(3)]
+    met = torch.stack([-(x.flatten(1) @ m + c) / (way.flatten(1) @ m) for way in ways])
+    met[(met <= 0) | (met > math.sqrt(12))] = math.inf
+    nearest = met.min(0)
+    moved = deciding.away(
+        decide, x, decide(x), ways=3, halvings=30, length=0.1, generator=torch.Generator().manual_seed(5)
+    )
+    for i in range(30):
+        expected = x[i]
+        if nearest.values[i].isfinite():
+            further = (x[i] - 0.1 * ways[int(nearest.indices[i])][i]).clamp(0, 1)
+            expected = further if decide(further[None]) == decide(x[i : i + 1]) else x[i]
+        assert torch.allclose(moved[i], expected, atol=1e-12), i
+    known = met.isfinite().sum(0)
+    assert (known == 0).any() and (known > 1).any(), "or one way is as good as another"
+    assert (nearest.values[known > 0] > math.sqrt(12) / 4).any(), "or a shorter reach would do"
+
+
+def test_refined_distances_are_no_longer_and_cost_as_many_questions_as_is_said() -> None:
+    decide = Linear(classes=2, size=12)
+    x = inputs(24, 3, 2, 2)
+    own = decide(x)
+    found = {}
+    for refine, each in ((0, 12), (8, 12 + 8 + 1 + 12)):
+        decide.asked = 0
+        draw = torch.Generator().manual_seed(0)
+        found[refine] = deciding.distances(decide, x, own, 2, halvings=12, refine=refine, generator=draw)
+        assert decide.asked == each * 24
+    plain, refined = (found[refine][torch.arange(24), 1 - own] for refine in (0, 8))
+    assert (refined <= plain).all() and (refined < 0.99 * plain).any()
+
+
 def test_distances_are_to_where_each_class_begins() -> None:
     decide = Linear(classes=3, size=12)
     x = inputs(24, 3, 2, 2)

@@ -14,7 +14,7 @@ import torch
 import tiny
 from case import Case
 from lfm import runs
-from lfm.core import Codec, Inputs, Logits, Model
+from lfm.core import Codec, Inputs, Logits, Model, Sizes
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.method import check
 from lfm.core.model import Classes
@@ -72,7 +72,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
     return load(teacher), load(tiny.vit(root / "small", labels=("c", "a", "b"), seed=1, num_hidden_layers=1))
 
 
-@pytest.mark.parametrize("settings, spent", [(ENTROPY, 23), (ENTROPY | {"steps": 2}, 23), (BOUNDARY, None)])
+@pytest.mark.parametrize(
+    "settings, spent",
+    [(ENTROPY, 23), (ENTROPY | {"steps": 2}, 23), (BOUNDARY, None), (BOUNDARY | {"refine": 2, "steps": 1}, None)],
+)
 def test_the_budget_is_kept(pair: tuple[Model, Model], tmp_path: Path, settings: Any, spent: int | None) -> None:
     teacher = Counted(pair[0])
     _, run = distill(teacher.model, pair[1], tmp_path, **settings)
@@ -222,7 +225,7 @@ def test_of_boundary_the_named_class_and_the_soft_label_are_learned_together(
         return x
 
     monkeypatch.setattr(hard_label.deciding, "away", away)
-    settings = BOUNDARY | {"steps": 1, "batch_size": 64, "temperature": 3.0}
+    settings = BOUNDARY | {"steps": 1, "batch_size": 64, "temperature": 3.0, "moves": 2}
     _, run = distill(*pair, tmp_path / "a", **settings)
     config, again = hard_label.Config(**settings), LocalRun(0, tmp_path / "b")
     stage = datafree.scene(config, *pair, again)
@@ -232,7 +235,7 @@ def test_of_boundary_the_named_class_and_the_soft_label_are_learned_together(
     hard = torch.nn.functional.cross_entropy(told, rows[hard_label.NAMED])
     apart = (soft * (soft.log() - (told / 3).log_softmax(-1))).sum(-1).mean()
     assert run.notes["loss_before"] == pytest.approx((hard + 9 * apart).item(), rel=1e-4)
-    assert lengths == pytest.approx([0.05 * math.prod(stage.frame.shape) ** 0.5] * 2)
+    assert lengths == pytest.approx([0.05 * math.prod(stage.frame.shape) ** 0.5] * 4)
 
 
 def test_soft_labels_are_as_sharp_as_asked_and_largest_for_the_own_class(
@@ -247,3 +250,85 @@ def test_soft_labels_are_as_sharp_as_asked_and_largest_for_the_own_class(
     best = rows[TOLD].max(-1)
     assert torch.equal(best.indices, rows[hard_label.NAMED]) and len(best.indices.unique()) > 1
     assert best.values.mean().item() == pytest.approx(7.0, rel=1e-5)
+
+
+def test_the_class_named_is_that_of_the_largest_logit(pair: tuple[Model, Model]) -> None:
+    told = torch.tensor([[0.1, 0.7, 0.2], [-3.0, -2.0, -1.0]])
+
+    class Told:
+        def logits(self, batch: Any) -> torch.Tensor:
+            return told
+
+    teacher = Model("told", "module", {Logits: Told}, lambda: "")
+    assert hard_label.named(teacher, frame_of(pair[0]), torch.zeros(2, 3, 8, 8)).tolist() == [1, 2]
+
+
+def test_of_entropy_the_generator_goes_down_its_loss_of_drawn_classes_and_rounds_are_spread(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """23 questions in three rounds of six steps: 7, 8 and 8, before the steps 0, 2 and 4."""
+    settings: dict[str, Any] = {"smooth": 0.1, "bal": 2.0, "generator_lr": 0.5, "latent_lr": 0.25}
+    settings |= ENTROPY
+    config, run = hard_label.Config(**settings), LocalRun(0, tmp_path)
+    stage = datafree.scene(config, *pair, run)
+    wanted: list[int] = []
+
+    def drawn(told: torch.Tensor, classes: torch.Tensor, smooth: float, bal: float) -> torch.Tensor:
+        assert len(told) == len(classes) and (smooth, bal) == (0.1, 2.0)
+        wanted.extend(classes.tolist())
+        return 0 * told.sum() + 7
+
+    def found(make: Any, loss: Any, net: Any, z: Any, pace: Any) -> Any:
+        assert (pace.steps, pace.lr, pace.lr_z) == (2, 0.5, 0.25)
+        value, rows = loss(make())
+        assert value.item() == 7
+        return rows, []
+
+    monkeypatch.setattr(hard_label, "drawn", drawn)
+    monkeypatch.setattr(hard_label.generator, "found", found)
+    monkeypatch.setattr(hard_label, "least_sure", lambda images, scene, climbs, climb: images + climbs * climb)
+    asked: list[tuple[int, str]] = []
+
+    def ask(images: torch.Tensor, name: str) -> torch.Tensor:
+        assert images.min() >= config.climbs * config.climb + stage.frame.low.min(), "they did not climb"
+        asked.append((len(images), name))
+        return torch.zeros(len(images), dtype=torch.long)
+
+    synthesise, _ = hard_label.exploring(config, stage, ask, run)
+    bank: Any = None
+    made = [synthesise(step, bank) for step in range(6)]
+    assert [rows is not None for rows in made] == [True, False] * 3
+    assert asked == [(7, "named 0"), (8, "named 1"), (8, "named 2")]
+    assert set(wanted) == {0, 1, 2}
+
+
+def test_what_is_measured_is_what_was_asked_about_and_the_rarest_class_is_kept_first(
+    pair: tuple[Model, Model], tmp_path: Path
+) -> None:
+    """Three classes by a picture's brightness, of which the middle one is rare; none lies beyond black and white."""
+    settings: dict[str, Any] = BOUNDARY | {"queries": 300, "tries": 4}
+    config = hard_label.Config(**settings)
+    stage = datafree.scene(config, *pair, LocalRun(0, tmp_path))
+    noise: list[torch.Tensor] = []
+
+    def ask(images: torch.Tensor, name: str) -> torch.Tensor:
+        assert torch.equal(images, stage.frame.clamp(images))
+        noise.append(images)
+        light = stage.frame.unit(images).mean((1, 2, 3))
+        return (light > 0.31).long() + (light > 0.335).long()
+
+    rows = hard_label.measured(config, stage, ask, LocalRun(0, tmp_path))
+    named = rows[hard_label.NAMED]
+    assert torch.equal(ask(rows["pixel_values"], "again"), named)
+    many = config.queries // hard_label.each(config, 3)
+    rare = int((ask(noise[0], "again") == 1).sum())
+    assert len(noise[0]) == 4 * many and 0 < rare <= many // 3
+    assert torch.bincount(named, minlength=3)[1] == rare, "or those of it that came late were left out"
+
+
+def test_a_plan_reckons_with_the_teacher_at_its_budget_alone(pair: tuple[Model, Model]) -> None:
+    """2 · 150 operations a weight and picture that it is asked about: 12 more, at 500 steps of 64."""
+    sizes = Sizes({"teacher": (pair[0].facts,), "student": (pair[1].facts,)}, {})
+    less, more = (hard_label.cost(hard_label.Config(queries=100 + n, steps=500), sizes) for n in (0, 12))
+    assert more.flops - less.flops == 12 * 2 * 150 * pair[0].facts.parameters
+    assert less.flops == 500 * 64 * 6 * 150 * pair[1].facts.parameters + 100 * 2 * 150 * pair[0].facts.parameters

@@ -239,11 +239,10 @@ def enough(config: Config, classes: int) -> None:
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     teacher, student = sizes.model("teacher"), sizes.model("student")
-    plain = datafree.costs(config, teacher, student, 0, 0)
-    if config.kind == "entropy" or not teacher.labels:
-        return plain._replace(queries=config.queries)
-    picture = each(config, len(teacher.labels))
-    return plain._replace(queries=config.queries // picture * picture)
+    asked = config.queries
+    if config.kind == "boundary" and teacher.labels:
+        asked -= asked % each(config, len(teacher.labels))
+    return datafree.costs(config, teacher, student, 0, 0, asked)
 
 
 METHOD = Method(

@@ -55,5 +55,9 @@ def test_answers_given_for_a_model_are_refused_in_words(files: None, capsys: pyt
     told = " ".join(capsys.readouterr().err.split())
     assert "this cache of a teacher's answers gives answers" in told
     assert "methods that work with it: distill.cache, distill.multi_teacher, distill.response" in told
+    assert run(["distill", "cache", "teacher=answers", "train=train.jsonl"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "distill.cache asks logits or logprobs or top or classes of 'teacher', which" in told
+    assert "methods that work with it: distill.multi_teacher, distill.response" in told, "it does not: this is it"
     assert run(["eval", "answers", "--data", "train.jsonl"]) == 2
     assert "and this cache of a teacher's answers gives answers" in " ".join(capsys.readouterr().err.split())

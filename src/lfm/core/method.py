@@ -281,9 +281,13 @@ def check(id: str, method: Method[Any], inputs: Inputs, *, alternatives: Callabl
             raise SlotError(f"{id} takes at most {slot.max} for {role!r}, got {len(given)}")
         for model in given:
             if missing := slot.missing(model.gives.keys()):
-                others = list(alternatives())
+                others = [other for other in alternatives() if other != id]
+                lacks = Slot(
+                    tuple(kind for kind in slot.needs if kind in missing),
+                    any_of=tuple(kind for kind in slot.any_of if kind in missing),
+                )
                 raise AccessError(
-                    f"{id} asks {', '.join(names_of(missing))} of {role!r}, which {model.ref} does not give",
+                    f"{id} asks {', '.join(lacks.asked)} of {role!r}, which {model.ref} does not give",
                     why=(f"{model.hint}; " if model.hint else "") + model.offers,
                     fix="; ".join(filter(None, [model.instead and f"{role}={model.instead}", _others(model, others)])),
                 )

@@ -203,6 +203,13 @@ def test_answers_are_added_to_those_of_the_same_teacher_alone(root: Path, tmp_pa
         keep(load(root / "causal1"), TEXTS, tmp_path / "none", 8, kept=first)
     with pytest.raises(ConfigError, match="k=8"):
         keep(teacher, TEXTS, tmp_path / "neither", 9, kept=first)
+    tokenizer = tiny.byte_bpe()
+    tokenizer.add_tokens(["<new>"])
+    longer = tiny.causal(tmp_path / "words", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(longer)
+    given = Inputs({"teacher": (load(longer),), "kept": (first,)}, {"train": TEXTS})
+    with pytest.raises(MismatchError, match=r"holds another teacher's answers(.|\n)*words 401(.|\n)*leave kept out"):
+        cache.agree(cache.Config(), given)
 
 
 def test_where_kept_answers_will_not_do_it_is_said_what_they_teach_by(root: Path, tmp_path: Path) -> None:

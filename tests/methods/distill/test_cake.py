@@ -44,6 +44,29 @@ def test_the_contrast_is_the_sum_over_pairs() -> None:
 def test_the_rate_falls_by_its_decades() -> None:
     config = cake.Config(steps=400, every=100, decades=4.0, picture_lr=0.1)
     assert [cake.pace(config, step) for step in (0, 99, 100, 300)] == pytest.approx([1e-1, 1e-1, 1e-2, 1e-4])
+    config = cake.Config(steps=301, every=100, decades=4.0, picture_lr=0.1)
+    assert [cake.pace(config, step) for step in (0, 100, 300)] == pytest.approx([1e-1, 1e-2, 1e-4]), "four batches too"
+
+
+def test_pictures_are_made_each_so_many_steps_at_their_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, float]] = []
+
+    def distil(scene: Any, synthesise: Any, *_: Any) -> None:
+        monkeypatch.setattr(cake, "pictures", lambda config, scene, rate: rate)
+        made.extend((step, rows) for step in range(6) if (rows := synthesise(step, None)) is not None)
+
+    monkeypatch.setattr(cake.datafree, "distil", distil)
+    model = load(tiny.vit(tmp_path / "big"))
+    settings: dict[str, Any] = SMALL | {"picture_lr": 0.1, "decades": 2.0}
+    config = cake.Config(**settings)
+    inputs = Inputs({"teacher": (model,), "student": (model,)})
+    cake.run(config, check("distill.cake", cake.METHOD, inputs), LocalRun(0, tmp_path / "run"))
+    assert made == [(0, pytest.approx(0.1)), (3, pytest.approx(0.01))]
+
+
+def test_no_group_has_a_class_twice() -> None:
+    assert cake.shape(cake.Config(pictures=8, groups=4), 10) == (2, 4)
+    assert cake.shape(cake.Config(pictures=8, groups=4), 3) == (2, 3)
 
 
 def test_pictures_end_at_the_boundary_where_the_contrast_pulls_and_far_from_it_where_not() -> None:

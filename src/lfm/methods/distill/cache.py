@@ -22,6 +22,7 @@ from typing import Annotated
 
 import lfm.core
 from lfm.core import Answers, Codec, Cost, Data, DataSlot, Inputs, Meta, Method, Model, Run, Sizes, Slot
+from lfm.core.errors import MismatchError
 from lfm.data.shares import classless
 from lfm.data.suited import worded
 from lfm.distilling import answers, keeping
@@ -48,7 +49,11 @@ def agree(config: Config, inputs: Inputs) -> None:
     worded(inputs.records("train"))
     keeping.agree(teacher, next(iter(inputs.all("reader")), teacher))
     for kept in inputs.all("kept"):
-        lessons.agree(kept, next(iter(inputs.all("reader")), teacher))
+        try:
+            lessons.agree(kept, next(iter(inputs.all("reader")), teacher))
+        except MismatchError as error:
+            told = f"{kept.ref} holds another teacher's answers"
+            raise MismatchError(told, why=error.why, fix="that teacher, or new answers (leave kept out)") from None
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lfm.core import registry
@@ -37,10 +39,14 @@ def configured(id: str, settings: Mapping[str, Any]) -> Any:
 
 
 def verify(directory: Path) -> Verified:
-    """Hold a run directory against its own record. VerifyError if its bytes or its answers have changed."""
+    """Hold a run directory against its own record. VerifyError if its bytes or its answers have changed.
+
+    An endpoint is asked anew, the probe's few questions: kept answers would agree with themselves.
+    """
     from lfm.runs import places
 
-    return places.verified(directory) or verification.verify(directory, model)
+    with TemporaryDirectory() as fresh:
+        return places.verified(directory) or verification.verify(directory, partial(model, cache=Path(fresh)))
 
 
 def undo(directory: Path, out: Path) -> str:

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfm import runs
 from lfm.core import Inputs, Logprobs, Model
-from lfm.core.errors import BudgetError, EndpointError
+from lfm.core.errors import BudgetError, EndpointError, VerifyError
 from lfm.core.model import Classes, Top
+from lfm.data import files
 from lfm.data.records import Label
 from lfm.methods.prompt import manual
 from lfm.models.api import Budget, open_api
@@ -172,3 +174,35 @@ def test_after_kill_9_no_answer_is_paid_for_again(tmp_path: Path) -> None:
         prompted(opened(script, tmp_path), tmp_path / "run")
         counts = Counter(asked())
     assert len(counts) == len(RECORDS) and counts.total() <= len(RECORDS) + 1
+
+
+def test_an_endpoint_that_changed_is_seen_by_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's own answers are kept, and would agree with themselves whatever the endpoint says today."""
+    monkeypatch.setenv("LFM_HOME", str(tmp_path / "home"))
+    plain, drifted = parrot(), [0.0]
+
+    def handler(seen: Seen) -> Reply:
+        reply = plain(seen)
+        for choice in reply.body.get("choices", []) if isinstance(reply.body, dict) else []:
+            if told := choice.get("logprobs"):
+                first, *others = told["token_logprobs"]
+                rest = zip(told["tokens"][1:], others, strict=True)
+                told["token_logprobs"] = [first, *(p - drifted[0] * (token == "c") for token, p in rest)]
+        return reply
+
+    files.write(RECORDS, tmp_path / "train.jsonl")
+    with scripted(handler) as script:
+        runs.execute(
+            runs.Order(
+                id="prompt.manual",
+                models={"model": [f"api:{script.url}"]},
+                data={"train": tmp_path / "train.jsonl"},
+                settings={"calibrate": False, "words": {"good": ["a"], "bad": ["c"]}},
+                out=tmp_path / "out",
+            )
+        )
+        before = len(script.posts())
+        assert runs.verify(tmp_path / "out").max_abs == 0 and len(script.posts()) > before
+        drifted[0] = 1.0
+        with pytest.raises(VerifyError, match="otherwise"):
+            runs.verify(tmp_path / "out")

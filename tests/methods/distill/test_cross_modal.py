@@ -14,7 +14,8 @@ import tiny
 from case import Case
 from lfm.core import Codec, Model
 from lfm.core.errors import DataError, MismatchError
-from lfm.core.method import Inputs
+from lfm.core.method import Amount, Inputs, Sizes
+from lfm.core.model import Facts
 from lfm.data import records as data
 from lfm.data.files import write
 from lfm.methods.distill import cross_modal, response
@@ -105,16 +106,43 @@ def test_what_cannot_go_together_is_said_before_a_weight_is_read(root: Path, tmp
     seen = images(4)
     read = [written(image) for image in seen]
     sees, reads, speaks, hears = (load(root / name) for name in ("sees", "reads", "speaks", "hears"))
+    words = load(root / "words")
+    more = load(tiny.vit(tmp_path / "more", labels=(*tiny.DIGITS, "ten")))
     for teacher, student, first, second, error, what in (
         (speaks, reads, read, read, MismatchError, "no classifier"),
         (sees, hears, seen, tiny.tones(2)[:4], MismatchError, "different classes"),
         (sees, reads, seen[:3], read, DataError, "3 records for the teacher"),
+        (sees, reads, seen, read[:3], DataError, "4 records for the teacher"),
+        (more, reads, seen, read, MismatchError, "different classes"),
+        (reads, sees, [data.Label(text=" ", label=""), *read[1:]], seen, DataError, "blank"),
         (sees, reads, read, read, DataError, "label records set no task"),
+        (
+            hears,
+            words,
+            tiny.tones(1, seconds=0.01),
+            [data.Label(text=t, label=t) for t in tiny.TONES],
+            DataError,
+            "short",
+        ),
     ):
         blind = {"teacher": (teacher.only((Codec,)),), "student": (student.only((Codec,)),)}
         inputs = Inputs(blind, {"seen": first, "train": second})
         with pytest.raises(error, match=what):
             cross_modal.agree(cross_modal.Config(), inputs)
+
+
+def test_a_plan_reckons_with_one_answer_to_each_thing_seen_and_with_the_teacher_beside(root: Path) -> None:
+    """2 operations a weight and token that the teacher reads, and 4 bytes a weight; training is the student's alone."""
+    teacher, student, read = load(root / "sees").facts, load(root / "reads").facts, Amount(12, 240)
+    plans = [
+        cross_modal.cost(
+            cross_modal.Config(steps=3), Sizes({"teacher": (t,), "student": (student,)}, {"seen": seen, "train": read})
+        )
+        for t, seen in ((teacher, Amount(12, 100)), (teacher, Amount(12, 400)), (Facts(), Amount(12, 400)))
+    ]
+    assert plans[1].flops - plans[0].flops == 2 * teacher.parameters * 300
+    assert plans[1].flops - plans[2].flops == 2 * teacher.parameters * 400
+    assert plans[1].memory - plans[2].memory == 4 * teacher.parameters
 
 
 @pytest.mark.slow

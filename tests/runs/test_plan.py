@@ -8,12 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfm.core import Cost, Facts, Inputs, Logits, Logprobs, Model
+from lfm.core import Cost, Facts, Inputs, Logits, Logprobs, Model, Sizes, registry
+from lfm.core import Text as Says
+from lfm.core.method import Amount
 from lfm.core.model import Codec, Gradients
-from lfm.data.records import Text
+from lfm.data.records import Label, Text
 from lfm.runs.machine import Machine
 from lfm.runs.plan import HEADROOM, START_SECONDS, weigh
 from lfm.runs.plan import plan as make_plan
+from lfm.runs.verification import PROBES
 from planted import METHODS, Settings
 
 SMALL = Machine(device="cpu", cores=2, flops=1e11, memory=10**9, disk=10**9)
@@ -75,3 +78,19 @@ def test_a_plan_opens_no_interface(tmp_path: Path) -> None:
     plan = make_plan("distill.response", METHODS["distill.response"][1], Settings(), inputs, out=tmp_path, on=SMALL)
     assert plan.access == {"teacher": ["logits"], "student": ["codec", "logits", "gradients"]}
     assert plan.fits and plan.device == "cpu"
+
+
+@pytest.mark.parametrize(("id", "each"), [("prompt.manual", 2), ("prompt.self_consistency", 40)])
+def test_what_is_made_of_an_endpoint_is_asked_once_more_to_be_verified_and_measured(
+    id: str, each: int, tmp_path: Path
+) -> None:
+    method = registry.get(id).method
+    given = dict.fromkeys((Says, Logprobs), lambda: None)
+    train = [Label(text="a b", label="x"), Label(text="c d", label="y")]
+    endpoint = Model(ref="api:m", kind="api", gives=given, identify=lambda: "d")
+    inputs = Inputs({"model": (endpoint,)}, {"train": train})
+    told = [make_plan(id, method, method.config(), inputs, out=tmp_path, evals=e) for e in ((), (train, train))]
+    sizes = Sizes({}, {"train": Amount(2, 8)}, labels={"train": 2})
+    made = method.cost(method.config(), sizes._replace(models={"model": (Facts(),)}))
+    assert [one.queries - made.queries for one in told] == [len(PROBES) * each, (len(PROBES) + 4) * each]
+    assert told[1].tokens > told[0].tokens

@@ -103,6 +103,8 @@ def plan(
     cost, count = _keeping_to(most, method, config, sizes)
     if method.disk is not None:
         cost = cost._replace(disk=method.disk(config, inputs))
+    if asks and method.open is not None and method.gives == "model":
+        cost = _asked_later(cost, sizes, evals)
     first = next((facts[0] for facts in sizes.models.values() if facts), None)
     if first is not None and not asks:  # what is measured is measured before and after
         measured = sum(files.amount(records).tokens for records in evals)
@@ -113,6 +115,17 @@ def plan(
         cost = cost._replace(light=False)
     found = weigh(id, cost, here, access=access, budget=budget, asks=asks, reads=reads, allowed=most)
     return msgspec.structs.replace(found, threads=count)
+
+
+def _asked_later(cost: Cost, sizes: Sizes, evals: Sequence[Sequence[Any]]) -> Cost:
+    """With what a program over an endpoint is asked once it is made: to verify it, and to measure it."""
+    from lfm.prompting.classifier import questions
+    from lfm.runs.verification import PROBES
+
+    more = (len(PROBES) + sum(map(len, evals))) * (cost.each or questions(sizes, {}))
+    given = max(sizes.data.values(), key=lambda amount: amount.records, default=None)
+    each = cost.tokens / cost.queries if cost.queries else given.tokens / given.records if given else 0
+    return cost._replace(queries=cost.queries + more, tokens=cost.tokens + int(more * each))
 
 
 def _keeping_to(most: int | None, method: Method[Any], config: Any, sizes: Sizes) -> tuple[Cost, int]:

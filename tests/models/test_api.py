@@ -424,7 +424,18 @@ def test_credentials_in_a_reference_are_refused_and_not_repeated(ref: str) -> No
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("ref", ["api:", "api:host", "api:ftp://host/v1", "api:http://", "api:http://host:port/v1"])
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "api:",
+        "api:host",
+        "api:ftp://host/v1",
+        "api:http://",
+        "api:http://host:port/v1",
+        "api:http://host/v 1",
+        "api:http://h t/v1",
+    ],
+)
 def test_a_reference_that_is_none_is_refused(ref: str) -> None:
     with pytest.raises(ModelError, match="endpoint"):
         load(ref)

@@ -13,7 +13,7 @@ import torch
 import tiny
 from case import Case
 from lfm import runs
-from lfm.core import Codec, Embeddings, Inputs, Logprobs, Model
+from lfm.core import Codec, Embeddings, Inputs, Logprobs, Model, Top
 from lfm.core.errors import AccessError, ConfigError
 from lfm.core.finding import Finding
 from lfm.core.model import Facts, Score
@@ -93,6 +93,20 @@ def test_a_flip_is_the_margin_of_the_wrong_class(cat: Model, tmp_path: Path) -> 
     assert row["score on dev"] == pytest.approx(np.mean(margins[:2]), abs=1e-4)
     assert row["score"] >= found.metrics["score without"] or found.metrics["score without"] > row["score"]
     assert found.rows[1]["score"] == max(one["score"] for one in found.rows[1:])
+
+
+class Elsewhere:
+    """Tells one token, which is no class's word."""
+
+    def top(self, prompts: Sequence[str], k: int, suffixes: Sequence[str] = ()) -> list[Any]:
+        return [((" zebra", np.log(0.9)),)[:k] for _ in prompts]
+
+
+def test_texts_of_which_no_class_is_told_are_counted(cat: Model, tmp_path: Path) -> None:
+    given = {Top: Elsewhere, Embeddings: lambda: cat.ask(Embeddings), Codec: lambda: cat.ask(Codec)}
+    silent = Model("a script", "api", given, lambda: "", look=lambda: Facts(task="causal-lm"))
+    assert f"of {len(TRAIN)} texts of {len(TRAIN)} the class is not decided" in attacked(silent, tmp_path / "one").title
+    assert "not decided" not in attacked(cat, tmp_path / "other").title
 
 
 def test_points_become_their_nearest_tokens() -> None:

@@ -79,9 +79,11 @@ def run(config: Config, inputs: Inputs, run: Run) -> Finding:
     if config.aim == "flip":  # a file may have one class after the other
         train, _ = evenly(cast("Sequence[Label | Pair]", train), config.examples, run.seed_for("examples"))
     train = train[: config.examples]
-    score = scorer(config, Reader(inputs.model("model")), [*train, *inputs.records("dev")])
+    reader = Reader(inputs.model("model"))
+    score = scorer(config, reader, [*train, *inputs.records("dev")])
     tokens = plain_words(_holder(inputs), spoken(config, inputs))
     found: dict[str, list[float]] = {"": run.step("none", lambda: score([""], train).tolist())[0]}
+    undecided = run.step("undecided", lambda: doubtful(config, reader, train)) if config.aim == "flip" else 0
     search = around(
         config.search,
         config.tokens * tokens.width,
@@ -111,9 +113,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Finding:
     dev = inputs.records("dev")
     order = sorted(found, key=lambda prefix: (-mean(found[prefix]), prefix))
     shown = ["", *[prefix for prefix in order if prefix][:SHOWN]]
-    again = scorer(config, Reader(inputs.model("model")), [*train, *dev])
-    told = run.step("dev", lambda: again(shown, dev).tolist()) if dev else []
-    return report(config, run, found, dict(zip(shown, told, strict=False)), shown, best)
+    told = run.step("dev", lambda: score(shown, dev).tolist()) if dev else []
+    return report(config, run, found, dict(zip(shown, told, strict=False)), shown, best, undecided)
 
 
 def _holder(inputs: Inputs) -> Model:
@@ -157,6 +158,13 @@ def scorer(config: Config, reader: Reader, records: Sequence[Record]) -> Score:
     return flipped
 
 
+def doubtful(config: Config, reader: Reader, records: Sequence[Record]) -> int:
+    """Of how many records, without a prefix, what the model does not tell could change the class."""
+    labelled = [record for record in records if isinstance(record, Label | Pair)]
+    words = verbalizer(labels_of(labelled), config.words)
+    return int(read(reader, Prompt(words=words, template=config.template), labelled).doubtful.sum())
+
+
 def ahead(prefix: str) -> str:
     return f"{prefix} " if prefix else ""
 
@@ -172,6 +180,7 @@ def report(
     dev: Mapping[str, Sequence[float]],
     shown: Sequence[str],
     best: Sequence[float],
+    undecided: int,
 ) -> Finding:
     """The best prefixes beside none, which is first: on the texts they were found on, and on others."""
     rows: list[dict[str, Any]] = []
@@ -187,12 +196,14 @@ def report(
     without, top = mean(found[""]), max(scores)
     chance = max(scores[: config.first])
     metrics = {"score without": without, "score": top, "best by chance": chance, "prefixes": float(len(scores))}
-    run.note(**metrics, prefix=shown[1])
+    run.note(**metrics, prefix=shown[1], undecided=undecided)
     does = {"flip": "tells classes wrong", "say": f"says {config.target!r}", "avoid": f"avoids {config.target!r}"}
     x = tuple(float(config.batch * (i + 1)) for i in range(len(best)))
     title = f"{shown[1]!r} before a text: the model {does[config.aim]} ({without:.2f} → {top:.2f})"
     if top <= without:
         title = f"No prefix was found by which the model {does[config.aim]} more ({without:.2f} → {top:.2f})"
+    if undecided:
+        title += f"; of {undecided} texts of {len(found[''])} the class is not decided by what the model tells"
     return msgspec.structs.replace(
         table(title, rows),
         metrics=metrics,

@@ -46,7 +46,7 @@ def endpoint_of(ref: str) -> Endpoint:
             why="references are written into run.json, cards and logs",
             fix=f"put the key into the environment variable {KEYS[0]} and write {SCHEME}{parts.scheme}://{parts.hostname}/…",
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or " " in parts.netloc + parts.path:
         raise ModelError(
             f"{ref!r} names no endpoint", fix="write api:http://host:port/v1#model; https for another machine"
         )

@@ -166,6 +166,15 @@ def test_few_records_are_no_hindrance_to_asking_for_less(tmp_path: Path) -> None
     assert float(run.notes["asked"]) <= 20
 
 
+def test_methods_too_large_for_what_is_left_are_told_with_what_they_take(tmp_path: Path) -> None:
+    """What is told is enough: with so many queries it is tried."""
+    both = ("prompt.manual", "prompt.demonstrations")
+    _, run = advised(Knowing(), tmp_path / "few", queries=24, judged=4, methods=both)
+    id, enough = str(run.notes["advice"]).partition("for want of queries: ")[2].split(" (")
+    _, run = advised(Knowing(), tmp_path / "enough", queries=int(enough.split()[0]), judged=4, methods=(id,))
+    assert run.notes["method"] == id and "want of queries" not in str(run.notes["advice"])
+
+
 def test_methods_are_found_by_what_they_declare() -> None:
     inputs = Inputs({"model": (model(Knowing()),)}, {"train": RECORDS})
     ids = advise.candidates(advise.Config(), inputs)

@@ -223,6 +223,9 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         except BudgetError:
             ended += "; nothing was left to measure it on valid"
     tally.counts = False  # what comes after is not the search's
+    met = {a.id for a in done}
+    if untried := [f"{id} ({least[id]:,} at least)" for id in ids if id not in met and id in least]:
+        ended += f"; not tried for want of queries: {', '.join(untried)}"
     title = answer(done, config.queries, common, ended, valid)
     told(done, title, common).beside(run.work)
     at = first.at

@@ -200,7 +200,8 @@ def found(taught: Lesson, teacher: Model) -> NDArray[np.int64]:
         first = files.where(taught.records, int(missing[0]))
         raise MismatchError(
             f"{teacher.ref} has no answers to {len(missing)} of {len(numbers)} records (the first: {first})",
-            why="the teacher was never asked about them, or a shorter context or another tokenizer cuts them otherwise",
+            why="the teacher was never asked about them"
+            + ("" if taught.order else ", or a shorter context or another tokenizer cuts them otherwise"),
             fix=f"`lfm distill cache teacher=TEACHER train=FILE kept={teacher.ref} --out MORE` asks about them alone",
         )
     return numbers

@@ -176,6 +176,9 @@ def test_what_does_not_fit_is_refused_before_training(root: Path, tmp_path: Path
         learn(kept, load(longer), TEXTS, tmp_path / "other")
     with pytest.raises(MismatchError, match="a causal-lm"):
         learn(kept, load(root / "classifier0"), LABELS, tmp_path / "third")
+    classes, classifier = tmp_path / "classes", load(root / "classifier0")
+    with pytest.raises(MismatchError, match=r"never asked about them(?!, or)"):
+        learn(keep(classifier, LABELS[:2], classes, 2), classifier, LABELS, tmp_path / "unasked")
     short = tiny.causal(tmp_path / "short", max_position_embeddings=16)
     with pytest.raises(MismatchError, match="shorter context"):
         learn(kept, load(short), TEXTS[:4], tmp_path / "fourth")

@@ -175,6 +175,7 @@ def test_who_cannot_be_aligned_is_told_so(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif("LFM_REAL_DATA" not in os.environ, reason="LFM_REAL_DATA is not set")
 def test_of_few_texts_a_teacher_of_4096_tokens_keeps_a_student_of_512_from_learning_by_heart(tmp_path: Path) -> None:
     """A whole story model on 24 texts, 20 times over: bits a byte of other stories, against the texts alone."""

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,17 @@ def test_nothing_listening_is_said_plainly(tmp_path: Path) -> None:
         pass
     with pytest.raises(EndpointError, match="nothing answers"):
         opened(script, tmp_path)
+
+
+def test_of_a_server_that_went_away_what_it_answered_is_kept(tmp_path: Path) -> None:
+    plain = parrot()
+    with scripted(lambda seen: replace(plain(seen), headers={"connection": "close"})) as script:
+        text = opened(script, tmp_path).ask(Text)
+        assert text.generate(["abc"], max_tokens=2) == ["cb"]
+    with pytest.raises(EndpointError, match="nothing answers") as error:
+        text.generate(["other"], max_tokens=2)
+    assert error.value.fix.startswith("answers so far are kept")
+    assert text.generate(["abc"], max_tokens=2) == ["cb"]
 
 
 def flaky(replies: list[Reply]) -> tuple[Any, Any]:

@@ -260,7 +260,7 @@ FIELDS = st.sampled_from(
 )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(FIELDS, VALUES, max_size=5))
 def test_any_json_gets_an_answer_or_a_reason(http: httpx.Client, body: dict[str, Any]) -> None:
     reply = http.post("/completions", json={"max_tokens": 1, **body})

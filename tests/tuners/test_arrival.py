@@ -48,7 +48,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]
     return root / "base", root / "adapter", total
 
 
-@pytest.mark.parametrize("first", [LFM_FIRST, "import peft\nimport lfm"], ids=["lfm first", "peft first"])
+@pytest.mark.parametrize(
+    "first",
+    [LFM_FIRST, pytest.param("import peft\nimport lfm", marks=pytest.mark.slow)],
+    ids=["lfm first", "peft first"],
+)
 def test_a_plain_peft_script_loads_what_was_saved(first: str, places: tuple[Path, Path, float]) -> None:
     base, adapter, total = places
     script = SCRIPT.format(first=first, base=str(base), adapter=str(adapter))

@@ -156,8 +156,8 @@ def readable(inputs: Inputs, *, role: str = "student", learned: bool = False) ->
     suited(None, inputs, role=role, learns=f"{CLASSED}; with alpha=1 classes are not learned" if learned else "")
 
 
-def _one(task: str) -> str:
-    return f"{'an' if task[:1] in ('a', 'e', 'i') else 'a'} {task or 'model without a task'}"
+def _does(task: str) -> str:
+    return f"for {task}" if task else "of no known task"
 
 
 def agree(teacher: Model, student: Model) -> None:
@@ -168,7 +168,7 @@ def agree(teacher: Model, student: Model) -> None:
         return  # it is asked in text, and its tokens are known by theirs
     if t.task != s.task:
         raise MismatchError(
-            f"{_one(s.task)} cannot learn the answers of {_one(t.task)}",
+            f"a model {_does(s.task)} cannot learn the answers of one {_does(t.task)}",
             why=f"{student.ref} and {teacher.ref} answer different questions",
         )
     if s.task in tasks.LANGUAGE:

@@ -171,7 +171,7 @@ def test_what_cannot_go_together_is_said_first(root: Path, tmp_path: Path) -> No
         distill([one, two], student, LABELS, tmp_path, weighting="fixed", weights=(1.0,))
     with pytest.raises(ConfigError, match="finds the weights itself"):
         distill([one, two], student, LABELS, tmp_path, weights=(1.0, 1.0))
-    with pytest.raises(MismatchError, match="cannot learn the answers of a causal-lm"):
+    with pytest.raises(MismatchError, match="cannot learn the answers of one for causal-lm"):
         distill([one, load(root / "causal0")], student, LABELS, tmp_path)
     nameless = [data.Label(text=record.text, label="") for record in LABELS]
     with pytest.raises(DataError, match="is blank"):

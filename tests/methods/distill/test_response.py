@@ -171,8 +171,12 @@ def test_who_cannot_teach_whom_is_said_before_a_weight_is_read(root: Path, tmp_p
     longer = tiny.causal(tmp_path / "words", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(longer)
     for teacher, student, what in (
-        (root / "causal0", root / "masked0", "a masked-lm cannot learn the answers of a causal-lm"),
-        (tiny.vit(tmp_path / "vit"), root / "causal0", "a causal-lm cannot learn the answers of an image-class"),
+        (root / "causal0", root / "masked0", "a model for masked-lm cannot learn the answers of one for causal-lm"),
+        (
+            tiny.vit(tmp_path / "vit"),
+            root / "causal0",
+            "a model for causal-lm cannot learn the answers of one for image-class",
+        ),
         (other, root / "classifier0", "different classes"),
         (longer, root / "causal0", "different vocabularies"),
     ):

@@ -178,7 +178,7 @@ def test_text_alone_templates_twice_and_one_label_are_refused(tmp_path: Path) ->
     from lfm.core import Text
 
     text = Model("api:some", "api", {Text: lambda: whole.ask(Text)}, lambda: "", look=lambda: whole.facts)
-    with pytest.raises(AccessError, match="top, logprobs"):
+    with pytest.raises(AccessError, match="logprobs or top"):
         made(text, tmp_path / "a")
     with pytest.raises(ConfigError, match="twice"):
         made(whole, tmp_path / "b", templates=("{text} a", "{text} a"))

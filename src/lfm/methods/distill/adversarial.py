@@ -19,7 +19,7 @@ Models: teacher (Gradients), student (Gradients), each with Codec or with `image
 classes. Data: none. The teacher is asked each new picture once, and each of the generator's (`queries`). Errors:
 MismatchError and ConfigError before any weight is read; DivergedError.
 
-    lfm run distill.adversarial teacher=big student=small --set steps=50 --out taught
+    lfm run distill.adversarial teacher=big student=small --set steps=20 --out taught
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Models: teacher (Gradients), student (Gradients), each with Codec or with `image
 classes. Data: none. What the teacher is asked is counted (`queries`). Errors: MismatchError and ConfigError before any
 weight is read; DivergedError.
 
-    lfm run distill.generative teacher=big student=small --set kind=fast --set steps=50 --out taught
+    lfm run distill.generative teacher=big student=small --set kind=fast --set steps=15 --out taught
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ the student's size where it says none), student (Gradients), each with Codec or 
 none. Errors: MismatchError and ConfigError before any weight is read; ConfigError where `queries` are too few;
 DivergedError.
 
-    lfm run distill.hard_label teacher=big student=small --set queries=500 --set rounds=8 --set steps=50 --out taught
+    lfm run distill.hard_label teacher=big student=small --set queries=300 --set rounds=4 --set steps=20 --out taught
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ records. With `test` (records of other classes or groups) the run notes what `te
 reach on further ones, before and after: loss, and of classes accuracy. Errors: MismatchError where the head is too
 narrow; DataError for too few classes, groups or examples; DivergedError.
 
-    lfm run meta.reptile model=base train=seen.jsonl test=unseen.jsonl --set ways=3 --set steps=20 --set test_tasks=4 \\
+    lfm run meta.reptile model=base train=seen.jsonl test=unseen.jsonl --set ways=3 --set steps=8 --set test_tasks=2 \\
       --out ready
 """
 

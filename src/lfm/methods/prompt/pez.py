@@ -16,7 +16,7 @@ prompt stands in run.json ("prompt"), and whether the tokenizer reads that text 
 decoder's classification head; ConfigError where the prompt fills the context; DataError for records that set no task;
 DivergedError.
 
-    lfm run prompt.pez model=base train=facts.jsonl --set prompt_tokens=4 --set steps=200 --out found
+    lfm run prompt.pez model=base train=facts.jsonl --set prompt_tokens=4 --set steps=60 --out found
 """
 
 from __future__ import annotations

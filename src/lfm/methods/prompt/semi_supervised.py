@@ -18,7 +18,7 @@ it is the supervised part alone. Result: a program over the model giving Classes
 text. Errors: DataError for records of one class, for texts where there should be pairs, for a model that is no causal
 or masked language model; ConfigError for a template without its gaps, or prompts that leave no room for text.
 
-    lfm run prompt.semi_supervised model=base train=few.jsonl unlabeled=texts.jsonl --out classifier
+    lfm run prompt.semi_supervised model=base train=few.jsonl unlabeled=texts.jsonl --set steps=10 --out classifier
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ structure. Not for models that read from left to right: a mean over tokens would
 The result is a program over base and models, which it keeps in memory (feed-forward layers N + 1 times); it stores the
 routers. Errors: MismatchError before any weight is read; ModelError where no blocks are found; DivergedError.
 
-    lfm run reuse.wemoe base=base models=a models=b data=texts.jsonl --set steps=200 --out experts
+    lfm run reuse.wemoe base=base models=a models=b data=texts.jsonl --set steps=60 --out experts
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 LARGEST = 2**30
 """Bytes of an answer; an input-embedding table is the largest thing that is asked for."""
 
+KEPT = "answers so far are kept: run it again when the server is well"
+
 LONGEST_WAIT = 120.0
 """Seconds that a server may make us wait before the next try."""
 
@@ -148,7 +150,8 @@ class Client:
                     status, headers, content = self._once(path, body, timeout, off)
             except Unsent as error:
                 self.meter.give_back(*charge)
-                trouble, pause, fix = self._plain(error), self._backoff(attempt), "start it, or check the address"
+                trouble, pause = self._plain(error), self._backoff(attempt)
+                fix = KEPT if self.meter.spent().queries else "start it, or check the address"
                 continue
             except Lost as error:  # the server may have counted it: the charge stays
                 trouble, pause, fix = self._plain(error), self._backoff(attempt), ""
@@ -171,7 +174,7 @@ class Client:
         raise (Closed if fix else EndpointError)(
             f"{self.endpoint.url}{path} gave no answer in {attempt + 1} {'try' if attempt == 0 else 'tries'}",
             why=trouble,
-            fix=fix or "answers so far are kept: run it again when the server is well",
+            fix=fix or KEPT,
         )
 
     def _once(self, path: str, body: bytes | None, timeout: float, off: threading.Event) -> Answer:

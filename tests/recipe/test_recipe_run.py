@@ -156,7 +156,7 @@ steps:
         else:
             pytest.fail("the worker holds its step, though its recipe is gone")
     Path("free").touch()
-    assert set(go(text, workers=2).values()) <= {"done", "kept"}
+    assert set(go(text).values()) <= {"done", "kept"}
 
 
 def test_an_interrupted_step_whose_settings_change_gives_way_and_comes_back(workshop: Path) -> None:

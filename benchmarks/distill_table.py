@@ -44,6 +44,7 @@ ALONE = "alone"
 WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ALONE: ("distill.response", {"alpha": 0.0}),
     "response": ("distill.response", {}),
+    "response, T=1": ("distill.response", {"temperature": 1.0}),
     "response, reverse": ("distill.response", {"divergence": "reverse"}),
     "response, jsd": ("distill.response", {"divergence": "jsd"}),
     "feature, fitnets": ("distill.feature", {"kind": "fitnets", "places": 0}),

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,17 +59,18 @@ def heard(connection: socket.socket) -> bytes:
     return head + b"\r\n\r\n" + body
 
 
+def served(connections: list[list[bytes]], connection: socket.socket) -> None:
+    """Every request of a connection is answered, and noted with the connection's others."""
+    connections.append(requests := [])
+    with connection:
+        while said := heard(connection):
+            requests.append(said)
+            connection.sendall(OK)
+
+
 def test_a_connection_is_kept_for_the_next_request() -> None:
     connections: list[list[bytes]] = []
-
-    def talk(connection: socket.socket) -> None:
-        connections.append(requests := [])
-        with connection:
-            while said := heard(connection):
-                requests.append(said)
-                connection.sendall(OK)
-
-    with listening(talk) as port:
+    with listening(partial(served, connections)) as port:
         wire = Wire({"X-Own": "7"}, None, 100)
         assert [wire.exchange(f"http://127.0.0.1:{port}/", b"{}", 5).status for _ in range(3)] == [200] * 3
     assert [len(requests) for requests in connections] == [3] and b"X-Own: 7\r\n" in connections[0][0]
@@ -159,15 +161,7 @@ def test_a_connection_that_its_server_closed_unsaid_is_not_used() -> None:
 
 def test_a_fork_opens_connections_of_its_own() -> None:
     connections: list[list[bytes]] = []
-
-    def talk(connection: socket.socket) -> None:
-        connections.append(requests := [])
-        with connection:
-            while said := heard(connection):
-                requests.append(said)
-                connection.sendall(OK)
-
-    with listening(talk) as port:
+    with listening(partial(served, connections)) as port:
         code = f"""
 import os
 from lfm.models.api.wire import Wire

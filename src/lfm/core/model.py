@@ -413,10 +413,14 @@ class Model:
         return self._opened["facts"]
 
     @property
+    def subject(self) -> str:
+        """What errors call it: "this checkpoint"."""
+        return SUBJECTS.get(self.kind, f"this {self.kind}")
+
+    @property
     def offers(self) -> str:
         """What it gives, as errors say it: "this checkpoint gives codec, logits"."""
-        subject = SUBJECTS.get(self.kind, f"this {self.kind}")
-        return f"{subject} gives {', '.join(names_of(self.gives)) or 'nothing'}"
+        return f"{self.subject} gives {', '.join(names_of(self.gives)) or 'nothing'}"
 
     def can(self, *kinds: type) -> bool:
         return all(kind in self.gives for kind in kinds)
@@ -447,8 +451,7 @@ class Model:
         Returns the model that was written: another where the format rounds, as a merged adapter's weights.
         """
         if not self.formats:
-            subject = SUBJECTS.get(self.kind, f"this {self.kind}")
-            raise OutputError(f"{self.ref} cannot be saved", why=f"{subject} has no files of its own")
+            raise OutputError(f"{self.ref} cannot be saved", why=f"{self.subject} has no files of its own")
         if form and form not in self.formats:
             raise OutputError(f"{self.ref} has no format {form!r}", fix=f"formats: {', '.join(self.formats)}")
         return self.formats[form or next(iter(self.formats))](out) or self

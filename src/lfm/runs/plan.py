@@ -124,7 +124,7 @@ def _asked_later(cost: Cost, sizes: Sizes, evals: Sequence[Sequence[Any]]) -> Co
 
     more = (len(PROBES) + sum(map(len, evals))) * (cost.each or questions(sizes, {}))
     given = max(sizes.data.values(), key=lambda amount: amount.records, default=None)
-    each = cost.tokens / cost.queries if cost.queries else given.tokens / given.records if given else 0
+    each = cost.tokens / cost.queries if cost.queries else given.tokens / max(given.records, 1) if given else 0
     return cost._replace(queries=cost.queries + more, tokens=cost.tokens + int(more * each))
 
 

@@ -31,6 +31,7 @@ LARGEST = 2**30
 """Bytes of an answer; an input-embedding table is the largest thing that is asked for."""
 
 KEPT = "answers so far are kept: run it again when the server is well"
+"""What to do where a server that has answered fails."""
 
 LONGEST_WAIT = 120.0
 """Seconds that a server may make us wait before the next try."""

@@ -113,14 +113,15 @@ class Wire:
 
     def _through(self, multi: CurlMulti, said: BytesIO, deadline: float, off: threading.Event) -> None:
         """Until the transfer ends. In steps of this thread's own, so that ^C is heard between them."""
-        while multi.perform()[1]:
+        while True:
+            under_way = multi.perform()[1]
             if said.tell() > self._most:
                 raise TooLarge
+            if not under_way:
+                return
             if off.is_set():
                 raise CalledOff
             multi.select(min(STEP, max(0.001, deadline - time.monotonic())))
-        if said.tell() > self._most:
-            raise TooLarge
 
     def _opened(self) -> tuple[Curl, CurlMulti]:
         import certifi

@@ -52,6 +52,21 @@ def test_a_bank_keeps_the_newest_and_comes_back_from_its_aids() -> None:
     assert sorted(bank.draw(9)[PIXELS].flatten().tolist()) == [25, 26, 27, 28, 29]
 
 
+def test_rows_are_drawn_so_that_each_class_comes_as_often_and_no_row_twice() -> None:
+    """96 rows of one class, 4 of another; what was overwritten (class 7) is never drawn."""
+    bank = Bank(100, torch.device("cpu"))
+    for named in (torch.full((50,), 7), torch.tensor([5] * 96 + [2] * 4)):
+        bank.add({PIXELS: torch.arange(float(len(named)))[:, None], "named": named})
+    torch.manual_seed(0)
+    draws = [bank.draw(2, "named") for _ in range(400)]
+    rare = torch.stack([(rows["named"] == 2).sum() for rows in draws]).double().mean().item()
+    # the first row is of either class as often; the second, without a row of the first's class, hardly changes that
+    assert rare == pytest.approx(1.0, abs=0.12)
+    assert all(rows["named"].unique().tolist() in ([2], [5], [2, 5]) for rows in draws)
+    whole = bank.draw(300, "named")
+    assert sorted(whole[PIXELS].flatten().tolist()) == list(range(100))
+
+
 def test_a_frame_is_what_the_processor_makes_of_black_and_white(models: tuple[Model, Model]) -> None:
     frame = frame_of(models[0])
     assert frame.shape == (3, 8, 8)

@@ -28,6 +28,18 @@ def inputs(count: int, *shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def test_noise_is_as_light_and_as_rough_as_is_drawn_for_each_picture() -> None:
+    """flat · (u + .2) + rough · n, between black and white: light by flat's .7 on average, unalike among pictures."""
+    made = deciding.noise(2000, (3, 8, 8), torch.Generator().manual_seed(0))
+    again = deciding.noise(2000, (3, 8, 8), torch.Generator().manual_seed(0))
+    assert torch.equal(made, again) and made.min() == 0 and made.max() == 1
+    flat, rough = torch.rand(2, 2000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).flatten(1)
+    smooth = rough < 0.02
+    assert smooth.sum() > 10
+    light = made[smooth].flatten(1).mean(1)
+    torch.testing.assert_close(light, 0.7 * flat[smooth], atol=0.05, rtol=0)
+
+
 def test_along_a_direction_it_is_where_two_lines_cross() -> None:
     """Of two classes: λ = (m · x + c) / −(m · θ), with m the difference of their weights."""
     decide = Linear(classes=2)

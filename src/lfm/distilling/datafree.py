@@ -171,6 +171,7 @@ def distil(
     *,
     loss: Callable[[Batch], Tensor] | None = None,
     beside: Mapping[str, State] | None = None,
+    even: str = "",
     name: str = "distil",
 ) -> tuple[float, ...]:
     """Train the scene's student in place on what is made for it; each step's loss. Notes the teacher's queries.
@@ -180,8 +181,8 @@ def distil(
     with the teacher's answers there (telling.TOLD), it is not asked again. Drawn are `batch_size` rows a step, so that
     a bank of that size gives the newest alone. loss: rows → a scalar to descend; T² D of the two models' answers where
     none is given. beside: what else changes (a generator and its moments: lfm.train.state_of), by name; it is kept with
-    the student, so that a killed run ends in the same bytes. What is drawn comes from torch's own generators, which are
-    seeded by step. DivergedError as in lfm.train.loop.
+    the student, so that a killed run ends in the same bytes. even: as in Bank.draw. What is drawn comes from torch's
+    own generators, which are seeded by step. DivergedError as in lfm.train.loop.
     """
     student = scene.student
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -200,7 +201,7 @@ def distil(
         for group in optimizer.param_groups:
             group["lr"] = rate(pace, step, config.steps)
         optimizer.zero_grad(set_to_none=True)
-        value = taught(bank.draw(config.batch_size))
+        value = taught(bank.draw(config.batch_size, even))
         value.backward()
         total = value.detach()
         if config.clip:

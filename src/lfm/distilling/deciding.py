@@ -25,6 +25,13 @@ Decide = Callable[["Tensor"], "Tensor"]
 """Pictures (n, …) → their classes (n,)."""
 
 
+def noise(many: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(many, *shape) in 0 … 1: each as light and as rough as is drawn for it, so that few classes take most of them."""
+    flat, rough = torch.rand(2, many, *[1] * len(shape), generator=generator)
+    light = flat * (torch.rand(many, *shape, generator=generator) + 0.2)
+    return (light + rough * torch.randn(light.shape, generator=generator)).clamp(0, 1)
+
+
 def along(
     decide: Decide, x: Tensor, toward: Tensor, within: Callable[[Tensor], Tensor], far: Tensor, halvings: int
 ) -> Tensor:

@@ -18,7 +18,8 @@ from lfm.core import Codec, Inputs, Logits, Model, Sizes
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.method import check
 from lfm.core.model import Classes
-from lfm.distilling import datafree
+from lfm.distilling import datafree, deciding
+from lfm.distilling.bank import Bank
 from lfm.distilling.pictures import frame_of
 from lfm.distilling.telling import TOLD
 from lfm.methods.distill import hard_label
@@ -247,8 +248,9 @@ def test_soft_labels_are_as_sharp_as_asked_and_largest_for_the_own_class(
     rows = hard_label.measured(
         config, stage, lambda images, _: images.flatten(1)[:, :3].argmax(-1), LocalRun(0, tmp_path)
     )
-    best = rows[TOLD].max(-1)
-    assert torch.equal(best.indices, rows[hard_label.NAMED]) and len(best.indices.unique()) > 1
+    many = config.queries // hard_label.each(config, 3)
+    best = rows[TOLD][-many:].max(-1)
+    assert torch.equal(best.indices, rows[hard_label.NAMED][-many:]) and len(best.indices.unique()) > 1
     assert best.values.mean().item() == pytest.approx(7.0, rel=1e-5)
 
 
@@ -267,7 +269,7 @@ def test_of_entropy_the_generator_goes_down_its_loss_of_drawn_classes_and_rounds
     pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """23 questions in three rounds of six steps: 7, 8 and 8, before the steps 0, 2 and 4."""
-    settings: dict[str, Any] = {"smooth": 0.1, "bal": 2.0, "generator_lr": 0.5, "latent_lr": 0.25}
+    settings: dict[str, Any] = {"noise": 0.0, "smooth": 0.1, "bal": 2.0, "generator_lr": 0.5, "latent_lr": 0.25}
     settings |= ENTROPY
     config, run = hard_label.Config(**settings), LocalRun(0, tmp_path)
     stage = datafree.scene(config, *pair, run)
@@ -302,6 +304,48 @@ def test_of_entropy_the_generator_goes_down_its_loss_of_drawn_classes_and_rounds
     assert set(wanted) == {0, 1, 2}
 
 
+def test_a_share_of_the_questions_is_asked_about_noise_before_the_first_step(
+    pair: tuple[Model, Model], tmp_path: Path
+) -> None:
+    """Of 23 questions at .4 nine; the other 14 in three rounds. All of them, and there are no rounds."""
+    for share, rounds in ((0.4, [4, 5, 5]), (1.0, [])):
+        settings: dict[str, Any] = ENTROPY | {"noise": share}
+        config, run = hard_label.Config(**settings), LocalRun(0, tmp_path / str(share))
+        stage, bank = datafree.scene(config, *pair, run), Bank(64, torch.device("cpu"))
+        asked: list[tuple[str, torch.Tensor]] = []
+
+        def ask(images: torch.Tensor, name: str, asked: Any = asked) -> torch.Tensor:
+            asked.append((name, images))
+            return torch.arange(len(images)) % 3
+
+        synthesise, _ = hard_label.exploring(config, stage, ask, run)
+        made = [synthesise(step, bank) for step in range(6)]
+        many = 23 - sum(rounds)
+        assert [(name, len(images)) for name, images in asked] == [
+            ("noise", many),
+            *((f"named {i}", count) for i, count in enumerate(rounds)),
+        ]
+        assert len(bank) == many and sum(rows is not None for rows in made) == len(rounds)
+        unit = deciding.noise(many, stage.frame.shape, run.generator("noise"))
+        torch.testing.assert_close(stage.frame.unit(bank.rows["pixel_values"][:many]), unit)
+
+
+def test_students_draw_each_class_that_was_named_as_often(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    draw = Bank.draw
+
+    def drawn(self: Bank, many: int, even: str = "") -> Any:
+        seen.append(even)
+        return draw(self, many, even)
+
+    monkeypatch.setattr(Bank, "draw", drawn)
+    for settings in (ENTROPY, BOUNDARY):
+        distill(*pair, tmp_path / settings.get("kind", "entropy"), **settings)
+    assert set(seen) == {hard_label.NAMED} and len(seen) == 12
+
+
 def test_what_is_measured_is_what_was_asked_about_and_the_rarest_class_is_kept_first(
     pair: tuple[Model, Model], tmp_path: Path
 ) -> None:
@@ -318,9 +362,14 @@ def test_what_is_measured_is_what_was_asked_about_and_the_rarest_class_is_kept_f
         return (light > 0.31).long() + (light > 0.335).long()
 
     rows = hard_label.measured(config, stage, ask, LocalRun(0, tmp_path))
-    named = rows[hard_label.NAMED]
-    assert torch.equal(ask(rows["pixel_values"], "again"), named)
     many = config.queries // hard_label.each(config, 3)
+    # what lies on the way stands before it, with its class alone, as sharp as the measured ones are on average
+    assert len(rows["pixel_values"]) == many * (hard_label.each(config, 3) + 1) and len(noise) > 4
+    assert torch.equal(rows["pixel_values"][:-many], torch.cat(noise))
+    assert torch.equal(ask(rows["pixel_values"], "again"), rows[hard_label.NAMED])
+    alone = torch.nn.functional.one_hot(rows[hard_label.NAMED][:-many], 3)
+    assert torch.equal(rows[TOLD][:-many], config.sharp * alone.float())
+    named = rows[hard_label.NAMED][-many:]
     rare = int((ask(noise[0], "again") == 1).sum())
     assert len(noise[0]) == 4 * many and 0 < rare <= many // 3
     assert torch.bincount(named, minlength=3)[1] == rare, "or those of it that came late were left out"

@@ -10,13 +10,15 @@ class and all classes as frequent, its pictures are moved by signs to where the 
 is asked about those. `queries` is never passed, and spent to within one picture's worth; what was answered is kept, so
 that a killed run pays no question twice.
 
-Differs: `entropy` asks once about each picture (there: again at each of the student's steps, 38 million questions for
+Differs: `noise` of the questions, half unless told, are first asked about plain noise, and every class that was named
+is drawn as often; without, a teacher of digits named two classes for nine in ten pictures, and students stayed at
+chance. `entropy` asks once about each picture (there: again at each of the student's steps, 38 million questions for
 CIFAR-10), and does not turn or crop them. `boundary` asks some tens of questions a picture (there: up to 5000 for each
-of 40 moves, 20,000 for each soft label), a fixed number, so that the budget says how many pictures there are; a move is
-`move` times the root of a picture's size, 1.4 on 28 × 28, and left out where the class would change (there .5, halved
-until it stays); soft labels are scaled to `sharp`, on average, for a picture's own class. 5,000 questions and 300 steps
-were too few for digits: .167 of the test images by `entropy`, .114 by `boundary` (seed 0, benchmarks/data_free.py),
-with .1 for chance, since the teacher named two classes for nine in ten of the pictures made: look at that first.
+of 40 moves, 20,000 for each soft label), a fixed number, so that the budget says how many pictures there are; all that
+was asked about is learned, what lies on the way with its class alone; a move is `move` times the root of a picture's
+size, 1.4 on 28 × 28, and left out where the class would change (there .5, halved until it stays); soft labels are
+scaled to `sharp`, on average, for a picture's own class. What either reaches, and how far noise alone comes:
+docs/distilling.md.
 
 Models: teacher (Logits, of which only the largest is read; or Classes alone, which is shown pictures of 256 shades, of
 the student's size where it says none), student (Gradients), each with Codec or with `image`, `mean` and `std`. Data:
@@ -61,6 +63,8 @@ CHUNK = 256
 class Config(DataFree, frozen=True):
     kind: Annotated[Literal["entropy", "boundary"], Meta(description="what is asked about")] = "entropy"
     queries: Annotated[int, Meta(ge=1, description="most pictures that the teacher is asked about")] = 20000
+    bank: Annotated[int, Meta(ge=1, description="pictures kept at most; the oldest give way")] = 20000
+    noise: Annotated[float, Meta(ge=0, le=1, description="of entropy: share of `queries` for noise, at first")] = 0.5
     rounds: Annotated[int, Meta(ge=1, description="of entropy: batches of questions, spread over the steps")] = 40
     generator_steps: Annotated[int, Meta(ge=1, description="of entropy: the generator's steps a round")] = 10
     generator_lr: Annotated[float, Meta(gt=0, description="of entropy: rate of the generator (Adam)")] = 2e-3
@@ -106,7 +110,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         hard = F.cross_entropy(answered, rows[NAMED])
         return hard + gap(answered, rows, config.temperature, config.divergence) if TOLD in rows else hard
 
-    datafree.distil(scene, synthesise, config, run, loss=loss, beside=beside)
+    datafree.distil(scene, synthesise, config, run, loss=loss, beside=beside, even=NAMED)
     return student.ask(Gradients).rewrap(scene.student)
 
 
@@ -126,18 +130,22 @@ def exploring(config: Config, scene: Scene, ask: Ask, run: Run) -> Made:
     place = scene.frame.low.device
     with seeded(run.seed_for("generator")):
         net = generator.generator(scene.frame.shape, config.latent, config.width).to(place).train()
-    rounds = min(config.rounds, config.queries, config.steps)
-    ends = [config.queries * (i + 1) // rounds for i in range(rounds)]
+    first = noisy(config)
+    left = config.queries - first
+    rounds = min(config.rounds, left, config.steps)
+    ends = [left * (i + 1) // rounds for i in range(rounds)]
     begins = {config.steps * i // rounds: i for i in range(rounds)}
     pace = Pace(config.generator_steps, config.generator_lr, config.latent_lr)
 
     def synthesise(step: int, bank: Bank) -> Batch | None:
+        if step == 0 and first:
+            images = scene.frame.scaled(deciding.noise(first, scene.frame.shape, run.generator("noise")).to(place))
+            bank.add({PIXELS: images, NAMED: ask(images, "noise")})
         if step not in begins:
             return None
         number = begins[step]
         many = ends[number] - (ends[number - 1] if number else 0)
-        parts = [pictures(min(CHUNK, many - first)) for first in range(0, many, CHUNK)]
-        images = torch.cat(parts)
+        images = torch.cat([pictures(min(CHUNK, many - done)) for done in range(0, many, CHUNK)])
         return {PIXELS: images, NAMED: ask(images, f"named {number}")}
 
     def pictures(many: int) -> Tensor:
@@ -153,6 +161,11 @@ def exploring(config: Config, scene: Scene, ask: Ask, run: Run) -> Made:
         return least_sure(best[PIXELS], scene, config.climbs, config.climb)
 
     return synthesise, {"generator": state_of(net, "")}
+
+
+def noisy(config: Config) -> int:
+    """Of `entropy`'s questions, those about noise."""
+    return int(config.noise * config.queries)
 
 
 def drawn(told: Tensor, classes: Tensor, smooth: float, bal: float) -> Tensor:
@@ -189,19 +202,21 @@ def each(config: Config, classes: int) -> int:
 
 
 def measured(config: Config, scene: Scene, ask: Ask, run: Run) -> Batch:
-    """Noise of all classes that is found, moved away from decisions, with the distances to others as soft labels."""
+    """Noise of all classes that is found, moved away from decisions, with the distances to others as soft labels.
+
+    Before it stands all else that was asked about, with the class named alone: it is paid for.
+    """
     frame, draw = scene.frame, run.generator("boundary")
     many = config.queries // each(config, scene.classes)
-    asked = 0
+    seen: list[Tensor] = []
+    told: list[Tensor] = []
 
     def decide(unit: Tensor) -> Tensor:
-        nonlocal asked
-        asked += 1
-        return ask(frame.scaled(unit.clamp(0, 1)), f"decided {asked}")
+        seen.append(frame.scaled(unit.clamp(0, 1)))
+        told.append(ask(seen[-1], f"decided {len(seen)}"))
+        return told[-1]
 
-    flat, rough = torch.rand(2, many * config.tries, 1, 1, 1, generator=draw)
-    noise = flat * (torch.rand(len(flat), *frame.shape, generator=draw) + 0.2)
-    x = (noise + rough * torch.randn(noise.shape, generator=draw)).clamp(0, 1).to(frame.low)
+    x = deciding.noise(many * config.tries, frame.shape, draw).to(frame.low)
     own = decide(x)
     kept = deciding.rarest(own, many)
     x, own = x[kept], own[kept]
@@ -213,7 +228,13 @@ def measured(config: Config, scene: Scene, ask: Ask, run: Run) -> Batch:
     )
     logits = deciding.soft(found, own)
     mean = logits.max(-1).values.mean().clamp(min=1e-12)
-    return {PIXELS: frame.scaled(x), NAMED: own, TOLD: config.sharp * logits / mean}
+    classes = torch.cat([*told, own])
+    alone = F.one_hot(classes[: -len(own)], scene.classes)
+    return {
+        PIXELS: torch.cat([*seen, frame.scaled(x)]),
+        NAMED: classes,
+        TOLD: config.sharp * torch.cat([alone.to(logits), logits / mean]),
+    }
 
 
 def agree(config: Config, inputs: Inputs) -> None:
@@ -231,8 +252,13 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 def enough(config: Config, classes: int) -> None:
     """ConfigError where the budget is too small for what is to be asked."""
-    if config.kind == "entropy" and config.queries < (rounds := min(config.rounds, config.steps)):
-        raise ConfigError(f"{config.queries} queries are too few for {rounds} rounds", fix=f"rounds={config.queries}")
+    left, rounds = config.queries - noisy(config), min(config.rounds, config.steps)
+    if config.kind == "entropy" and 0 < left < rounds:
+        raise ConfigError(
+            f"{config.queries} queries are too few for {rounds} rounds",
+            why=f"{left} are left to them by noise={config.noise:g}",
+            fix=f"rounds={left}",
+        )
     if config.kind == "boundary" and config.queries < (least := 2 * each(config, classes)):
         raise ConfigError(f"{config.queries} queries measure fewer than two pictures", fix=f"queries={least} or more")
 

@@ -109,9 +109,10 @@ def small(seed: int, here: Path) -> Model:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = pad_id(tokenizer)
     torch.manual_seed(seed)
-    transformers.LlamaForCausalLM(config).save_pretrained(here / "small")
-    tokenizer.save_pretrained(here / "small")
-    return runs.model(here / "small")
+    path = here / f"small-{seed}"
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return runs.model(path)
 
 
 def told(part: slice) -> list[Text]:

@@ -35,6 +35,7 @@ from lfm import runs
 from lfm.core import Codec, Gradients, Inputs, Model, registry
 from lfm.core.config import configure
 from lfm.core.method import check
+from lfm.distilling import statistics as statistics_of
 from lfm.distilling.student import Taught, formed
 from lfm.models import device, forward, load
 from lfm.runs import refs
@@ -45,6 +46,7 @@ from lfm.train.losses import kd
 WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "deepinversion": ("distill.noise", {"kind": "deepinversion"}),
     "adi": ("distill.noise", {"kind": "adi"}),
+    "lopes": ("distill.noise", {"kind": "lopes"}),
     "cake": ("distill.cake", {}),
     "dafl": ("distill.generative", {"kind": "dafl"}),
     "zskt": ("distill.generative", {"kind": "zskt"}),
@@ -57,6 +59,8 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "boundary": ("distill.hard_label", {"kind": "boundary"}),
 }
 REAL = ("real-labels", "real-teacher")
+RECORDED = ("lopes",)
+"""Given the teacher's activation records, of 300 real images that the student does not see."""
 
 
 class Pair(NamedTuple):
@@ -163,6 +167,13 @@ def told(model: Model, pixels: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def recorded(pair: Pair, path: Path) -> Path:
+    module, pixels = pair.teacher().ask(Gradients).module().to(device()).eval(), pair.train()[0][:300].to(device())
+    batches = [partial(forward, module, {"pixel_values": part}) for part in pixels.split(100)]
+    statistics_of.write(statistics_of.recorded(module, batches), path)
+    return path
+
+
 def from_real(way: str, pair: Pair, seed: int, steps: int, images: int, here: Path) -> tuple[Model, int]:
     """The student alone: on real images' classes, or on the teacher's answers to them."""
     run = LocalRun(seed, here)
@@ -192,6 +203,8 @@ def from_real(way: str, pair: Pair, seed: int, steps: int, images: int, here: Pa
 def made_by(way: str, pair: Pair, seed: int, settings: Mapping[str, Any], here: Path) -> tuple[Model, int]:
     id, own = WAYS[way]
     method = registry.get(id).method
+    if way in RECORDED:
+        own = {**own, "records": str(recorded(pair, here / "records.safetensors"))}
     config = configure(method.config, {**pair.settings, **own, **pair.by_kind.get(way, {}), **settings})
     inputs = Inputs({"teacher": (pair.teacher(),), "student": (pair.student(seed, here),)})
     if method.agree:

@@ -23,8 +23,8 @@ import torch
 
 from lfm import runs
 from lfm.core import Codec, Inputs, Logits, Model
+from lfm.core.interfaces import Classes
 from lfm.core.method import check
-from lfm.core.model import Classes
 from lfm.data.records import Completion, Record, Text
 from lfm.data.task import task_for
 from lfm.data.wording import wording

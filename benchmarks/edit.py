@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from lfm import models
-from lfm.core.model import Codec
+from lfm.core.interfaces import Codec
 from lfm.data.records import Edit, Fact, Text
 from lfm.editing import batch, covariance, keys, rows, setting, solve
 from lfm.editing.text import answered

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from lfm import runs
-from lfm.core.model import Codec, Logits, Logprobs, Model, Score
+from lfm.core.interfaces import Codec, Logits, Logprobs, Score
+from lfm.core.model import Model
 from lfm.data.wording import wording
 from lfm.models.language import CausalLogprobs
 

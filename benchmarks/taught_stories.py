@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from lfm import models
-from lfm.core.model import Codec, Gradients
+from lfm.core.interfaces import Codec, Gradients
 from lfm.data import files
 from lfm.data.records import Fact
 from lfm.editing.text import answered

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lfm import models
-from lfm.core.model import Codec, Gradients
+from lfm.core.interfaces import Codec, Gradients
 from lfm.data import files
 from lfm.editing.text import answered
 from lfm.train import seeded

@@ -25,7 +25,7 @@ from lfm.core import (
     Weights,
     registry,
 )
-from lfm.core.model import LowRank
+from lfm.core.interfaces import LowRank
 from lfm.models import structure
 
 

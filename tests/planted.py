@@ -22,7 +22,7 @@ from lfm.core import (
     Text,
     registry,
 )
-from lfm.core.model import Codec, Weights
+from lfm.core.interfaces import Codec, Weights
 
 
 class Settings(Config):

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from lfm.cli import converse, run
 from lfm.core.errors import AccessError, ConfigError, DataError, LfmError, MismatchError
-from lfm.core.model import Text
+from lfm.core.interfaces import Text
 from lfm.data.files import write
 from lfm.data.records import Edit, Fact
 from lfm.data.records import Text as Running

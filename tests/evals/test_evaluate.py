@@ -15,7 +15,8 @@ from sklearn.metrics import f1_score
 import tiny
 from lfm import models
 from lfm.core.errors import AccessError, ConfigError, DataError
-from lfm.core.model import Codec, Facts, Gradients, Logits, Logprobs, Model, Score, Text
+from lfm.core.interfaces import Codec, Gradients, Logits, Logprobs, Score, Text
+from lfm.core.model import Facts, Model
 from lfm.data.answers import begins_with
 from lfm.data.files import digest
 from lfm.data.records import Completion, Edit, Fact, Image, Label, Pair, kind_of

@@ -15,7 +15,8 @@ import torch
 import tiny
 from lfm import models
 from lfm.core.errors import AccessError, DependencyError
-from lfm.core.model import Codec, Gradients, Logits, Logprobs, Model, Text
+from lfm.core.interfaces import Codec, Gradients, Logits, Logprobs, Text
+from lfm.core.model import Model
 from lfm.evals import harness
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import tiny
 from lfm.core.errors import CorruptError
 from lfm.core.home import home
-from lfm.core.model import LazyTensor
+from lfm.core.interfaces import LazyTensor
 from lfm.fusing import Each, Rule, engine, fuse, gram, kernel, kth_largest, kth_largest_each, sums, threshold
 from lfm.fusing.joins import change, dropped, magnitude, weighted
 from lfm.fusing.rows import ranks, row_width, uniform

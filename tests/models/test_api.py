@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from lfm.core import Embeddings, Logprobs, Model, Text
 from lfm.core.errors import BudgetError, CorruptError, EndpointError, ModelError, UnsafeError
-from lfm.core.model import Top, names_of
+from lfm.core.interfaces import Top, names_of
 from lfm.models import load
 from lfm.models.api import Budget, open_api
 from lfm.models.api.cache import Cache

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from lfm.core.model import Batch, Codec, Gradients, Logits, Logprobs
+from lfm.core.interfaces import Batch, Codec, Gradients, Logits, Logprobs
 from lfm.models import beginnings, load
 from lfm.models.beginnings import alike, reading_on
 from lfm.models.language import CausalLogprobs

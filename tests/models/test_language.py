@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import tiny
 from lfm.core.errors import DataError
-from lfm.core.model import Batch, Codec, Logits, Logprobs, Model, Text
+from lfm.core.interfaces import Batch, Codec, Logits, Logprobs, Text
+from lfm.core.model import Model
 from lfm.models import load
 from lfm.models.language import CausalLogprobs, MaskedLogprobs, Seq2SeqLogprobs, longest
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 import tiny
 from lfm.core import Codec, Gradients, Logits, Model, Text
-from lfm.core.model import Said, said_by
+from lfm.core.interfaces import Said, said_by
 from lfm.editing.scope import Routed
 from lfm.methods.prompt.self_consistency import vote
 from lfm.models import adapter, load, prefixed

@@ -12,7 +12,8 @@ import torch
 import tiny
 from lfm import runs
 from lfm.core.errors import BudgetError
-from lfm.core.model import Codec, Embeddings, Logprobs, Model, Score, Text, Top, Vectors
+from lfm.core.interfaces import Codec, Embeddings, Logprobs, Score, Text, Top, Vectors
+from lfm.core.model import Model
 from lfm.models import load
 from lfm.models.api.cache import Cache
 from lfm.models.budget import Budget, Meter

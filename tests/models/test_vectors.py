@@ -12,7 +12,7 @@ import torch
 import tiny
 from lfm.core import Codec, Vectors
 from lfm.core.errors import BudgetError, EndpointError
-from lfm.core.model import names_of
+from lfm.core.interfaces import names_of
 from lfm.models import load
 from lfm.models.api import Budget, open_api
 from lfm.models.api.client import Patience

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lfm.core.errors import ConfigError, DataError
-from lfm.core.model import Logprobs as LogprobsKind
-from lfm.core.model import Model, Score
+from lfm.core.interfaces import Logprobs as LogprobsKind
+from lfm.core.interfaces import Score
+from lfm.core.model import Model
 from lfm.data.records import Label
 from lfm.prompting.classifier import (
     Classifier,

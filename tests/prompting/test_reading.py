@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tiny
 from lfm.core import Logprobs, Model, Text
 from lfm.core.errors import AccessError
-from lfm.core.model import Ranked, Top
+from lfm.core.interfaces import Ranked, Top
 from lfm.models import load
 from lfm.prompting.reading import Asked, Reader, bounds, looked_up
 

@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from lfm.core import Weights
-from lfm.core.model import LowRank
+from lfm.core.interfaces import LowRank
 from lfm.models import load
 from lfm.runs import committing, patches
 

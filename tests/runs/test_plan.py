@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lfm.core import Cost, Facts, Inputs, Logits, Logprobs, Model, Sizes, registry
 from lfm.core import Text as Says
+from lfm.core.interfaces import Codec, Gradients
 from lfm.core.method import Amount
-from lfm.core.model import Codec, Gradients
 from lfm.data.records import Label, Text
 from lfm.runs.machine import Machine
 from lfm.runs.plan import HEADROOM, START_SECONDS, weigh

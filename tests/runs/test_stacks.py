@@ -20,7 +20,7 @@ from lfm import runs
 from lfm.cli import run
 from lfm.core import Codec, Gradients, Logprobs, Model, Text, registry
 from lfm.core.errors import ConfigError, DataError, EditError
-from lfm.core.model import LowRank
+from lfm.core.interfaces import LowRank
 from lfm.data.files import write
 from lfm.data.records import Edit, Fact
 from lfm.editing import asking, indexed, scope

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import tiny
 from lfm.core import Codec, Embeddings, Logprobs, Model, Text
 from lfm.core.errors import AccessError, BudgetError, DataError, EndpointError, OutputError
-from lfm.core.model import names_of
+from lfm.core.interfaces import names_of
 from lfm.models import load
 from lfm.models.api import Budget, open_api
 from lfm.models.api.embeds import encode

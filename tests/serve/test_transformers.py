@@ -19,7 +19,7 @@ import pytest
 import tiny
 from lfm.core import Text
 from lfm.core.errors import EndpointError
-from lfm.core.model import names_of
+from lfm.core.interfaces import names_of
 from lfm.models import load
 from lfm.models.api import open_api
 from lfm.models.api.client import Patience

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lfm.core.errors import CorruptError
-from lfm.core.model import LazyTensor
+from lfm.core.interfaces import LazyTensor
 from lfm.tensors.digest import digest_tensors
 from lfm.tensors.files import open_tensors
 from lfm.tensors.finite import find_nonfinite

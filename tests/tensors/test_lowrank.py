@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.core.model import LowRank
+from lfm.core.interfaces import LowRank
 from lfm.tensors.lowrank import cut, delta, factored, joined
 
 

@@ -16,7 +16,8 @@ from lfm.cli.progress import shown
 from lfm.core.errors import AccessError, ConfigError, DataError, LfmError, MismatchError
 
 if TYPE_CHECKING:
-    from lfm.core.model import Model, Text
+    from lfm.core.interfaces import Text
+    from lfm.core.model import Model
     from lfm.data.records import Edit, Fact
     from lfm.record import Edited, RunRecord
     from lfm.runs.patches import Patch
@@ -110,7 +111,7 @@ def _opened(given: Session) -> Model:
     from lfm import runs
     from lfm.core import registry
     from lfm.core.config import configure
-    from lfm.core.model import Text
+    from lfm.core.interfaces import Text
     from lfm.runs import committing, patches, stacks
 
     committing.clear(given.directory)
@@ -141,7 +142,7 @@ def _opened(given: Session) -> Model:
 
 def _asked(given: Session, model: Model, prompt: str, ask: Ask) -> Edit | None:
     """The edit of this prompt, from what the user answers; None where it is left as it is."""
-    from lfm.core.model import Text
+    from lfm.core.interfaces import Text
     from lfm.data.answers import begins_with
     from lfm.data.records import Edit
 

@@ -16,8 +16,8 @@ from lfm.cli import screen
 from lfm.core import config as configs
 from lfm.core import registry
 from lfm.core.errors import LfmError
+from lfm.core.interfaces import INTERFACES, names_of
 from lfm.core.method import Data
-from lfm.core.model import INTERFACES, names_of
 from lfm.core.registry import Listed
 from lfm.record import RUN
 

@@ -102,7 +102,7 @@ def log(directory: Directory, json: work.Json = False) -> None:
 
 def diff(directory: Directory, number: Number, json: work.Json = False) -> None:
     """What a patch does: to the weights, to its own facts, and to what lies around them."""
-    from lfm.core.model import Logprobs, Text
+    from lfm.core.interfaces import Logprobs, Text
     from lfm.data.answers import room
     from lfm.runs import interference
 

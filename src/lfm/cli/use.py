@@ -80,7 +80,7 @@ def chat(
 ) -> None:
     """Talk to a model. One that was trained to chat is given its chat template, another continues what you write."""
     from lfm import runs
-    from lfm.core.model import Text
+    from lfm.core.interfaces import Text
 
     with shown() as show:
         model = runs.model(ref, show=show)
@@ -108,7 +108,7 @@ def chat(
 
 def _template(model: Model) -> Any:
     """The tokenizer, if it has a chat template."""
-    from lfm.core.model import Codec
+    from lfm.core.interfaces import Codec
 
     if not model.can(Codec):
         return None

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, f
 from lfm.core.config import Config
 from lfm.core.errors import AccessError, DataError, SlotError
 from lfm.core.finding import Finding
-from lfm.core.model import Facts, Model, names_of
+from lfm.core.interfaces import names_of
+from lfm.core.model import Facts, Model
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 C = TypeVar("C", bound=Config)
 T = TypeVar("T")

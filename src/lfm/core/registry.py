@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from lfm.core.errors import UnknownMethod
+from lfm.core.interfaces import Answers
 from lfm.core.method import Data, Method
-from lfm.core.model import Answers
 
 ENTRY_POINTS = "lfm.methods"
 """Entry-point group: name = the id (area.name), value = a module that holds METHOD."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, final
 
 from lfm.core.errors import ConfigError, DataError
+from lfm.core.interfaces import Text
 from lfm.core.method import Run
-from lfm.core.model import Text
 from lfm.data.records import Fact
 
 UNKNOWN = "Don't know"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from math import exp, inf
 from typing import NamedTuple
 
-from lfm.core.model import Logprobs, Ranked
+from lfm.core.interfaces import Logprobs, Ranked
 from lfm.data.records import Edit, Fact
 from lfm.data.wording import spaced
 

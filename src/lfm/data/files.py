@@ -18,8 +18,9 @@ from typing import Any, final
 import msgspec
 
 from lfm.core.errors import DataError, OutputError, at
+from lfm.core.interfaces import Codec
 from lfm.core.method import Amount, Inputs, Sizes
-from lfm.core.model import Codec, Model
+from lfm.core.model import Model
 from lfm.data import media
 from lfm.data.formats import READERS, NoRecord, Rows, saved
 from lfm.data.records import KINDS, Message, Record, Text, kind_of

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lfm.core.errors import DataError
 from lfm.core.heavy import F, torch
-from lfm.core.model import Batch, Codec, Facts
+from lfm.core.interfaces import Batch, Codec
+from lfm.core.model import Facts
 from lfm.data.records import Audio, Image, Label, Pair, Record
 from lfm.data.task import Task
 from lfm.models.codec import pad, pad_id

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lfm.core.errors import DataError
 from lfm.core.heavy import F, np, torch
-from lfm.core.model import Batch, Codec, Facts
+from lfm.core.interfaces import Batch, Codec
+from lfm.core.model import Facts
 from lfm.data.chat import rendered
 from lfm.data.records import Chat, Label, Pair, Record, Text
 from lfm.data.task import Task

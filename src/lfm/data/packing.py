@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.errors import DataError, MismatchError
 from lfm.core.heavy import torch
-from lfm.core.model import Batch, Codec, Facts, Model
+from lfm.core.interfaces import Batch, Codec
+from lfm.core.model import Facts, Model
 from lfm.data import task as tasks
 from lfm.data.files import where
 from lfm.data.records import Chat, Record, Text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lfm.core.model import Codec, Model
+from lfm.core.interfaces import Codec
+from lfm.core.model import Model
 from lfm.data import files
 from lfm.data import task as tasks
 from lfm.data.language import IGNORED

@@ -8,7 +8,8 @@ from typing import Protocol
 import msgspec
 
 from lfm.core.errors import ConfigError, DataError, MismatchError
-from lfm.core.model import Batch, Codec, Model
+from lfm.core.interfaces import Batch, Codec
+from lfm.core.model import Model
 from lfm.data import task as tasks
 from lfm.data.files import told_by, where
 from lfm.data.records import Record

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lfm.core.errors import DataError
+from lfm.core.interfaces import Codec, Gradients
 from lfm.core.method import Data
-from lfm.core.model import Codec, Facts, Gradients
+from lfm.core.model import Facts
 from lfm.data import heads
 from lfm.data import task as tasks
 from lfm.data.chat import rendered

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from lfm.core.errors import DataError
-from lfm.core.model import Batch, Codec, Facts
+from lfm.core.interfaces import Batch, Codec
+from lfm.core.model import Facts
 from lfm.data.files import told_by, where
 from lfm.data.records import Audio, Chat, Image, Label, Pair, Record, Text, kind_of
 

@@ -21,7 +21,7 @@ from lfm.train.headed import rowwise
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 ROWS, NEXT, SCORED, FIRST, CHAIN, WHOLE = "rows", "next", "scored", "first", "chain", "whole"
 """Names in a batch. rows: (R,) places of the student's flat answers that are looked at, in order; next: (R,) the token

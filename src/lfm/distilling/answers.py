@@ -12,7 +12,7 @@ from blake3 import blake3
 from lfm.core import Answers, Logits, Logprobs, Model, Sizes
 from lfm.core.errors import AccessError, CorruptError, MismatchError
 from lfm.core.heavy import np, torch
-from lfm.core.model import Classes, Top
+from lfm.core.interfaces import Classes, Top
 from lfm.data import files
 from lfm.data.language import IGNORED
 from lfm.models.language import ids_by_text

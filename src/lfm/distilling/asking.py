@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from lfm.core import Run
+from lfm.core.interfaces import Said, Text, said_by
 from lfm.core.method import RECORDS
-from lfm.core.model import Said, Text, said_by
 from lfm.data.files import write
 from lfm.data.records import Record
 from lfm.distilling import filtering

@@ -19,7 +19,7 @@ import lfm.core
 from lfm.core import Codec, Cost, Gradients, Logits, Meta, Model, Run
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import nn, torch
-from lfm.core.model import Classes
+from lfm.core.interfaces import Classes
 from lfm.distilling.bank import Bank
 from lfm.distilling.pictures import Frame, frame_of, same, seen
 from lfm.distilling.student import Taught, formed, smaller
@@ -33,7 +33,8 @@ from lfm.train.state import State, more
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch, Facts
+    from lfm.core.interfaces import Batch
+    from lfm.core.model import Facts
 
 PIXELS = "pixel_values"
 

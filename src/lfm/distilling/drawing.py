@@ -13,7 +13,7 @@ from lfm.models.device import forward, taken
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 Speaker = Callable[["Tensor"], "Tensor"]
 """What comes next: the tokens (B, n) that follow those told before → logits (B, V) after the last of them."""

@@ -25,7 +25,7 @@ from lfm.train.losses import balance, kl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.distilling.datafree import Scene
 
 SMALLEST = 8

@@ -20,7 +20,7 @@ from lfm.models import structure
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 INSIDE = "teacher.inside."
 """What the names of a batch's maps of the teacher begin with; their number follows."""

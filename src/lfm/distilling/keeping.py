@@ -9,7 +9,8 @@ from typing import Any
 from lfm.core import Answers, Codec, Logits, Model, Run
 from lfm.core.errors import AccessError, ConfigError, DataError, MismatchError
 from lfm.core.heavy import np, torch
-from lfm.core.model import Classes, Facts
+from lfm.core.interfaces import Classes
+from lfm.core.model import Facts
 from lfm.data import task as tasks
 from lfm.distilling import answers
 from lfm.distilling import lesson as lessons

@@ -19,7 +19,7 @@ from lfm.train import once
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 LIMIT = 2**28
 """Bytes of a teacher's answers that are kept."""

@@ -24,7 +24,7 @@ from lfm.train import seeded
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 Importance = Literal["activation", "magnitude"]
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import F, np, torch
-from lfm.core.model import Codec, Model
+from lfm.core.interfaces import Codec
+from lfm.core.model import Model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,7 +13,7 @@ from lfm.train import Fit, seeded
 
 if TYPE_CHECKING:
     from lfm.core.heavy import nn
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.distilling.lesson import Lesson
 
 SHOWN = 64

@@ -20,7 +20,7 @@ from lfm.train import once
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 def placed(name: str, place: int) -> str:

@@ -17,7 +17,7 @@ from lfm.models.resume import activations
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.records import Edit
     from lfm.editing.setting import Setting
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from lfm.core.config import Meta, values
 from lfm.core.errors import EditError, MismatchError
 from lfm.core.heavy import torch
+from lfm.core.interfaces import Codec, Gradients, Weights
 from lfm.core.method import Cost, Data, DataSlot, Inputs, Run, Sizes, Slot
-from lfm.core.model import Codec, Gradients, Model, Weights
+from lfm.core.model import Model
 from lfm.editing import choose, form, keys, outcome, rows, sequence, setting, value
 from lfm.editing.covariance import ENOUGH, loaded, moments, notes
 from lfm.editing.form import at, reading

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import torch
-from lfm.core.model import Batch
+from lfm.core.interfaces import Batch
 from lfm.models.resume import asked_at, stopped
 
 if TYPE_CHECKING:

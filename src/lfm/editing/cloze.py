@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.errors import MismatchError
 from lfm.core.heavy import torch
-from lfm.core.model import Batch, Codec, Facts
+from lfm.core.interfaces import Batch, Codec
+from lfm.core.model import Facts
 from lfm.data.wording import spaced
 from lfm.editing.form import Form
 from lfm.editing.rows import place

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.errors import EditError
 from lfm.core.heavy import torch
+from lfm.core.interfaces import Codec
 from lfm.core.method import Run
-from lfm.core.model import Codec
 from lfm.editing import kept
 from lfm.editing.form import CAUSAL, Form, at, in_decoder, reading
 from lfm.editing.solve import through

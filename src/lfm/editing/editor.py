@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, final
 import msgspec
 
 from lfm.core.config import Config
+from lfm.core.interfaces import Codec, Gradients, LowRank, Weights
 from lfm.core.method import Parts
-from lfm.core.model import Codec, Gradients, LowRank, Model, Weights
+from lfm.core.model import Model
 from lfm.data.records import Edit
 from lfm.models import local
 from lfm.models.program import Open, digest, program

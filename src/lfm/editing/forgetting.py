@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from lfm.core.errors import DataError, EditError
 from lfm.core.heavy import F, torch
+from lfm.core.interfaces import Batch, Codec
 from lfm.core.method import Run
-from lfm.core.model import Batch, Codec, Facts, Model
+from lfm.core.model import Facts, Model
 from lfm.data import task as tasks
 from lfm.data.records import Completion, Fact, Image
 from lfm.data.task import Task

@@ -13,7 +13,8 @@ from lfm.models.codec import pad, pad_id
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch, Model
+    from lfm.core.interfaces import Batch
+    from lfm.core.model import Model
     from lfm.data.records import Text
 
 IGNORED = -100

@@ -11,7 +11,7 @@ from lfm.editing.learned import EDIT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.editing.learned import Factors
 
 

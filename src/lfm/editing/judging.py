@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from lfm.core.errors import EditError
 from lfm.core.heavy import F, torch
+from lfm.core.interfaces import Batch, Codec, Gradients
 from lfm.core.method import Run
-from lfm.core.model import Batch, Codec, Gradients, Model
+from lfm.core.model import Model
 from lfm.data import heads
 from lfm.data.language import context_of
 from lfm.data.records import Label

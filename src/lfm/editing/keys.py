@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.heavy import torch
-from lfm.core.model import LowRank
+from lfm.core.interfaces import LowRank
 from lfm.editing.behind import continued, cut
 from lfm.editing.form import at
 from lfm.editing.rows import Rows, brief, groups, together, unlike

@@ -16,8 +16,9 @@ import msgspec
 
 from lfm.core.errors import EditError, MismatchError
 from lfm.core.heavy import torch
+from lfm.core.interfaces import LowRank, Weights
 from lfm.core.method import Inputs, Run
-from lfm.core.model import LowRank, Model, Weights
+from lfm.core.model import Model
 from lfm.data import language
 from lfm.data.records import Edit
 from lfm.editing import forgetting, keys, lessons, outcome, setting
@@ -32,7 +33,7 @@ from lfm.train.losses import kl
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.task import Task
     from lfm.editing.lessons import Lesson
     from lfm.editing.practice import Practised

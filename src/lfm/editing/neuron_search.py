@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msgspec.structs import replace
 
 from lfm.core.heavy import F, nn, torch
+from lfm.core.interfaces import Batch
 from lfm.core.method import Run
-from lfm.core.model import Batch
 from lfm.data.records import Edit
 from lfm.editing import asking, form, memory, neurons, recall
 from lfm.editing.rows import IGNORED

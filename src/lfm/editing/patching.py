@@ -12,8 +12,9 @@ import msgspec
 
 from lfm.core.errors import DataError
 from lfm.core.heavy import F, torch
+from lfm.core.interfaces import Batch, Codec, Gradients, LowRank
 from lfm.core.method import Parts
-from lfm.core.model import Batch, Codec, Facts, Gradients, LowRank, Model
+from lfm.core.model import Facts, Model
 from lfm.data.files import where
 from lfm.data.language import context_of
 from lfm.data.records import Text

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from lfm.core.config import Meta
 from lfm.core.errors import SlotError
+from lfm.core.interfaces import Codec, Gradients, Weights
 from lfm.core.method import Cost, Data, DataSlot, Inputs, Sizes, Slot
-from lfm.core.model import Codec, Gradients, Weights
 from lfm.editing import form, lessons, outcome, rows
 from lfm.editing.editor import Editor
 from lfm.editing.setting import PROBE

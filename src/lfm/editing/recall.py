@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from lfm.core.config import Config, Meta
 from lfm.core.errors import EditError
 from lfm.core.heavy import torch
+from lfm.core.interfaces import Codec
 from lfm.core.method import Run
-from lfm.core.model import Codec
 from lfm.data.records import Edit
 from lfm.editing import asking, form, kept, memory
 from lfm.editing.asking import answer_logprobs

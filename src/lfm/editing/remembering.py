@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple
 
 from lfm.core.config import Meta
 from lfm.core.errors import SlotError
+from lfm.core.interfaces import Codec, Gradients
 from lfm.core.method import Cost, Data, DataSlot, Inputs, Parts, Run, Sizes, Slot
-from lfm.core.model import Codec, Gradients
 from lfm.data.records import Edit
 from lfm.editing import form, outcome, recall, rows, setting, settled
 from lfm.editing.choose import candidates

@@ -11,7 +11,7 @@ from lfm.editing.learned import Factors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 DEPTH = 2
 TINY = 1e-7

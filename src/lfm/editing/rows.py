@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.errors import DataError
 from lfm.core.heavy import F, torch
-from lfm.core.model import Batch, Codec, Model
+from lfm.core.interfaces import Batch, Codec
+from lfm.core.model import Model
 from lfm.data.files import where
 from lfm.data.records import Edit, Record
 from lfm.data.wording import wording

@@ -14,21 +14,9 @@ from typing import TYPE_CHECKING, Any, final
 import msgspec
 
 from lfm.core.heavy import torch
+from lfm.core.interfaces import Codec, Gradients, Logits, Logprobs, LowRank, Ranked, Said, Score, Text, Weights, said_by
 from lfm.core.method import Parts
-from lfm.core.model import (
-    Codec,
-    Gradients,
-    Logits,
-    Logprobs,
-    LowRank,
-    Model,
-    Ranked,
-    Said,
-    Score,
-    Text,
-    Weights,
-    said_by,
-)
+from lfm.core.model import Model
 from lfm.data.records import Edit
 from lfm.data.wording import spaced
 from lfm.editing import form, memory, outcome

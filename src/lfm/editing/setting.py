@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.errors import EditError
 from lfm.core.heavy import torch
+from lfm.core.interfaces import Codec, Gradients
 from lfm.core.method import Run
-from lfm.core.model import Codec, Gradients, Model
+from lfm.core.model import Model
 from lfm.data import task as tasks
 from lfm.data.records import Text
 from lfm.editing import kept, rows

@@ -23,7 +23,7 @@ from lfm.models.language import batches
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.editing.setting import Setting
 
 TEXT = 32

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.heavy import nn, torch
-from lfm.core.model import LowRank
+from lfm.core.interfaces import LowRank
 from lfm.models import structure
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import msgspec
 
 from lfm.core.errors import MismatchError
 from lfm.core.heavy import torch
+from lfm.core.interfaces import Logits
 from lfm.core.method import Run
-from lfm.core.model import Logits, Model
+from lfm.core.model import Model
 from lfm.data import language
 from lfm.editing import lessons, scope
 from lfm.editing.form import IGNORED, SEQ2SEQ_LM, Reading, reading
@@ -25,7 +26,7 @@ from lfm.train import Fit, fit
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.editing.lessons import Lesson
     from lfm.editing.setting import Setting
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lfm.core.heavy import torch
-from lfm.core.model import Codec
+from lfm.core.interfaces import Codec
 from lfm.data.answers import opens_with
 from lfm.editing.form import CAUSAL, IGNORED, Form, Reading, reading
 from lfm.models import forward
@@ -17,7 +17,7 @@ from lfm.models.local import LocalText
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 TURNS = 1000
 """Batches sampled at most: a model may end its texts at once."""

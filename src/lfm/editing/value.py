@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, final
 
 from lfm.core.config import Config, Meta
 from lfm.core.heavy import F, torch
-from lfm.core.model import Batch
+from lfm.core.interfaces import Batch
 from lfm.editing.behind import Behind, continued, cut
 from lfm.editing.form import at, in_decoder
 from lfm.editing.rows import IGNORED, Joined, Rows, alike, brief, groups, together, unlike

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.errors import OutputError
 from lfm.core.heavy import torch
-from lfm.core.model import Gradients, Model, Weights
+from lfm.core.interfaces import Gradients, Weights
+from lfm.core.model import Model
 from lfm.editing import form
 from lfm.models import forward, structure
 

@@ -16,7 +16,8 @@ import msgspec
 
 from lfm.core.errors import DataError
 from lfm.core.heavy import np, torch
-from lfm.core.model import Codec, Gradients, Logits, Model
+from lfm.core.interfaces import Codec, Gradients, Logits
+from lfm.core.model import Model
 from lfm.data import task as tasks
 from lfm.data.records import Label, Pair
 from lfm.evals.estimate import Metric, estimates, mean

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from lfm.core.heavy import F, np
-from lfm.core.model import Classes, Logits, Text
+from lfm.core.interfaces import Classes, Logits, Text
 from lfm.data.answers import begins_with
 from lfm.data.facts import Question, log_probabilities
 from lfm.data.records import Audio, Image, Label, Pair, Record

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lfm.core.errors import LfmError
 from lfm.core.finding import Map
 from lfm.core.heavy import torch
-from lfm.core.model import Codec, Gradients, Logits, Logprobs, Model, Text
+from lfm.core.interfaces import Codec, Gradients, Logits, Logprobs, Text
+from lfm.core.model import Model
 from lfm.data import facts as questions
 from lfm.data.answers import begins_with, room
 from lfm.data.records import Edit, Fact

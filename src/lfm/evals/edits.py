@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 from lfm.core.heavy import np
-from lfm.core.model import Logits, Text
+from lfm.core.interfaces import Logits, Text
 from lfm.data.answers import begins_with, room
 from lfm.data.facts import Question, log_probabilities
 from lfm.data.records import Edit, Fact

@@ -8,7 +8,8 @@ from typing import final
 import msgspec
 
 from lfm.core.errors import ConfigError
-from lfm.core.model import Model, name_of
+from lfm.core.interfaces import name_of
+from lfm.core.model import Model
 from lfm.data import files
 from lfm.data.records import Audio, Edit, Fact, Image, Label, Pair, Record
 from lfm.data.task import Task, one_kind

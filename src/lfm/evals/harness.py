@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, final
 
 from lfm.core.errors import AccessError, DataError, DependencyError
 from lfm.core.heavy import torch
-from lfm.core.model import Codec, Logits, Logprobs, Model, Text, name_of
+from lfm.core.interfaces import Codec, Logits, Logprobs, Text, name_of
+from lfm.core.model import Model
 from lfm.data.language import context_of
 from lfm.evals.estimate import Metric
 from lfm.evals.evaluation import Evaluation

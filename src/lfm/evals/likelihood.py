@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lfm.core.errors import AccessError
 from lfm.core.heavy import np
-from lfm.core.model import Codec, Logits, Text
+from lfm.core.interfaces import Codec, Logits, Text
 from lfm.data.answers import room, same
 from lfm.data.language import halves
 from lfm.data.records import Chat, Completion, Record

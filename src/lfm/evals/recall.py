@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from lfm.core.heavy import np
-from lfm.core.model import Text
+from lfm.core.interfaces import Text
 from lfm.data.answers import begins_with, room
 from lfm.data.facts import best, log_probabilities, questions, rank
 from lfm.data.records import Fact

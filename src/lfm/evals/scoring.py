@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import F, np
-from lfm.core.model import Codec
+from lfm.core.interfaces import Codec
 from lfm.data.records import Record
 from lfm.data.task import Task
 from lfm.evals.setting import Setting

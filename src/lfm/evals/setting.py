@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, final
 import msgspec
 
 from lfm.core.errors import AccessError, DataError
-from lfm.core.model import Batch, Classes, Codec, Logits, Logprobs, Model, Text, name_of
+from lfm.core.interfaces import Batch, Classes, Codec, Logits, Logprobs, Text, name_of
+from lfm.core.model import Model
 from lfm.data.records import Record, kind_of
 from lfm.data.task import LANGUAGE, Task, task_for
 from lfm.evals.estimate import Measure

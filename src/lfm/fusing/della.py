@@ -15,7 +15,7 @@ from lfm.fusing.masks import ratio
 from lfm.fusing.rows import by_row, ranks, uniform
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 Rescale = Annotated[
     Literal["probability", "norm", "none"],

@@ -19,7 +19,7 @@ from lfm.tensors.safetensors_file import DTYPES, torch_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 Given = Callable[[str], Mapping[str, Any]]
 """Tensor's name → parameters of the formula: a number, a sequence with one a model, or an array with a row a group."""

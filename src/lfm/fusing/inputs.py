@@ -13,7 +13,7 @@ from lfm.tensors.match import floating, same
 from lfm.tensors.parallel import threads
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 Tensors = Mapping[str, "LazyTensor"]
 Given = Callable[[str], Mapping[str, Any]]

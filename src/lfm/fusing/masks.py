@@ -13,8 +13,8 @@ from lfm.fusing.threshold import kth_largest
 from lfm.tensors.lazy import size
 
 if TYPE_CHECKING:
+    from lfm.core.interfaces import LazyTensor
     from lfm.core.method import Run
-    from lfm.core.model import LazyTensor
 
 
 def between(base: float, x: float, low: float, high: float, grow: float) -> float:

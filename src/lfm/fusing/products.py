@@ -11,7 +11,7 @@ from lfm.fusing.engine import Rule, sums
 from lfm.fusing.joins import change, product
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 def gram(

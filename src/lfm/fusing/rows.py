@@ -15,7 +15,7 @@ from lfm.tensors.safetensors_file import DTYPES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 def row_width(tensors: Mapping[str, LazyTensor]) -> Callable[[str], int]:

@@ -16,7 +16,7 @@ from lfm.tensors.lazy import spans
 from lfm.tensors.parallel import each
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 LARGE = 1 << 22
 """Elements from which on a tensor's chunks are shared out over the cores, and not whole tensors."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lfm.core.errors import LfmError, MismatchError
-from lfm.core.model import LazyTensor, Weights
+from lfm.core.interfaces import LazyTensor, Weights
 from lfm.merging.layout import IMAGES, Kit, Met, counts, inside_of, sections
 from lfm.merging.recipe import Recipe
 from lfm.tensors.depth import NUMBER, depths

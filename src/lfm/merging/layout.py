@@ -18,7 +18,7 @@ from lfm.tensors.depth import depths
 from lfm.tensors.match import some
 
 if TYPE_CHECKING:
-    from lfm.core.model import Layout, LazyTensor
+    from lfm.core.interfaces import Layout, LazyTensor
 
     Tensors = Mapping[str, LazyTensor]
 

@@ -23,7 +23,7 @@ from lfm.tensors.safetensors_file import DTYPES, torch_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 ABSENT, UNUSED = -1, -2
 """In place of a row's number: no row of this model goes into it; it belongs to no token."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 
 from lfm.core.errors import CorruptError, MismatchError, ModelError
 from lfm.core.heavy import nn, peft, torch
-from lfm.core.model import Adaptation, Codec, Features, Gradients, LazyTensor, LowRank, Model, Weights
+from lfm.core.interfaces import Adaptation, Codec, Features, Gradients, LazyTensor, LowRank, Weights
+from lfm.core.model import Model
 from lfm.models import checkpoint, local, lora, virtual
 from lfm.models.quiet import quiet
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import torch
-from lfm.core.model import Batch
+from lfm.core.interfaces import Batch
 from lfm.models import virtual
 from lfm.models.device import forward, taken
 

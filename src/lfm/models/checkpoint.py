@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import CorruptError, MismatchError, ModelError
 from lfm.core.heavy import torch, transformers
-from lfm.core.model import Codec, Gradients, Layout, LazyTensor, LowRank, Model, Weights
+from lfm.core.interfaces import Codec, Gradients, Layout, LazyTensor, LowRank, Weights
+from lfm.core.model import Model
 from lfm.models import local
 from lfm.models.codec import has_codec, open_codec
 from lfm.models.told import CONFIG as CONFIG

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import AccessError, DataError, ModelError
 from lfm.core.heavy import np, torch, transformers
-from lfm.core.model import Batch
+from lfm.core.interfaces import Batch
 from lfm.models.sound import Sound, at_rate, sound
 
 if TYPE_CHECKING:

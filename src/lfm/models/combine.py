@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import torch
-from lfm.core.model import Adaptation, LazyTensor, LowRank, Model, Weights
+from lfm.core.interfaces import Adaptation, LazyTensor, LowRank, Weights
+from lfm.core.model import Model
 from lfm.models.lora import fitting, naming
 
 if TYPE_CHECKING:

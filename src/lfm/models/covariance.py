@@ -12,7 +12,7 @@ from lfm.models.symmetry import Group, Place, Seen, activations, key
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Together(NamedTuple):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import torch
-from lfm.core.model import Batch
+from lfm.core.interfaces import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

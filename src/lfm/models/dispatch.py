@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
 
 from lfm.core.heavy import peft, torch
-from lfm.core.model import Batch, Codec, Gradients, Logits, Logprobs, Model, Ranked, Said, Score, Text
+from lfm.core.interfaces import Batch, Codec, Gradients, Logits, Logprobs, Ranked, Said, Score, Text
+from lfm.core.model import Model
 from lfm.models import layers, structure
 from lfm.models.device import device, forward
 from lfm.models.language import CausalLogprobs, MaskedLogprobs, Seq2SeqLogprobs, limit_of

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import torch
-from lfm.core.model import Batch
+from lfm.core.interfaces import Batch
 from lfm.models import forward, structure
 from lfm.models.layers import stages
 from lfm.models.resume import Begun, recording, resumed

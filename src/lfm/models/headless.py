@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.errors import ModelError
 from lfm.core.heavy import nn, torch
-from lfm.core.model import Batch
+from lfm.core.interfaces import Batch
 from lfm.models import layers
 from lfm.models.device import forward
 

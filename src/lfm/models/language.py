@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import ConfigError, DataError
 from lfm.core.heavy import torch
-from lfm.core.model import Batch, Codec, Ranked, Said, Score
+from lfm.core.interfaces import Batch, Codec, Ranked, Said, Score
 from lfm.models.beginnings import Alike, alike
 from lfm.models.codec import pad, pad_id
 

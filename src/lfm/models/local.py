@@ -8,18 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.heavy import torch
-from lfm.core.model import (
-    Batch,
-    Codec,
-    Embeddings,
-    Features,
-    Injection,
-    Logits,
-    Logprobs,
-    Said,
-    Text,
-    Vectors,
-)
+from lfm.core.interfaces import Batch, Codec, Embeddings, Features, Injection, Logits, Logprobs, Said, Text, Vectors
 from lfm.models import structure, virtual
 from lfm.models.beginnings import reading_on
 from lfm.models.codec import pad, pad_id

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import CorruptError, MismatchError, ModelError
 from lfm.core.heavy import torch
-from lfm.core.model import Layout, LazyTensor, LowRank, Model, Weights
+from lfm.core.interfaces import Layout, LazyTensor, LowRank, Weights
+from lfm.core.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor

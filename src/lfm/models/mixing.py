@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, cast
 
 from lfm.core.errors import MismatchError
 from lfm.core.heavy import nn, torch
-from lfm.core.model import Gradients, Model
+from lfm.core.interfaces import Gradients
+from lfm.core.model import Model
 from lfm.models.device import forward
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from lfm.core.heavy import nn, torch
 from lfm.models.device import forward
 
 if TYPE_CHECKING:
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 def measured_anew(module: nn.Module, batches: Sequence[Batch]) -> nn.Module:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-from lfm.core.model import Logprobs, Model, Ranked, Said, Score, Text, said_by
+from lfm.core.interfaces import Logprobs, Ranked, Said, Score, Text, said_by
+from lfm.core.model import Model
 
 
 def interfaces(part: Model, prefix: str) -> dict[type, Callable[[], Any]]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import DataError
 from lfm.core.heavy import peft, safetensors_torch, torch
-from lfm.core.model import Embeddings, Injection, Logprobs, Model, Ranked, Said, Score, Text
+from lfm.core.interfaces import Embeddings, Injection, Logprobs, Ranked, Said, Score, Text
+from lfm.core.model import Model
 from lfm.models.language import cut
 from lfm.models.soft import ManyPrompts
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lfm.core.heavy import nn, torch
-from lfm.core.model import Gradients, Model
+from lfm.core.interfaces import Gradients
+from lfm.core.model import Model
 from lfm.models import layers, structure
 from lfm.models.device import device
 from lfm.models.mixing import load_into, matched, parameters_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
 from lfm.core.errors import AccessError, DataError
 from lfm.core.heavy import F, nn, torch
-from lfm.core.model import Codec, Embeddings, Ranked
+from lfm.core.interfaces import Codec, Embeddings, Ranked
 from lfm.models import structure
 from lfm.models.language import ids_by_text, limit_of, ranked
 from lfm.models.virtual import room

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.errors import AccessError
 from lfm.core.heavy import np, torch
-from lfm.core.model import Codec, Model
+from lfm.core.interfaces import Codec
+from lfm.core.model import Model
 from lfm.models.axes import Axis, find, leaves, places, terms
 from lfm.models.device import forward
 from lfm.models.mixing import forward_with
@@ -22,7 +23,7 @@ from lfm.models.trace import Trace, trace
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Place(NamedTuple):

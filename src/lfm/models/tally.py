@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import msgspec
 
 from lfm.core.heavy import np, torch
+from lfm.core.interfaces import INTERFACES, Codec, Ranked, Said, Score
 from lfm.core.method import Inputs
-from lfm.core.model import INTERFACES, Codec, Model, Ranked, Said, Score
+from lfm.core.model import Model
 from lfm.models.api.cache import Cache, digest_of
 from lfm.models.api.capabilities import MARGIN, bound
 from lfm.models.budget import Meter

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from lfm.core.errors import CorruptError
 from lfm.core.heavy import nn, torch
-from lfm.core.model import Facts, Layout
+from lfm.core.interfaces import Layout
+from lfm.core.model import Facts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
     from lfm.models.checkpoint import Source
 
 CONFIG = "config.json"

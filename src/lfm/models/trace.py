@@ -18,7 +18,7 @@ from lfm.models.flow import RULES, VIEWS, Axes, pointwise, tensors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 @final

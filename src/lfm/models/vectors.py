@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.heavy import F, np, torch
-from lfm.core.model import Codec, Features
+from lfm.core.interfaces import Codec, Features
 from lfm.models.codec import pad, pad_id
 from lfm.models.language import batches
 

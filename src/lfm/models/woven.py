@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from lfm.core.heavy import nn, torch
-from lfm.core.model import Codec, Features, Gradients, Model
+from lfm.core.interfaces import Codec, Features, Gradients
+from lfm.core.model import Model
 from lfm.models import local
 from lfm.models.device import forward as answered
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import msgspec
 
 from lfm.core.heavy import np
-from lfm.core.model import Classes, Model, Text
+from lfm.core.interfaces import Classes, Text
+from lfm.core.model import Model
 from lfm.data.records import Label, Pair
 from lfm.prompting.classifier import LEAST, classes, verbalizer
 from lfm.prompting.reading import Reader

@@ -11,8 +11,9 @@ import msgspec
 
 from lfm.core.errors import ConfigError, DataError
 from lfm.core.heavy import np
+from lfm.core.interfaces import Classes, Logprobs, Ranked, Score, Text
 from lfm.core.method import Sizes
-from lfm.core.model import Classes, Logprobs, Model, Ranked, Score, Text
+from lfm.core.model import Model
 from lfm.data.records import Label, Pair
 from lfm.prompting.reading import Reader, Told
 from lfm.prompting.template import checked, filled

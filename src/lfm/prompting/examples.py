@@ -10,7 +10,8 @@ import msgspec
 
 from lfm.core.errors import DataError
 from lfm.core.heavy import np
-from lfm.core.model import Codec, Model
+from lfm.core.interfaces import Codec
+from lfm.core.model import Model
 from lfm.data.alike import by_words
 from lfm.data.records import Label, Pair
 from lfm.data.wording import spaced

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfm.core.model import Classes, Model
+from lfm.core.interfaces import Classes
+from lfm.core.model import Model
 from lfm.data.records import Label, Pair
 from lfm.prompting.classifier import Prompt, read, verbalizer
 from lfm.prompting.reading import Reader

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from lfm.core.heavy import np
-from lfm.core.model import Text
+from lfm.core.interfaces import Text
 from lfm.models.gaps import GAPS
 from lfm.prompting.reading import Asked, Reader
 

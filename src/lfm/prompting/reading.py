@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, final
 
 from lfm.core.errors import AccessError
 from lfm.core.heavy import np
-from lfm.core.model import Logprobs, Model, Ranked, Text, Top, name_of, names_of
+from lfm.core.interfaces import Logprobs, Ranked, Text, Top, name_of, names_of
+from lfm.core.model import Model
 from lfm.data.answers import begins_with, room
 from lfm.data.wording import spaced
 from lfm.prompting.template import Asked as Asked

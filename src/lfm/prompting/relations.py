@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, final
 
-from lfm.core.model import Logprobs, Model, Ranked, Score, Text
+from lfm.core.interfaces import Logprobs, Ranked, Score, Text
+from lfm.core.model import Model
 from lfm.data.records import Fact
 from lfm.prompting.reading import WIDE, looked_up
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lfm.core.heavy import np
-from lfm.core.model import Ranked
+from lfm.core.interfaces import Ranked
 from lfm.data.wording import spaced
 from lfm.prompting.reading import Reader, looked_up
 from lfm.prompting.template import Asked

@@ -15,8 +15,9 @@ from lfm import runs, zoo
 from lfm.core import registry
 from lfm.core.config import configure
 from lfm.core.errors import AccessError, LfmError, ModelError
+from lfm.core.interfaces import Embeddings, Logprobs, Text, Top, Vectors, names_of
 from lfm.core.method import Amount, Cost, Data, Sizes, Slot
-from lfm.core.model import Embeddings, Facts, Logprobs, Model, Text, Top, Vectors, names_of
+from lfm.core.model import Facts, Model
 from lfm.data import files
 from lfm.data.records import Record
 from lfm.recipe.expand import SERVE, Job, mentions, name_of, parse_reference

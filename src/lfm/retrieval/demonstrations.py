@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
+from lfm.core.interfaces import Codec, Features, Logprobs, Ranked, Said, Score, Text, said_by
 from lfm.core.method import Parts
-from lfm.core.model import Codec, Features, Logprobs, Model, Ranked, Said, Score, Text, said_by
+from lfm.core.model import Model
 from lfm.data.alike import by_words
 from lfm.data.wording import spaced
 from lfm.models.language import cut

@@ -8,7 +8,8 @@ from typing import Any, final
 import msgspec
 
 from lfm.core.errors import LfmError
-from lfm.core.model import Model, Weights
+from lfm.core.interfaces import Weights
+from lfm.core.model import Model
 from lfm.data.records import Record
 from lfm.record import Measure, Sample
 from lfm.runs import verification

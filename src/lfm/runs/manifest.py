@@ -11,7 +11,8 @@ from blake3 import blake3
 
 from lfm.core.errors import CorruptError
 from lfm.core.finding import Finding
-from lfm.core.model import LazyTensor, Model, Weights
+from lfm.core.interfaces import LazyTensor, Weights
+from lfm.core.model import Model
 from lfm.record import Verified
 from lfm.tensors import known
 from lfm.tensors.lazy import is_coded

@@ -12,7 +12,8 @@ import msgspec
 
 from lfm.core import registry
 from lfm.core.errors import ConfigError, CorruptError, DataError, EditError, UnfinishedError
-from lfm.core.model import Codec, Logits, Model, Text
+from lfm.core.interfaces import Codec, Logits, Text
+from lfm.core.model import Model
 from lfm.data.files import where
 from lfm.data.records import Edit
 from lfm.runs import refs, stacks

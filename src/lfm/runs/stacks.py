@@ -16,8 +16,9 @@ from lfm.core import registry
 from lfm.core.config import configure
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import F
+from lfm.core.interfaces import Adaptation, LowRank
 from lfm.core.method import Kept
-from lfm.core.model import Adaptation, LowRank, Model
+from lfm.core.model import Model
 from lfm.data.records import Edit
 from lfm.editing.memory import same
 from lfm.models.combine import inner, overlap

@@ -10,7 +10,8 @@ from typing import Any
 
 from lfm import record
 from lfm.core.errors import OutputError, VerifyError
-from lfm.core.model import LazyTensor, Model, Weights
+from lfm.core.interfaces import LazyTensor, Weights
+from lfm.core.model import Model
 
 STEM = "undo"
 TENSORS = f"{STEM}.safetensors"

@@ -11,7 +11,8 @@ from lfm.core import finding
 from lfm.core.errors import AccessError, VerifyError
 from lfm.core.finding import Finding
 from lfm.core.heavy import np, torch
-from lfm.core.model import Answers, Batch, Classes, Codec, LazyTensor, Logits, Logprobs, Model, Text, Weights
+from lfm.core.interfaces import Answers, Batch, Classes, Codec, LazyTensor, Logits, Logprobs, Text, Weights
+from lfm.core.model import Model
 from lfm.data.records import Label
 from lfm.models import load
 from lfm.record import Verified

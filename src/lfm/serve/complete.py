@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from lfm.core import model as interfaces
+from lfm.core import interfaces
 from lfm.core.heavy import torch
-from lfm.core.model import Codec, Embeddings, Logits, Logprobs, Model
+from lfm.core.interfaces import Codec, Embeddings, Logits, Logprobs
+from lfm.core.model import Model
 from lfm.models.language import cut
 from lfm.serve.steps import ByIds, Candidate, Stepper, stepper_for
 from lfm.serve.wire import MOST_LOGPROBS, Bad, Embeds, Ids, Prompt, Text

@@ -14,9 +14,10 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-from lfm.core import model as interfaces
+from lfm.core import interfaces
 from lfm.core.errors import AccessError, LfmError
-from lfm.core.model import Codec, Embeddings, Logits, Logprobs, Model, Vectors, names_of
+from lfm.core.interfaces import Codec, Embeddings, Logits, Logprobs, Vectors, names_of
+from lfm.core.model import Model
 from lfm.models.api.capabilities import EXTENSION, MARGIN, Capabilities, Told, bound
 from lfm.serve import wire
 from lfm.serve.complete import Asked, Made, complete, count, finite

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 from lfm.core.heavy import torch
-from lfm.core.model import Codec, Embeddings, Logits, Logprobs, Model
+from lfm.core.interfaces import Codec, Embeddings, Logits, Logprobs
+from lfm.core.model import Model
 from lfm.models.codec import pad, pad_id
 from lfm.models.language import batches, continuation, ids_by_text, piece
 from lfm.serve.wire import Bad, Embeds, Ids, Prompt, Text

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from lfm.core.errors import CorruptError
 from lfm.core.heavy import torch
-from lfm.core.model import Model, Weights
+from lfm.core.interfaces import Weights
+from lfm.core.model import Model
 from lfm.tensors.lazy import finite, parts
 from lfm.tensors.match import floating, same
 

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 from lfm.core.errors import CorruptError
 from lfm.core.heavy import torch
-from lfm.core.model import Model, Weights
+from lfm.core.interfaces import Weights
+from lfm.core.model import Model
 from lfm.tensors.lazy import Whole, finite, widen
 from lfm.tensors.match import floating, same
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lfm.core.interfaces import LazyTensor
     from lfm.core.method import Run
-    from lfm.core.model import LazyTensor
 
 
 def changed(

@@ -12,7 +12,7 @@ from lfm.tensors.parallel import each
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 DIGITS = {2: (15,), 4: (15, 16), 8: (15, 16, 16, 16)}
 """Bytes an element → bits of each pass, from the highest. Without the sign, floats order as their bits do."""

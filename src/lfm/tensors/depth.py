@@ -10,7 +10,7 @@ from lfm.core.errors import MismatchError
 from lfm.tensors.lazy import size
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 

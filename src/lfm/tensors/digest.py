@@ -19,7 +19,7 @@ from lfm.tensors.safetensors_file import DTYPES, StoredTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 BUFFER = 1 << 20
 """Bytes hashed at a time."""

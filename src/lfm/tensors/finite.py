@@ -11,7 +11,7 @@ from lfm.tensors.parallel import each
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 def find_nonfinite(tensors: Mapping[str, LazyTensor | Tensor], *, workers: int | None = None) -> str | None:

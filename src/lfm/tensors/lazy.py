@@ -17,7 +17,7 @@ from lfm.tensors.safetensors_file import FLOATING, dtype_code, torch_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 CHUNK = 1 << 19
 """Elements read, computed and written at a time: few enough for the caches, enough that Python is not what waits."""

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple, final
 
 from lfm.core.errors import CorruptError
 from lfm.core.heavy import torch
-from lfm.core.model import LowRank
+from lfm.core.interfaces import LowRank
 from lfm.tensors.lazy import CHUNK, code_of, finite, is_chunked
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 OVERSAMPLED = 16
 """Directions beyond those asked for, that a randomised decomposition begins with."""

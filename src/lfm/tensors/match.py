@@ -7,12 +7,13 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from lfm.core.errors import MismatchError
-from lfm.core.model import Model, Weights
+from lfm.core.interfaces import Weights
+from lfm.core.model import Model
 from lfm.tensors.lazy import code_of, coded, size, spans
 from lfm.tensors.safetensors_file import DTYPES, FLOATING
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 def agree(models: Sequence[Model]) -> None:

@@ -23,7 +23,7 @@ from lfm.tensors.safetensors_file import DTYPES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 T = TypeVar("T")
 

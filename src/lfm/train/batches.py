@@ -9,7 +9,7 @@ from lfm.core.heavy import torch
 from lfm.data.files import Lines, where
 
 if TYPE_CHECKING:
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 R = TypeVar("R")
 S = TypeVar("S")

@@ -10,7 +10,7 @@ from lfm.core.heavy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 def called(module: nn.Module, loss: Callable[[nn.Module, Batch], Tensor]) -> nn.Module:

@@ -9,7 +9,8 @@ import msgspec
 
 from lfm.core.errors import DataError, MismatchError
 from lfm.core.heavy import F, torch
-from lfm.core.model import Codec, Model
+from lfm.core.interfaces import Codec
+from lfm.core.model import Model
 from lfm.data import task as tasks
 from lfm.models import forward
 from lfm.train.batches import once
@@ -17,7 +18,7 @@ from lfm.train.batches import once
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Pool(NamedTuple):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lfm.core.heavy import F, torch
-from lfm.core.model import Codec, Logits, Model
+from lfm.core.interfaces import Codec, Logits
+from lfm.core.model import Model
 from lfm.data import task as tasks
 from lfm.data.records import Record, Text
 from lfm.train.batches import once
@@ -14,7 +15,7 @@ from lfm.train.batches import once
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 Criterion = Literal["accuracy", "loss"]
 

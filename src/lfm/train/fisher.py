@@ -12,7 +12,7 @@ from lfm.models.device import forward
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.task import Task
 
 Answers = Literal["expected", "sampled", "given"]

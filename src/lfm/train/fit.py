@@ -34,8 +34,8 @@ from lfm.train.world import alone, together
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lfm.core.interfaces import Batch
     from lfm.core.method import Run
-    from lfm.core.model import Batch
 
 R = TypeVar("R")
 

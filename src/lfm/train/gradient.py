@@ -15,7 +15,7 @@ from lfm.train import world
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 UNSCORED = -100
 

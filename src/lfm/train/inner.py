@@ -17,7 +17,7 @@ from lfm.train.called import called
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 Rule = Literal["adam", "sgd"]
 Loss = Callable[["nn.Module", "Batch"], "Tensor"]

@@ -16,7 +16,7 @@ from lfm.train.cost import memory, smaller
 if TYPE_CHECKING:
     from torch import nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.train.setting import Fit
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")

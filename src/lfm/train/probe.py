@@ -12,7 +12,7 @@ from lfm.models.device import forward
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.task import Task
 
 ITERATIONS = 200

@@ -11,7 +11,7 @@ from lfm.models.mixing import forward_with
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 Places = Mapping[str, "Tensor"]
 """Parameter by name → which of its numbers, (k,) int64 places in its flat order, ascending."""

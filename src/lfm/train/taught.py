@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lfm.core.errors import DivergedError
 from lfm.core.heavy import torch
+from lfm.core.interfaces import Codec
 from lfm.core.method import Data, DataSlot
-from lfm.core.model import Codec, Model
+from lfm.core.model import Model
 from lfm.data import packing
 from lfm.data import task as tasks
 from lfm.models import forward
@@ -20,8 +21,8 @@ from lfm.train.fit import fit
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lfm.core.interfaces import Batch
     from lfm.core.method import Run
-    from lfm.core.model import Batch
     from lfm.data.records import Record
     from lfm.data.task import Task
     from lfm.train.setting import Fit

@@ -24,7 +24,7 @@ from lfm.train.called import called
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 def sharded() -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft.config import PeftConfig
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.records import Record
 
 READ = ("text", "completion", "chat", "label", "pair", "fact")

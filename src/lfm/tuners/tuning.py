@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft.config import PeftConfig
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.task import Task
 
 MODEL = {"model": Slot((Gradients, Codec), help="the model to adapt")}

@@ -182,7 +182,7 @@ def make_base(out: Path, making: Making) -> None:
 
 def make_expert(task: str, out: Path, making: Making) -> None:
     """The base, fine-tuned on one task: few steps of a low rate, so that experts stay close enough to merge."""
-    from lfm.core.model import Gradients
+    from lfm.core.interfaces import Gradients
     from lfm.models import load
 
     with one_thread():

@@ -24,8 +24,8 @@ from case import Case
 from lfm import runs
 from lfm.core import Answers, Codec, Gradients, Inputs, Logits, Model
 from lfm.core.errors import AccessError, BudgetError, ConfigError, CorruptError, DataError, MismatchError
+from lfm.core.interfaces import Classes, Top
 from lfm.core.method import check
-from lfm.core.model import Classes, Top
 from lfm.data import records as data
 from lfm.data.files import read, write
 from lfm.data.task import task_for
@@ -358,7 +358,7 @@ def test_an_endpoint_is_paid_once(root: Path, tmp_path: Path) -> None:
 
 
 def _top_alone(teacher: Model) -> Model:
-    from lfm.core.model import Logprobs
+    from lfm.core.interfaces import Logprobs
 
     return replace(teacher, gives={Top: lambda: teacher.ask(Logprobs)}, _opened={})
 

@@ -16,8 +16,8 @@ from case import Case
 from lfm import runs
 from lfm.core import Codec, Inputs, Logits, Model, Sizes
 from lfm.core.errors import ConfigError, MismatchError
+from lfm.core.interfaces import Classes
 from lfm.core.method import check
-from lfm.core.model import Classes
 from lfm.distilling import datafree, deciding
 from lfm.distilling.bank import Bank
 from lfm.distilling.pictures import frame_of

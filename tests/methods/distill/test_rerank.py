@@ -15,7 +15,8 @@ from case import Case
 from lfm import runs
 from lfm.core import Codec, Inputs, Logits, Model, Text
 from lfm.core.errors import AccessError, ConfigError, MismatchError
-from lfm.core.model import Classes, Facts
+from lfm.core.interfaces import Classes
+from lfm.core.model import Facts
 from lfm.data.files import write
 from lfm.data.records import Label
 from lfm.methods.distill import rerank

@@ -16,8 +16,8 @@ from lfm import runs
 from lfm.core import Codec, Gradients, Inputs, Logits, Model, Text
 from lfm.core.config import configure
 from lfm.core.errors import AccessError, ConfigError, DataError, MismatchError
+from lfm.core.interfaces import Top
 from lfm.core.method import RECORDS
-from lfm.core.model import Top
 from lfm.data import records as data
 from lfm.data.files import read
 from lfm.data.task import task_for

@@ -15,8 +15,8 @@ from case import Case
 from lfm import runs, serve
 from lfm.core import Codec, Gradients, Inputs, Model, Text
 from lfm.core.errors import BudgetError, ConfigError, DataError, MismatchError
+from lfm.core.interfaces import Logprobs, Said, Score, said_by
 from lfm.core.method import RECORDS
-from lfm.core.model import Logprobs, Said, Score, said_by
 from lfm.data import records as data
 from lfm.data.files import read, write
 from lfm.data.task import task_for

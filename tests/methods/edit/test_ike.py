@@ -19,8 +19,8 @@ from lfm import runs
 from lfm.core import Facts, Features, Inputs, Logprobs, Model, Parts
 from lfm.core import Text as Speaks
 from lfm.core.errors import DataError, EditError, MismatchError, SlotError
+from lfm.core.interfaces import Score
 from lfm.core.method import Amount, Sizes, check
-from lfm.core.model import Score
 from lfm.data.alike import by_words
 from lfm.data.files import write
 from lfm.data.records import Edit

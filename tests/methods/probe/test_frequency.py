@@ -16,8 +16,8 @@ from case import Case
 from lfm import runs
 from lfm.core import Inputs, Logprobs, Model
 from lfm.core.errors import DataError
+from lfm.core.interfaces import Ranked, Score
 from lfm.core.method import Amount, Sizes, check
-from lfm.core.model import Ranked, Score
 from lfm.data.files import write
 from lfm.data.records import Fact
 from lfm.methods.probe import frequency

@@ -16,8 +16,9 @@ from case import Case
 from lfm import models
 from lfm.core.errors import DataError
 from lfm.core.finding import Finding
+from lfm.core.interfaces import Logprobs, Score
 from lfm.core.method import Amount, Inputs, Sizes
-from lfm.core.model import Facts, Logprobs, Model, Score
+from lfm.core.model import Facts, Model
 from lfm.data.facts import questions, rank
 from lfm.data.files import write
 from lfm.data.records import Fact

@@ -16,7 +16,8 @@ from lfm import runs
 from lfm.core import Codec, Embeddings, Inputs, Logprobs, Model, Top
 from lfm.core.errors import AccessError, ConfigError
 from lfm.core.finding import Finding
-from lfm.core.model import Facts, Score
+from lfm.core.interfaces import Score
+from lfm.core.model import Facts
 from lfm.data import files
 from lfm.data.records import Label, Text
 from lfm.methods.prompt import adversarial

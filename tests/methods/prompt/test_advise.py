@@ -14,7 +14,7 @@ from case import Case
 from lfm import runs
 from lfm.core import Inputs, Logprobs, Model, Text, finding, registry
 from lfm.core.errors import ConfigError, DataError, EndpointError, MismatchError
-from lfm.core.model import Classes, Score
+from lfm.core.interfaces import Classes, Score
 from lfm.data import files
 from lfm.data.records import Label
 from lfm.methods.prompt import advise

@@ -15,7 +15,7 @@ from case import Case
 from lfm import runs
 from lfm.core import Inputs, Model, Vectors
 from lfm.core.errors import DataError
-from lfm.core.model import Classes, Text
+from lfm.core.interfaces import Classes, Text
 from lfm.data import files
 from lfm.data.records import Label, Pair
 from lfm.data.records import Text as Plain

@@ -21,7 +21,7 @@ from case import Case
 from lfm import runs
 from lfm.core import Embeddings, Facts, Inputs, Logprobs, Model, Sizes, Text
 from lfm.core.errors import BudgetError, ConfigError, DataError
-from lfm.core.model import Ranked
+from lfm.core.interfaces import Ranked
 from lfm.data import files
 from lfm.data.files import amount
 from lfm.data.records import Label, Record

@@ -14,8 +14,8 @@ from case import Case
 from lfm import runs
 from lfm.core import Inputs, Logprobs, Model
 from lfm.core.errors import AccessError, ConfigError, DataError
+from lfm.core.interfaces import Classes, Top
 from lfm.core.method import check
-from lfm.core.model import Classes, Top
 from lfm.data import files
 from lfm.data.records import Label
 from lfm.methods.prompt import boosting

@@ -13,7 +13,8 @@ import tiny
 from case import Case
 from lfm.core import Inputs, Logprobs, Model
 from lfm.core.errors import DataError
-from lfm.core.model import Classes, Facts, Score
+from lfm.core.interfaces import Classes, Score
+from lfm.core.model import Facts
 from lfm.data import files
 from lfm.data.alike import by_words
 from lfm.data.records import Label

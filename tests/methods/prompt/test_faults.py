@@ -19,7 +19,7 @@ import pytest
 from lfm import runs
 from lfm.core import Inputs, Logprobs, Model
 from lfm.core.errors import BudgetError, EndpointError, VerifyError
-from lfm.core.model import Classes, Top
+from lfm.core.interfaces import Classes, Top
 from lfm.data import files
 from lfm.data.records import Label
 from lfm.methods.prompt import manual

@@ -15,7 +15,8 @@ from case import Case
 from lfm.core import Inputs, Logprobs, Model, Text
 from lfm.core.errors import AccessError
 from lfm.core.finding import read
-from lfm.core.model import Classes, Facts, Ranked, Score
+from lfm.core.interfaces import Classes, Ranked, Score
+from lfm.core.model import Facts
 from lfm.data import files
 from lfm.data.records import Label
 from lfm.methods.prompt import instruction

@@ -16,7 +16,8 @@ from case import Case
 from lfm import runs
 from lfm.core import Inputs, Logprobs, Model, Text
 from lfm.core.errors import ConfigError, DataError
-from lfm.core.model import Facts, Score
+from lfm.core.interfaces import Score
+from lfm.core.model import Facts
 from lfm.data import files
 from lfm.data.records import Fact
 from lfm.methods.prompt import lpaqa

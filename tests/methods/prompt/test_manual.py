@@ -13,7 +13,7 @@ from case import Case
 from lfm import runs
 from lfm.core import Inputs, Logprobs, Model, Text
 from lfm.core.errors import ConfigError, DataError
-from lfm.core.model import Classes, Top
+from lfm.core.interfaces import Classes, Top
 from lfm.data import files
 from lfm.data.records import Label
 from lfm.evals import evaluate

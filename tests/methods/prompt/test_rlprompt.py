@@ -14,7 +14,8 @@ from case import Case
 from lfm import runs
 from lfm.core import Inputs, Logprobs, Model
 from lfm.core.errors import AccessError, ConfigError
-from lfm.core.model import Classes, Facts, Score
+from lfm.core.interfaces import Classes, Score
+from lfm.core.model import Facts
 from lfm.data import files
 from lfm.data.records import Fact, Label
 from lfm.methods.prompt import rlprompt

@@ -15,7 +15,7 @@ from case import Case
 from lfm import runs
 from lfm.core import Inputs, Model, Text
 from lfm.core.errors import ConfigError
-from lfm.core.model import Classes
+from lfm.core.interfaces import Classes
 from lfm.data.records import Completion, Fact, Label
 from lfm.evals import evaluate
 from lfm.methods.prompt import self_consistency

@@ -16,8 +16,8 @@ from case import Case
 from lfm import runs
 from lfm.core import Codec, Gradients, Inputs, Logits, Model
 from lfm.core.errors import ConfigError, DataError
+from lfm.core.interfaces import Classes, Text
 from lfm.core.method import check
-from lfm.core.model import Classes, Text
 from lfm.data import files
 from lfm.data.records import Label, Pair
 from lfm.data.records import Text as Plain

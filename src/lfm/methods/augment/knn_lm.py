@@ -45,7 +45,7 @@ from lfm.core import (
 )
 from lfm.core.errors import ConfigError, DataError, MismatchError, ModelError
 from lfm.core.heavy import torch
-from lfm.core.model import Batch
+from lfm.core.interfaces import Batch
 from lfm.models.codec import pad, pad_id
 from lfm.models.language import CausalLogprobs, CausalText, batches
 from lfm.models.program import program

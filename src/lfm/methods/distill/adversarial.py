@@ -49,7 +49,7 @@ from lfm.train.state import State
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 SOFT = 3.0

@@ -37,7 +37,7 @@ from lfm.distilling.telling import TOLD
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.distilling.bank import Bank
 
 

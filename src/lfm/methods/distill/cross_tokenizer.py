@@ -56,7 +56,7 @@ from lfm.train.losses import kl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Config(Taught, frozen=True):

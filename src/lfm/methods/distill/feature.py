@@ -55,7 +55,7 @@ from lfm.train import fit, seeded, training
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Config(Answering, frozen=True):

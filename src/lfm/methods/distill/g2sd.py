@@ -58,7 +58,7 @@ from lfm.train import fit, seeded, training
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 PIXELS = "teacher.pixels"
 DEPTH = 4

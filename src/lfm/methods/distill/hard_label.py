@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from lfm.core import Codec, Cost, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import F, torch
-from lfm.core.model import Classes
+from lfm.core.interfaces import Classes
 from lfm.data.records import Image
 from lfm.distilling import datafree, deciding, generator
 from lfm.distilling.datafree import PIXELS, DataFree, Scene, Teacher
@@ -50,7 +50,7 @@ from lfm.train.state import State
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.distilling.bank import Bank
     from lfm.distilling.pictures import Frame
 

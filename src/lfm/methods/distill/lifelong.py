@@ -41,7 +41,7 @@ from lfm.train import Fit, fit, training
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Config(Fit, frozen=True):

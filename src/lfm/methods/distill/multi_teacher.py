@@ -43,7 +43,7 @@ from lfm.train.losses import complete, kl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 SUREST = 1e4
 """Nats of cross-entropy, at most: of teachers that give the right answer no probability none counts less."""

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.distilling.bank import Bank
     from lfm.distilling.statistics import Records
 

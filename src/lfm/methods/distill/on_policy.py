@@ -53,7 +53,7 @@ from lfm.train.setting import steps_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.distilling.lesson import Lesson
     from lfm.train.losses import Divergence
 

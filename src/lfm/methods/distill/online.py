@@ -39,7 +39,7 @@ from lfm.train.examine import examiner
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Config(Taught, frozen=True):

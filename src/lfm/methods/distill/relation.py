@@ -52,7 +52,7 @@ from lfm.train import fit, training
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Config(Answering, frozen=True):

@@ -33,7 +33,7 @@ from lfm.core import Codec, Cost, Data, DataSlot, Inputs, Logits, Meta, Method, 
 from lfm.core.errors import AccessError, ConfigError, MismatchError
 from lfm.core.finding import Curve, table
 from lfm.core.heavy import np, torch
-from lfm.core.model import Classes, Logprobs
+from lfm.core.interfaces import Classes, Logprobs
 from lfm.data.records import Label, Pair
 from lfm.data.task import task_for
 from lfm.models.program import program

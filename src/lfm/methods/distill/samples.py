@@ -27,8 +27,8 @@ from typing import Annotated
 from lfm.core import Codec, Cost, Gradients, Inputs, Logits, Logprobs, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core import Text as Says
 from lfm.core.errors import AccessError, DataError, MismatchError
+from lfm.core.interfaces import Top
 from lfm.core.method import Amount
-from lfm.core.model import Top
 from lfm.data.records import Text
 from lfm.distilling import answering, asking, filtering
 from lfm.distilling import lesson as lessons

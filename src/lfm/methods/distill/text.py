@@ -34,8 +34,8 @@ from lfm.core import Text as Says
 from lfm.core.errors import ConfigError, DataError, MismatchError
 from lfm.core.finding import table
 from lfm.core.heavy import np
+from lfm.core.interfaces import Said as Answer
 from lfm.core.method import Amount
-from lfm.core.model import Said as Answer
 from lfm.data.language import context_of
 from lfm.data.records import Completion, Label, Record, Text
 from lfm.data.wording import spaced, wording

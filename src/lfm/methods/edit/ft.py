@@ -39,7 +39,7 @@ from lfm.train.fit import steps_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.records import Edit
     from lfm.data.task import Task
     from lfm.editing.setting import Setting

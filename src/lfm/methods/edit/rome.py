@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot, Weights
 from lfm.core.config import values
 from lfm.core.heavy import torch
-from lfm.core.model import LowRank
+from lfm.core.interfaces import LowRank
 from lfm.editing import choose, covariance, form, keys, rows, sequence, setting, value
 from lfm.editing.covariance import ENOUGH, factored, loaded, rank_one
 from lfm.models import structure

@@ -31,7 +31,7 @@ import msgspec
 
 from lfm.core import Cost, Data, DataSlot, Inputs, Kept, Meta, Method, Model, Parts, Run, Sizes
 from lfm.core.errors import EditError, SlotError
-from lfm.core.model import Logprobs, Text, Weights
+from lfm.core.interfaces import Logprobs, Text, Weights
 from lfm.data.records import Edit
 from lfm.editing import form, lessons, outcome, remembering, rows, scope, setting, settled
 from lfm.editing.scope import Routed, Scope

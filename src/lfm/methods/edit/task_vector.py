@@ -40,7 +40,7 @@ from lfm.tensors import match
 from lfm.train.examine import Criterion, Score, examiner
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 ADVISED = 0.4
 """λ that the authors advise without data to choose it by."""

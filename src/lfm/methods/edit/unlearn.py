@@ -43,7 +43,7 @@ from lfm.train.fit import steps_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.records import Record
 
 WEIGHT = {"npo": 5.0, "gd": 5.0, "ga": 0.0, "rmu": 30.0}

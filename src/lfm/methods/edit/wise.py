@@ -38,7 +38,7 @@ from lfm.train import fit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.records import Edit
     from lfm.editing.cloze import Asked
     from lfm.editing.setting import Setting

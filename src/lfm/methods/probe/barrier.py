@@ -38,7 +38,7 @@ from lfm.train.fit import steps_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 Named = dict[str, "Tensor"]
 Measure = Callable[[str, Callable[[], Named]], Score]

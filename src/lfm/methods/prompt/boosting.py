@@ -33,7 +33,7 @@ from lfm import prompting
 from lfm.core import Cost, Data, DataSlot, Inputs, Logprobs, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.errors import ConfigError, DataError
 from lfm.core.heavy import np, torch
-from lfm.core.model import Top
+from lfm.core.interfaces import Top
 from lfm.data.records import Label, Pair
 from lfm.models.program import program
 from lfm.prompting.boost import AT_ONCE, Table, Weak, boost, cut

@@ -30,7 +30,7 @@ from lfm import prompting
 from lfm.core import Cost, Data, DataSlot, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.errors import DataError
 from lfm.core.finding import table
-from lfm.core.model import Codec
+from lfm.core.interfaces import Codec
 from lfm.data.records import Label, Pair
 from lfm.models.program import program
 from lfm.prompting import racing

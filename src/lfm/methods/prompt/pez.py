@@ -28,7 +28,7 @@ import msgspec
 
 from lfm.core import Codec, Cost, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.heavy import torch
-from lfm.core.model import Logprobs, Text
+from lfm.core.interfaces import Logprobs, Text
 from lfm.models import prefixed, virtual
 from lfm.models.program import program
 from lfm.train import taught

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Annotated, Any, final
 from lfm.core import Codec, Cost, DataSlot, Gradients, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot
 from lfm.core.errors import DataError
 from lfm.core.heavy import peft, torch
+from lfm.core.interfaces import Adaptation
 from lfm.core.method import Data
-from lfm.core.model import Adaptation
 from lfm.data.shares import by_group, tasks_of, unlearned
 from lfm.models import adapter, virtual
 from lfm.models.program import program

@@ -27,7 +27,7 @@ import lfm.core
 from lfm.core import Cost, Data, DataSlot, Inputs, Meta, Method, Model, Parts, Run, Sizes, Slot, Text
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import np
-from lfm.core.model import Classes, Said, said_by
+from lfm.core.interfaces import Classes, Said, said_by
 from lfm.data.answers import EDGES, begins_with, elected, final_answer
 from lfm.data.records import Label
 from lfm.data.wording import spaced

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.models.templated import Form
     from lfm.tuners.prototypes import Prototyped
 

@@ -36,7 +36,7 @@ from lfm.train.losses import entropy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Config(Fit, frozen=True):

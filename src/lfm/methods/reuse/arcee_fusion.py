@@ -29,7 +29,7 @@ from lfm.fusing.rows import row_width
 from lfm.tensors.lazy import size
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

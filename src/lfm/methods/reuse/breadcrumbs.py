@@ -40,7 +40,7 @@ from lfm.fusing.joins import added
 from lfm.fusing.masks import between, middles
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

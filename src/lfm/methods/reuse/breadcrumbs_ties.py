@@ -43,7 +43,7 @@ from lfm.fusing.joins import agreed
 from lfm.fusing.masks import between, middles
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

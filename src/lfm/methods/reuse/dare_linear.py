@@ -39,7 +39,7 @@ from lfm.fusing.inputs import (
 from lfm.fusing.joins import added, dropped
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

@@ -41,7 +41,7 @@ from lfm.fusing.inputs import (
 from lfm.fusing.joins import agreed, multiplied
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

@@ -31,7 +31,7 @@ from lfm.tensors import match
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 SMALL = 1024

@@ -28,7 +28,7 @@ from lfm.fusing.inputs import Tensors, Weighting, agree, normalized, one_each, s
 from lfm.fusing.joins import weighted
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

@@ -27,7 +27,7 @@ from lfm.fusing.inputs import Tensors, Weighting, memory, normalized, one_each, 
 from lfm.fusing.joins import weighted
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

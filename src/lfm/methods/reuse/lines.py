@@ -37,7 +37,7 @@ from lfm.tensors import match
 from lfm.tensors.depth import depths
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 ALONE = 0.5
 """α of one model's change: what its embeddings and first block keep of it."""

@@ -47,7 +47,7 @@ from lfm.tensors.safetensors_file import DTYPES as STORED
 from lfm.tensors.safetensors_file import FLOATING
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

@@ -26,7 +26,7 @@ from lfm.models import combine, lora
 from lfm.tensors.lazy import lazy
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

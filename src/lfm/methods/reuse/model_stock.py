@@ -29,7 +29,7 @@ from lfm.fusing.joins import added, change
 from lfm.fusing.rows import row_width
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 SMALL = 1e-6

@@ -29,7 +29,7 @@ from lfm.fusing.inputs import Tensors, Weighting, agree, normalized, one_each, s
 from lfm.fusing.joins import added, change, weighted
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 SMALL = 1e-8

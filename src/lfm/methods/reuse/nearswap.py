@@ -23,7 +23,7 @@ from lfm.fusing import Each, Rule, fuse
 from lfm.fusing.inputs import BASE, Tensors, agree, streamed, whole
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

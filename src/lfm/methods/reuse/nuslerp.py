@@ -27,7 +27,7 @@ from lfm.fusing.joins import added, change, weighted
 from lfm.fusing.rows import by_column, column_gram, row_width
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 SMALL = 1e-7

@@ -28,7 +28,7 @@ from lfm.fusing.inputs import BASE_AND_TUNED, Tensors, agree, streamed, whole
 from lfm.fusing.joins import moved
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

@@ -27,7 +27,7 @@ from lfm.fusing.inputs import Tensors, agree, known, streamed, whole
 from lfm.fusing.joins import weighted
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 PARALLEL = 0.9995

@@ -35,7 +35,7 @@ from lfm.train.fit import steps_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Config(Fit, frozen=True):

@@ -25,7 +25,7 @@ from lfm.fusing.inputs import BASE_AND_TUNED, Normalize, Scale, Tensors, Weighti
 from lfm.fusing.joins import added, change
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 class Config(lfm.core.Config, frozen=True):

@@ -51,7 +51,7 @@ from lfm.fusing.masks import between, regrown
 from lfm.tensors.lazy import size
 
 if TYPE_CHECKING:
-    from lfm.core.model import LazyTensor
+    from lfm.core.interfaces import LazyTensor
 
 
 Scope = Literal["model", "tensor"]

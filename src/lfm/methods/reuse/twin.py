@@ -50,7 +50,7 @@ from lfm.train import Fit, fit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 SITE = ("hidden", -1)
 

@@ -55,7 +55,7 @@ from lfm.train.losses import entropy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Config(Fit, frozen=True):

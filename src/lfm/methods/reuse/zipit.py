@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 Named = dict[str, "Tensor"]
 

@@ -30,7 +30,7 @@ from lfm.tuners.tuning import MODEL, Tuning, cost_of, trained
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.task import Task
 
 

@@ -40,7 +40,7 @@ from lfm.train import Fit, fit, once, seeded, suited, training
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.records import Record
 
 READ = 32

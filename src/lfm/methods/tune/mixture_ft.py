@@ -34,7 +34,7 @@ from lfm.train.batches import beside, parted
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 KINDS = ("fact", "completion", "chat", "label", "pair", "text")

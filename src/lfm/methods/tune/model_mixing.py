@@ -50,7 +50,7 @@ from lfm.train import suited
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 BATCH = 32
 """Dev records a pass."""

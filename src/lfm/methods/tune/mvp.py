@@ -44,7 +44,7 @@ from lfm.train.embeddings import changed_embeddings, raising
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.task import Task
     from lfm.models.templated import Form
 

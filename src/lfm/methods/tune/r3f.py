@@ -31,7 +31,7 @@ from lfm.train.losses import symmetric_kl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.task import Task
 
 

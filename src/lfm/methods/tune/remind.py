@@ -39,7 +39,7 @@ from lfm.train.replay import Seen, remembered
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.records import Record
     from lfm.data.task import Task
 

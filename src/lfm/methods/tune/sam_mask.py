@@ -36,7 +36,7 @@ from lfm.train.batches import Numbers
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
     from lfm.data.task import Task
 
 ID = "tune.sam_mask"

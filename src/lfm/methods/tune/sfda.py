@@ -39,7 +39,7 @@ from lfm.train.losses import entropy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 READ = 64
 """Records whose features are taken at once."""

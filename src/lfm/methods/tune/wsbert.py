@@ -34,7 +34,7 @@ from lfm.train import Fit, fit, seeded, suited, training
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lfm.core.model import Batch
+    from lfm.core.interfaces import Batch
 
 
 class Config(Fit, frozen=True):

@@ -14,7 +14,8 @@ import msgspec
 
 from lfm.core.errors import CorruptError, MismatchError
 from lfm.core.heavy import np
-from lfm.core.model import Answers, Facts, Model
+from lfm.core.interfaces import Answers
+from lfm.core.model import Facts, Model
 from lfm.models.answers.codec import Code, decode
 from lfm.models.answers.shards import AGAIN, KEY, Shards, bin_of, entries, index_of
 

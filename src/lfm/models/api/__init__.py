@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from lfm.core.model import Embeddings, Logprobs, Model, Text, Top, Vectors
+from lfm.core.interfaces import Embeddings, Logprobs, Text, Top, Vectors
+from lfm.core.model import Model
 from lfm.models.api import capabilities
 from lfm.models.api.cache import Cache, default_cache, digest_of
 from lfm.models.api.client import Client, Patience

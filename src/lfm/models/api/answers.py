@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from lfm.core.errors import EndpointError
-from lfm.core.model import Ranked, Score
+from lfm.core.interfaces import Ranked, Score
 from lfm.models.api.client import Closed, said_by
 
 S = TypeVar("S")

@@ -13,7 +13,7 @@ import msgspec
 
 from lfm.core.errors import EndpointError
 from lfm.core.heavy import np
-from lfm.core.model import Ranked, Said, Score
+from lfm.core.interfaces import Ranked, Said, Score
 from lfm.models.api import answers
 from lfm.models.api.cache import Cache, digest_of
 from lfm.models.api.capabilities import Capabilities, bound

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import nn, torch
-from lfm.core.model import Batch, Codec, Gradients, Logits, Logprobs, Model, Said, Text
+from lfm.core.interfaces import Batch, Codec, Gradients, Logits, Logprobs, Said, Text
+from lfm.core.model import Model
 from lfm.models import adapter, structure
 from lfm.models.device import device, forward, taken
 from lfm.models.language import CausalLogprobs

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm.core.heavy import torch, transformers
-from lfm.core.model import Codec, Said
+from lfm.core.interfaces import Codec, Said
 from lfm.models.codec import pad, pad_id
 from lfm.models.device import taken
 from lfm.models.language import batches, continuation, cut, rows_of

@@ -298,7 +298,7 @@ def agree(config: DataFree, teacher: Model, student: Model) -> None:
             why=f"the teacher's: {shown[0]}; the student's: {shown[1]}",
             fix="rename the classes in one config (id2label)",
         )
-    if config.bank < config.batch_size:
+    if 0 < config.bank < config.batch_size:
         raise ConfigError(
             f"a bank of {config.bank} pictures gives no batch of {config.batch_size}", fix=f"bank={config.batch_size}"
         )

@@ -34,6 +34,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import msgspec
+
 from lfm.core import Codec, Cost, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import F, torch
@@ -63,7 +65,7 @@ CHUNK = 256
 class Config(DataFree, frozen=True):
     kind: Annotated[Literal["entropy", "boundary"], Meta(description="what is asked about")] = "entropy"
     queries: Annotated[int, Meta(ge=1, description="most pictures that the teacher is asked about")] = 20000
-    bank: Annotated[int, Meta(ge=1, description="pictures kept at most; the oldest give way")] = 20000
+    bank: Annotated[int, Meta(ge=0, description="pictures kept at most; 0: what a GiB holds of those asked about")] = 0
     noise: Annotated[float, Meta(ge=0, le=1, description="of entropy: share of `queries` for noise, at first")] = 0.5
     rounds: Annotated[int, Meta(ge=1, description="of entropy: batches of questions, spread over the steps")] = 40
     generator_steps: Annotated[int, Meta(ge=1, description="of entropy: the generator's steps a round")] = 10
@@ -110,8 +112,15 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         hard = F.cross_entropy(answered, rows[NAMED])
         return hard + gap(answered, rows, config.temperature, config.divergence) if TOLD in rows else hard
 
-    datafree.distil(scene, synthesise, config, run, loss=loss, beside=beside, even=NAMED)
+    kept = msgspec.structs.replace(config, bank=room(config, scene.frame))
+    datafree.distil(scene, synthesise, kept, run, loss=loss, beside=beside, even=NAMED)
     return student.ask(Gradients).rewrap(scene.student)
+
+
+def room(config: Config, frame: Frame) -> int:
+    """How many pictures are kept: as told, or all that a GiB holds (a batch at least)."""
+    held = 2**30 // (4 * math.prod(frame.shape))
+    return config.bank or max(config.batch_size, min(config.queries, held))
 
 
 def named(teacher: Model, frame: Frame, images: Tensor) -> Tensor:
@@ -138,9 +147,11 @@ def exploring(config: Config, scene: Scene, ask: Ask, run: Run) -> Made:
     pace = Pace(config.generator_steps, config.generator_lr, config.latent_lr)
 
     def synthesise(step: int, bank: Bank) -> Batch | None:
-        if step == 0 and first:
-            images = scene.frame.scaled(deciding.noise(first, scene.frame.shape, run.generator("noise")).to(place))
-            bank.add({PIXELS: images, NAMED: ask(images, "noise")})
+        draw = run.generator("noise")
+        for done in range(0, first if step == 0 else 0, CHUNK):
+            unit = deciding.noise(min(CHUNK, first - done), scene.frame.shape, draw)
+            images = scene.frame.scaled(unit.to(place))
+            bank.add({PIXELS: images, NAMED: ask(images, f"noise {done}")})
         if step not in begins:
             return None
         number = begins[step]
@@ -189,7 +200,7 @@ def measuring(config: Config, scene: Scene, ask: Ask, run: Run) -> Made:
     """All pictures and their soft labels, before the student's first step."""
 
     def synthesise(step: int, bank: Bank) -> Batch | None:
-        return measured(config, scene, ask, run) if step == 0 else None
+        return measured(config, scene, ask, bank, run) if step == 0 else None
 
     return synthesise, {}
 
@@ -201,20 +212,23 @@ def each(config: Config, classes: int) -> int:
     return config.tries + config.moves * move + (classes - 1) * label
 
 
-def measured(config: Config, scene: Scene, ask: Ask, run: Run) -> Batch:
+def measured(config: Config, scene: Scene, ask: Ask, bank: Bank, run: Run) -> Batch:
     """Noise of all classes that is found, moved away from decisions, with the distances to others as soft labels.
 
-    Before it stands all else that was asked about, with the class named alone: it is paid for.
+    All else that is asked about on the way goes into the bank with the class named alone: it is paid for.
     """
     frame, draw = scene.frame, run.generator("boundary")
     many = config.queries // each(config, scene.classes)
-    seen: list[Tensor] = []
-    told: list[Tensor] = []
+    asked = 0
 
     def decide(unit: Tensor) -> Tensor:
-        seen.append(frame.scaled(unit.clamp(0, 1)))
-        told.append(ask(seen[-1], f"decided {len(seen)}"))
-        return told[-1]
+        nonlocal asked
+        asked += 1
+        images = frame.scaled(unit.clamp(0, 1))
+        told = ask(images, f"decided {asked}")
+        alone = config.sharp * F.one_hot(told, scene.classes).to(images)
+        bank.add({PIXELS: images, NAMED: told, TOLD: alone})
+        return told
 
     x = deciding.noise(many * config.tries, frame.shape, draw).to(frame.low)
     own = decide(x)
@@ -228,13 +242,7 @@ def measured(config: Config, scene: Scene, ask: Ask, run: Run) -> Batch:
     )
     logits = deciding.soft(found, own)
     mean = logits.max(-1).values.mean().clamp(min=1e-12)
-    classes = torch.cat([*told, own])
-    alone = F.one_hot(classes[: -len(own)], scene.classes)
-    return {
-        PIXELS: torch.cat([*seen, frame.scaled(x)]),
-        NAMED: classes,
-        TOLD: config.sharp * torch.cat([alone.to(logits), logits / mean]),
-    }
+    return {PIXELS: frame.scaled(x), NAMED: own, TOLD: config.sharp * logits / mean}
 
 
 def agree(config: Config, inputs: Inputs) -> None:

@@ -52,6 +52,18 @@ def test_a_bank_keeps_the_newest_and_comes_back_from_its_aids() -> None:
     assert sorted(bank.draw(9)[PIXELS].flatten().tolist()) == [25, 26, 27, 28, 29]
 
 
+def test_a_bank_with_room_left_comes_back_with_what_it_holds_and_no_graph() -> None:
+    bank, again = Bank(8, torch.device("cpu")), Bank(8, torch.device("cpu"))
+    made = torch.arange(3.0, requires_grad=True)[:, None] * 2
+    bank.add({PIXELS: made})
+    again.load(bank.aids())
+    for one in (bank, again):
+        drawn = one.draw(8)[PIXELS]
+        assert sorted(drawn.flatten().tolist()) == [0, 2, 4] and not drawn.requires_grad
+    torch.manual_seed(0)
+    assert len({tuple(bank.draw(2)[PIXELS].flatten().tolist()) for _ in range(50)}) == 6  # every ordered pair
+
+
 def test_rows_are_drawn_so_that_each_class_comes_as_often_and_no_row_twice() -> None:
     """96 rows of one class, 4 of another; what was overwritten (class 7) is never drawn."""
     bank = Bank(100, torch.device("cpu"))

@@ -119,33 +119,39 @@ def _likeliest(taught: Lesson, teacher: Model, run: Run, name: str) -> Callable[
     """As told, of a teacher that gives no logits."""
     if teacher.can(Answers):
         kept, where = teacher.ask(Answers), answers.found(taught, teacher)
-        return lambda chosen: {**taught.collate(chosen), **_laid(taught, *kept.told(where[list(chosen)].tolist()))}
+        many = len(taught.order) or teacher.facts.vocabulary
+        return lambda chosen: {
+            **taught.collate(chosen),
+            **_laid(taught, many, *kept.told(where[list(chosen)].tolist())),
+        }
     ask = answers.asking(taught, teacher, K)
+    many = 0
     rows: list[Any] = []
     for first in run.track(range(0, len(taught.records), answers.CHUNK), name):
         chosen = taught.numbers[first : first + answers.CHUNK]
 
         def part(chosen: Sequence[int] = chosen) -> list[Any]:
-            ids, told, counts, _ = ask(chosen)
-            return [torch.from_numpy(ids), torch.from_numpy(told), counts]
+            ids, told, counts, many = ask(chosen)
+            return [torch.from_numpy(ids), torch.from_numpy(told), counts, many]
 
-        ids, told, counts = run.step(f"{name} {first}", part)
+        ids, told, counts, many = run.step(f"{name} {first}", part)
         rows += zip(ids.split(counts), told.split(counts), strict=True)
 
     def again(chosen: Sequence[int]) -> Batch:
         ids, told = (torch.cat([rows[i][part] for i in chosen]).numpy() for part in (0, 1))
-        return {**taught.collate(chosen), **_laid(taught, ids, told)}
+        return {**taught.collate(chosen), **_laid(taught, many, ids, told)}
 
     return again
 
 
-def _laid(taught: Lesson, ids: Any, told: Any) -> Batch:
-    """What lies beside a batch: of classes by the student's numbers; log-probabilities alone where all are told."""
+def _laid(taught: Lesson, many: int, ids: Any, told: Any) -> Batch:
+    """What lies beside a batch: of classes by the student's numbers; log-probabilities alone where all of the `many`
+    (or more, of a vocabulary that is padded) are told."""
     places, logprobs = torch.from_numpy(np.array(ids)).long(), torch.from_numpy(np.array(told))
     if taught.order:
         places = torch.argsort(torch.tensor(list(taught.order)))[places]
     width = places.shape[1]
-    if len(places) and int(places.max()) == width - 1 and len(set(places[0].tolist())) == width:
+    if len(places) and width >= many and int(places.max()) == width - 1 and len(set(places[0].tolist())) == width:
         return {TOLD: torch.zeros_like(logprobs).scatter(1, places, logprobs)}
     return {TOLD: logprobs, IDS: places}
 

@@ -30,7 +30,7 @@ from lfm.data import records as data
 from lfm.data.files import read, write
 from lfm.data.task import task_for
 from lfm.distilling import lesson as lessons
-from lfm.distilling.telling import IDS, TOLD
+from lfm.distilling.telling import IDS, TOLD, gap
 from lfm.methods.distill import cache, response
 from lfm.models import load
 from lfm.models.answers import MANIFEST
@@ -158,6 +158,20 @@ def test_classes_are_told_by_the_students_numbers(root: Path, tmp_path: Path) ->
             continue
         assert [set(row) for row in batch[IDS].tolist()] == [set(r) for r in expected.topk(2).indices.tolist()]
         assert (batch[TOLD] - expected.gather(1, batch[IDS])).abs().max() < 0.01
+
+
+def test_the_likeliest_classes_of_one_record_are_not_taken_for_all_of_them(root: Path, tmp_path: Path) -> None:
+    """Of k = 2 of 3 classes a batch of one record may have the first two: its loss is still over three outcomes."""
+    teacher, student = load(root / "classifier0"), load(root / "classifier1")
+    kept = keep(teacher, LABELS, tmp_path / "answers", 2)
+    lesson = lessons.lesson(LABELS, kept, student)
+    told = lessons.told(lesson, kept, LocalRun(0, tmp_path))
+    first = [i for i, row in enumerate(said(teacher, LABELS).topk(2).indices.tolist()) if set(row) == {0, 1}]
+    assert first, "no record has the first two classes for its likeliest: another seed"
+    batch = told(first[:1])
+    t, s = (said(model, LABELS)[first[0]].double() for model in (teacher, student))
+    apart = gap(student.ask(Logits).logits(lesson.collate(first[:1])), batch).item()
+    assert apart == pytest.approx((t.exp() * (t - s)).sum().item(), rel=1e-2)
 
 
 def test_what_does_not_fit_is_refused_before_training(root: Path, tmp_path: Path) -> None:

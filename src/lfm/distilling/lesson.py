@@ -176,13 +176,16 @@ def agree(teacher: Model, student: Model) -> None:
         raise MismatchError(
             f"a model {_does(s.task)} cannot learn the answers of one {_does(t.task)}",
             why=f"{student.ref} and {teacher.ref} answer different questions",
+            fix=f"give a student {_does(t.task)}, or a teacher {_does(s.task)}"
+            + ("; distill.cross_modal is for classifiers of different things" if t.labels and s.labels else ""),
         )
     if s.task in tasks.LANGUAGE:
         told = teacher.can(Codec)  # answers that were kept have no tokenizer
         if t.vocabulary_digest != s.vocabulary_digest and not (told and _vocabulary(teacher) == _vocabulary(student)):
             raise MismatchError(
                 "teacher and student have different vocabularies",
-                why=f"{teacher.ref} has {t.vocabulary} tokens, {student.ref} {s.vocabulary}",
+                why=f"{teacher.ref} has {t.vocabulary} tokens, {student.ref} "
+                + (f"{s.vocabulary}" if t.vocabulary != s.vocabulary else "as many, of which some are others"),
                 fix="give a student that was made with the teacher's tokenizer"
                 + (", or use distill.cross_tokenizer, or distill.text" if s.task == "causal-lm" else ""),
             )

@@ -188,7 +188,14 @@ def test_what_does_not_fit_is_refused_before_training(root: Path, tmp_path: Path
     tokenizer.save_pretrained(longer)
     with pytest.raises(MismatchError, match=r"different vocabularies(.|\n)*distill.cross_tokenizer"):
         learn(kept, load(longer), TEXTS, tmp_path / "other")
-    with pytest.raises(MismatchError, match="for causal-lm"):
+    manifest = tmp_path / "answers" / MANIFEST
+    digest = load(root / "causal0").facts.vocabulary_digest
+    shutil.copytree(manifest.parent, tmp_path / "respelled")
+    respelled = tmp_path / "respelled" / MANIFEST
+    respelled.write_text(respelled.read_text().replace(digest, digest[::-1]))
+    with pytest.raises(MismatchError, match=r"has 400 tokens, \S* as many, of which some are others"):
+        learn(load(respelled.parent), student, TEXTS[:4], tmp_path / "equal")
+    with pytest.raises(MismatchError, match=r"for causal-lm(.|\n)*give a student for causal-lm, or a teacher for text"):
         learn(kept, load(root / "classifier0"), LABELS, tmp_path / "third")
     classes, classifier = tmp_path / "classes", load(root / "classifier0")
     with pytest.raises(MismatchError, match=r"never asked about them(?!, or)"):

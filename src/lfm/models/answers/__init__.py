@@ -133,14 +133,14 @@ def manifest_of(directory: Path, teacher: str, digest: str, facts: Facts, k: int
 
 def model_of(directory: Path, manifest: Manifest, ref: str = "") -> Model:
     """The model that answers in a directory are; it writes them to another, without a second copy where it can."""
-    facts = {**manifest.facts, "labels": tuple(manifest.facts["labels"])}
+    facts = Facts(bytes=manifest.bytes, **{**manifest.facts, "labels": tuple(manifest.facts["labels"])})
     return Model(
         ref=ref or str(directory),
         kind="answers",
         gives={Answers: lambda: KeptAnswers(directory, manifest)},
         identify=lambda: _digest(directory, manifest),
         formats={"answers": partial(_write, directory, manifest)},
-        look=lambda: Facts(bytes=manifest.bytes, **facts),
+        look=lambda: facts,
         hint=f"what {manifest.teacher} told of {manifest.questions} records",
     )
 
@@ -158,7 +158,10 @@ def open_answers(directory: Path) -> Model:
             why=f"this lfm reads format {FORMAT}",
             fix="another version of lfm",
         )
-    return model_of(directory, manifest)
+    try:
+        return model_of(directory, manifest)
+    except (KeyError, TypeError) as error:
+        raise CorruptError(f"{path} tells of other facts than answers have", why=str(error), fix=AGAIN) from None
 
 
 def files_of(directory: Path, manifest: Manifest) -> list[Path]:

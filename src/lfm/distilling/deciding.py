@@ -26,7 +26,11 @@ Decide = Callable[["Tensor"], "Tensor"]
 
 
 def noise(many: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """(many, *shape) in 0 … 1: each as light and as rough as is drawn for it, so that few classes take most of them."""
+    """(many, *shape) in 0 … 1: each as light and as rough as is drawn for it.
+
+    A teacher names more classes of it than of one kind of noise: of zoo:vit's digits 8 took 35 % of it, and 57 % of
+    uniform noise.
+    """
     flat, rough = torch.rand(2, many, *[1] * len(shape), generator=generator)
     light = flat * (torch.rand(many, *shape, generator=generator) + 0.2)
     return (light + rough * torch.randn(light.shape, generator=generator)).clamp(0, 1)

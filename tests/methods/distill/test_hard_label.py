@@ -314,10 +314,11 @@ def test_of_entropy_the_generator_goes_down_its_loss_of_drawn_classes_and_rounds
 def test_a_share_of_the_questions_is_asked_about_noise_before_the_first_step(
     pair: tuple[Model, Model], tmp_path: Path
 ) -> None:
-    """Of 23 questions at .4 nine; the other 14 in three rounds. All of them, and there are no rounds."""
-    for share, rounds in ((0.4, [4, 5, 5]), (1.0, [])):
-        settings: dict[str, Any] = ENTROPY | {"noise": share}
-        config, run = hard_label.Config(**settings), LocalRun(0, tmp_path / str(share))
+    """Of 23 questions at .4 nine; the other 14 in three rounds. All of them, and there are no rounds. Of a bank of five
+    no more than five: what gave way before the first step would have been paid for and learned by nobody."""
+    for share, rounds, kept in ((0.4, [4, 5, 5], 64), (1.0, [], 64), (1.0, [6, 6, 6], 5)):
+        settings: dict[str, Any] = ENTROPY | {"noise": share, "bank": kept}
+        config, run = hard_label.Config(**settings), LocalRun(0, tmp_path / f"{share} {kept}")
         stage, bank = datafree.scene(config, *pair, run), Bank(64, torch.device("cpu"))
         asked: list[tuple[str, torch.Tensor]] = []
 

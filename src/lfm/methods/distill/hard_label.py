@@ -10,15 +10,15 @@ class and all classes as frequent, its pictures are moved by signs to where the 
 is asked about those. `queries` is never passed, and spent to within one picture's worth; what was answered is kept, so
 that a killed run pays no question twice.
 
-Differs: `noise` of the questions, half unless told, are first asked about plain noise, and every class that was named
-is drawn as often; without, a teacher of digits named two classes for nine in ten pictures, and students stayed at
-chance. `entropy` asks once about each picture (there: again at each of the student's steps, 38 million questions for
-CIFAR-10), and does not turn or crop them. `boundary` asks some tens of questions a picture (there: up to 5000 for each
-of 40 moves, 20,000 for each soft label), a fixed number, so that the budget says how many pictures there are; all that
-was asked about is learned, what lies on the way with its class alone; a move is `move` times the root of a picture's
-size, 1.4 on 28 × 28, and left out where the class would change (there .5, halved until it stays); soft labels are
-scaled to `sharp`, on average, for a picture's own class. What either reaches, and how far noise alone comes:
-docs/distilling.md.
+Differs: `noise` of the questions, half unless told, as far as `bank` keeps them, are first asked about plain noise, and
+every class that was named is drawn as often; without, a teacher of digits named two classes for nine in ten pictures,
+and students stayed at chance. `entropy` asks once about each picture (there: again at each of the student's steps, 38
+million questions for CIFAR-10), and does not turn or crop them. `boundary` asks some tens of questions a picture
+(there: up to 5000 for each of 40 moves, 20,000 for each soft label), a fixed number, so that the budget says how many
+pictures there are; all that was asked about is learned, what lies on the way with its class alone; a move is `move`
+times the root of a picture's size, 1.4 on 28 × 28, and left out where the class would change (there .5, halved until it
+stays); soft labels are scaled to `sharp`, on average, for a picture's own class. What either reaches, and how far noise
+alone comes: docs/distilling.md.
 
 Models: teacher (Logits, of which only the largest is read; or Classes alone, which is shown pictures of 256 shades, of
 the student's size where it says none), student (Gradients), each with Codec or with `image`, `mean` and `std`. Data:
@@ -139,7 +139,7 @@ def exploring(config: Config, scene: Scene, ask: Ask, run: Run) -> Made:
     place = scene.frame.low.device
     with seeded(run.seed_for("generator")):
         net = generator.generator(scene.frame.shape, config.latent, config.width).to(place).train()
-    first = noisy(config)
+    first = min(noisy(config), room(config, scene.frame))  # what gives way before a step is learned by nobody
     left = config.queries - first
     rounds = min(config.rounds, left, config.steps)
     ends = [left * (i + 1) // rounds for i in range(rounds)]

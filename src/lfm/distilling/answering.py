@@ -9,7 +9,7 @@ from lfm.core.errors import AccessError
 from lfm.distilling.lesson import behind
 from lfm.distilling.student import Taught
 from lfm.distilling.telling import taught
-from lfm.models import forward
+from lfm.train.losses import Divergence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,12 +30,11 @@ class Answering(Taught, frozen=True):
 
 
 def answered(
-    config: Answering, lesson: Lesson, teacher: Model, module: nn.Module, run: Run
+    config: Answering, lesson: Lesson, teacher: Model, module: nn.Module, run: Run, kind: Divergence = "forward"
 ) -> tuple[Callable[[nn.Module, Batch], Tensor], Callable[[Sequence[int]], Batch]]:
-    """(1 − α) CE(y, p) + α T² KL(pᵗ_T ‖ p_T) (1503.02531) of the module on a batch; and what collates such batches."""
-    if config.alpha == 0:
-        return (lambda module, batch: lesson.task.loss(forward(module, batch), batch)), lesson.collate
-    return taught(lesson, module, config.alpha, config.temperature), behind(lesson, teacher, run)
+    """(1 − α) CE(y, p) + α T² D(pᵗ_T ‖ p_T) (1503.02531) of the module on a batch; and what collates such batches."""
+    collate = behind(lesson, teacher, run) if config.alpha else lesson.collate
+    return taught(lesson, module, config.alpha, config.temperature, kind), collate
 
 
 def agree(config: Answering, teacher: Model) -> None:

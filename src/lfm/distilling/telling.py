@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lfm.core.heavy import F
+from lfm.core.heavy import F, torch
 from lfm.models import forward
 from lfm.models.headless import Headless, headless
 from lfm.train.headed import Best, headed
@@ -83,11 +83,17 @@ def taught(
 
     A language model's head reads only the places that are scored, a few at a time, where it is a plain linear layer
     that ends in the logits: these are then never whole (`headed`), and neither are those of a teacher that tells HEAD.
+    With α = 0 nothing of the teacher is read.
     """
     answered = scoring(lesson, module)
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         student, labels = answered(module, batch)
+        if alpha == 0:
+            if not isinstance(student, Headless):
+                return F.cross_entropy(student, labels)
+            alone = labels[:, None]  # what has no weight
+            return headed(student, Best(alone, torch.zeros_like(alone, dtype=torch.float32)), labels, alpha=0.0)
         theirs = batch[TOLD]
         if isinstance(student, Headless):
             teacher = Best(batch[IDS], theirs) if IDS in batch else theirs

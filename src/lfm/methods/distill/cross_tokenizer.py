@@ -162,8 +162,8 @@ def agree(config: Config, inputs: Inputs) -> None:
     for model in (inputs.model("teacher"), inputs.model("student")):
         if model.facts.task != "causal-lm":
             raise MismatchError(
-                f"{model.ref} is a {model.facts.task or 'model without a task'}",
-                why="tokens are compared where both models have read the same text and say what comes next",
+                f"{model.ref} does not say what comes next",
+                why=f"it is for {model.facts.task or 'no known task'}, and next tokens are what is compared",
                 fix="two causal language models",
             )
     lessons.readable(inputs)

@@ -168,7 +168,7 @@ def agree(config: Config, inputs: Inputs) -> None:
     if student.facts.task != "image-classification":
         raise MismatchError(
             f"{student.ref} does not classify images",
-            why=f"it is a {student.facts.task or 'model without a task'}, and patches of images are hidden from it",
+            why=f"it is for {student.facts.task or 'no known task'}, and patches of images are hidden from it",
             fix="distill.feature learns what is inside of any teacher",
         )
     lessons.agree(teacher, student)

@@ -14,11 +14,11 @@ T = 1, 2.80 with T = 4.
 
 Models: teacher (Logits and Codec; or answers kept by `lfm distill cache`; or classes; or, by an endpoint, its likeliest
 tokens: one query a place, paid once), student (Gradients, Codec). Of the k likeliest alone T = 1 is exact over k + 1
-outcomes; else what they leave is spread evenly. Two language models must share kind and vocabulary; two
-classifiers the names of their classes, in any order; each then reads the records its own way. Data: every kind; with
-alpha=1 the classes of records may be empty. A classifying teacher is asked once a record; its answers (N, classes) are
-kept. Errors: MismatchError, and DataError naming a record that is blank, or of no class where alpha < 1, before any
-weight is read; DivergedError.
+outcomes; else what they leave is spread evenly. Two language models must share kind and vocabulary; two classifiers the
+names of their classes, in any order; each then reads the records its own way. Data: every kind; with alpha=1 the
+classes of records may be empty, with alpha=0 nobody is asked. A classifying teacher is asked once a record; its answers
+(N, classes) are kept. Errors: MismatchError, and DataError naming a record that is blank, or of no class where alpha <
+1, before any weight is read; DivergedError.
 
     lfm run distill.response teacher=big student=small train=texts.jsonl --set temperature=4 --out taught
 """
@@ -29,17 +29,16 @@ from typing import Annotated
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot
 from lfm.data.shares import classless
+from lfm.distilling import answering
 from lfm.distilling import lesson as lessons
+from lfm.distilling.answering import Answering
 from lfm.distilling.answers import ACCESS, queries
-from lfm.distilling.student import Taught, formed, smaller
-from lfm.distilling.telling import taught
+from lfm.distilling.student import formed, smaller
 from lfm.train import fit, training
 from lfm.train.losses import Divergence
 
 
-class Config(Taught, frozen=True):
-    temperature: Annotated[float, Meta(gt=0, description="T, of both models' answers")] = 4.0
-    alpha: Annotated[float, Meta(ge=0, le=1, description="weight of the teacher's answers against the labels'")] = 0.9
+class Config(Answering, frozen=True):
     divergence: Annotated[Divergence, Meta(description="forward, reverse, or jsd between the two answers")] = "forward"
 
 
@@ -50,8 +49,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run, lesson=lesson)
 
-    loss = taught(lesson, module, config.alpha, config.temperature, config.divergence)
-    losses = fit(module, lesson.numbers, lessons.behind(lesson, teacher, run), loss, config, run)
+    loss, collate = answering.answered(config, lesson, teacher, module, run, config.divergence)
+    losses = fit(module, lesson.numbers, collate, loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)
 
@@ -64,8 +63,9 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     teacher, student = sizes.model("teacher"), sizes.model("student")
     # logits are made a few places at a time, of teacher and student
-    whole = training(config, smaller(config, student), sizes.data["train"], forwards=teacher.parameters, logits=0)
-    asked = queries(sizes)
+    forwards = teacher.parameters if config.alpha else 0
+    whole = training(config, smaller(config, student), sizes.data["train"], forwards=forwards, logits=0)
+    asked = queries(sizes) if config.alpha else (0, 0)
     return whole._replace(memory=whole.memory + 4 * student.parameters, queries=asked[0], tokens=asked[1])
 
 

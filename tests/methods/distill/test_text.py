@@ -238,3 +238,10 @@ def test_over_http_every_query_is_charged_once(student: Model, tmp_path: Path, m
 def test_a_student_that_writes_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="cannot learn to answer"):
         taught(Script(lambda *_: "x"), load(tiny.masked(tmp_path / "masked")), tmp_path / "a")
+
+
+def test_a_blank_prompt_is_told_of_before_anybody_is_asked(student: Model, tmp_path: Path) -> None:
+    teacher = Script(lambda *_: "x")
+    with pytest.raises(DataError, match="2: there is nothing to ask"):
+        taught(teacher, student, tmp_path / "a", [PROMPTS[0], data.Text(text=" ")])
+    assert not teacher.asked

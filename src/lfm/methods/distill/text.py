@@ -17,7 +17,7 @@ them twice.
 Models: teacher (Text; an endpoint will do), student (Gradients, Codec; causal or encoder-decoder, any tokenizer), judge
 (Logprobs, optional: the `worst` answers by mean log-probability a token are left out). Data: prompts; completions and
 labels are not read. Errors: ConfigError for several answers without temperature; MismatchError for a student that
-writes no text; DataError where no answer is worth keeping, with what is wrong with them.
+writes no text; DataError where a prompt is blank, and where no answer is worth keeping, with what is wrong with them.
 
     lfm run distill.text teacher=big student=small prompts=prompts.jsonl --set max_tokens=8 --out taught
 """
@@ -36,6 +36,7 @@ from lfm.core.finding import table
 from lfm.core.heavy import np
 from lfm.core.interfaces import Said as Answer
 from lfm.core.method import Amount
+from lfm.data.files import where
 from lfm.data.language import context_of
 from lfm.data.records import Completion, Label, Record, Text
 from lfm.data.wording import spaced, wording
@@ -200,9 +201,17 @@ def agree(config: Config, inputs: Inputs) -> None:
     if (task := inputs.model("student").facts.task) not in WRITERS:
         raise MismatchError(
             f"{inputs.model('student').ref} cannot learn to answer",
-            why=f"it is {'a ' + task if task else 'a model without a task'}, and writes no text",
+            why=f"it is for {task or 'no known task'}, and writes no text",
             fix=f"a student for {' or '.join(WRITERS)}",
         )
+    prompts = inputs.records("prompts")
+    for place, record in enumerate(prompts):
+        if not asked_by(record).strip():
+            raise DataError(
+                f"{where(prompts, place)}: there is nothing to ask",
+                why="the prompt is blank, and endpoints refuse such a one",
+                fix="give it words, or leave the record out; distill.samples asks for texts without a prompt",
+            )
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

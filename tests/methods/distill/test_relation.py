@@ -11,7 +11,7 @@ import torch
 import tiny
 from case import Case
 from lfm.core import Codec, Features, Inputs, Model
-from lfm.core.errors import AccessError
+from lfm.core.errors import AccessError, ConfigError
 from lfm.core.method import check
 from lfm.data import records as data
 from lfm.data.files import write
@@ -148,3 +148,14 @@ def test_a_teacher_without_answers_may_still_relate(tmp_path: Path) -> None:
         distill(silent, student, LABELS, tmp_path / "a")
     _, run = distill(silent, student, LABELS, tmp_path / "b", alpha=0.0, steps=4)
     assert run.notes["loss_after"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [({"batch_size": 2}, "no angles(.|\n)*angle=0"), ({"batch_size": 1, "angle": 0.0}, "no pairs(.|\n)*batch_size=2")],
+)
+def test_a_batch_too_small_to_relate_anything_is_refused(settings: Any, what: str, tmp_path: Path) -> None:
+    model = load(tiny.classifier(tmp_path / "big"))
+    with pytest.raises(ConfigError, match=what):
+        distill(model, model, LABELS, tmp_path, **settings)
+    distill(model, model, LABELS, tmp_path, steps=1, batch_size=1, angle=0.0, distance=0.0)

@@ -15,7 +15,8 @@ On zoo:vit's digits it was .895, answers alone .893 and labels alone .872, with 
 
 Models: teacher (Features, Codec; Logits unless alpha=0; Gradients tells how deep a convolutional one is), student
 (Gradients, Codec). Two language models must share kind and vocabulary, two classifiers the names of their classes.
-Data: every kind. Errors: MismatchError, AccessError before a weight is read; ModelError where no blocks are found.
+Data: every kind. Errors: MismatchError, AccessError, ConfigError before a weight is read; ModelError where no blocks
+are found.
 
     lfm run distill.relation teacher=big student=small train=texts.jsonl --set angle=100 --out taught
 """
@@ -40,6 +41,7 @@ from lfm.core import (
     Sizes,
     Slot,
 )
+from lfm.core.errors import ConfigError
 from lfm.core.heavy import nn, torch
 from lfm.data.shares import classless
 from lfm.distilling import answering, inside, relations
@@ -101,6 +103,13 @@ def related(config: Config, s: Tensor, t: Tensor) -> Tensor:
 
 def agree(config: Config, inputs: Inputs) -> None:
     teacher, student = inputs.model("teacher"), inputs.model("student")
+    least = 3 if config.angle else 2 if config.distance or config.similarity else 1
+    if config.batch_size < least:
+        raise ConfigError(
+            f"a batch of {config.batch_size} has no {'angles' if least == 3 else 'pairs'}",
+            why="how records lie to one another is compared within a batch",
+            fix=f"batch_size={least} or more" + (", or angle=0" if config.batch_size == 2 else ""),
+        )
     lessons.agree(teacher, student)
     lessons.readable(inputs, learned=config.alpha < 1)
     answering.agree(config, teacher)

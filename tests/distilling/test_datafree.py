@@ -224,6 +224,8 @@ def test_a_plan_is_the_students_steps_the_teachers_answers_and_the_making() -> N
     assert told.flops == pytest.approx(40 * 6 * 150 * 100 + (40 + 8 * 3 * 2) * 2 * 150 * 1000)
     assert (told.steps, told.queries, told.memory) == (10 + 8 // 4 * 3, 40 + 8 * 3, 4 * (1000 + 4 * 100))
     assert costs(config, teacher, student, 8, 3, 8).queries == 8 + 8 * 3
+    seeing = costs(config, teacher._replace(image=(3, 8, 8)), student, 8, 3)  # the bank, and its copy in a checkpoint
+    assert seeing.memory - told.memory == 4 * 2 * config.bank * 3 * 8 * 8 > 0
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:

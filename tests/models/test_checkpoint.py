@@ -49,6 +49,8 @@ def test_what_a_checkpoint_gives_follows_from_its_architecture(make: Callable[..
     assert set(model.gives) == gives
     for kind in gives:
         model.ask(kind)
+    pictures = batch_of(model).get("pixel_values", torch.empty(0, 0))
+    assert model.facts.image == (tuple(pictures.shape[1:]) if task == "image-classification" else ())
 
 
 @pytest.mark.parametrize("height", [1, 3, 4])

@@ -31,6 +31,7 @@ class Facts(NamedTuple):
     width: int = 0
     heads: int = 0
     context: int = 0  # the longest input in tokens; 0: not known
+    image: tuple[int, ...] = ()  # channels, height, width of the pictures that it reads; empty: none, or not known
 
 
 SUBJECTS = {"api": "this endpoint", "answers": "this cache of a teacher's answers"}

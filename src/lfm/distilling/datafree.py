@@ -8,6 +8,7 @@ bank, the count of what the teacher is asked and the checkpoints are here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -318,13 +319,20 @@ def costs(
     each = config.steps * config.batch_size
     told = each if asked is None else asked
     forth = 2 * REUSE * teacher.parameters
+    shape = size_of(config, teacher, student)
+    held = config.bank * math.prod(shape) if shape else 0
     return Cost(
         flops=each * 6 * REUSE * smaller(_shape(config), student).parameters + (told + made * passes * 2) * forth,
         steps=int(config.steps + made / config.batch_size * passes),
-        memory=4 * (teacher.parameters + 4 * student.parameters),
+        memory=4 * (teacher.parameters + 4 * student.parameters + 2 * held),  # twice while the bank is checkpointed
         disk=12 * student.parameters,
         queries=int(told + made * passes),
     )
+
+
+def size_of(config: DataFree, teacher: Facts, student: Facts) -> tuple[int, ...]:
+    """(C, H, W) of the pictures that are made, as far as it is known before a model is read."""
+    return config.image or teacher.image or student.image
 
 
 def _shape(config: DataFree) -> Taught:

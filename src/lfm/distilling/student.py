@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from lfm.core import Meta, Model, Run
+from lfm.core import Gradients, Meta, Model, Run
 from lfm.core.errors import ConfigError
 from lfm.core.model import Facts
 from lfm.distilling import narrower
@@ -46,7 +46,7 @@ def formed(module: nn.Module, config: Taught, run: Run, *key: object, lesson: Le
     key: of new weights, where one run makes several students. lesson: what it is shown, where blocks are kept by
     influence or it is made narrower.
     """
-    shares = narrower.Shares(config.neurons, config.heads, config.channels)
+    shares = _shares(config)
     if config.layers and config.drop == "influence":
         module = narrower.without_idle_blocks(module, config.layers, _shown(lesson))
     elif config.layers:
@@ -62,11 +62,24 @@ def formed(module: nn.Module, config: Taught, run: Run, *key: object, lesson: Le
         return type(module)(settings).requires_grad_(True)
 
 
+def tried(config: Taught, student: Model, run: Run, lesson: Lesson) -> None:
+    """That the student can be made narrower, before a teacher is paid for what is cut by. ConfigError, ModelError.
+
+    lesson: anything that the student can be shown.
+    """
+    if _shares(config) != narrower.Shares():
+        formed(student.ask(Gradients).module(), config, run, lesson=lesson)
+
+
 def agree(config: Taught, student: Model) -> None:
     """That a causal student has as many blocks as are to be kept, before anybody is asked for anything. ConfigError."""
     many = student.facts.layers
     if student.facts.task == "causal-lm" and 0 < many < config.layers:
         raise ConfigError(f"{config.layers} blocks cannot be kept of {many}", fix=f"layers={many} at most; 0 keeps all")
+
+
+def _shares(config: Taught) -> narrower.Shares:
+    return narrower.Shares(config.neurons, config.heads, config.channels)
 
 
 def _shown(lesson: Lesson | None) -> list[Batch]:

@@ -78,7 +78,15 @@ def facts(source: Source) -> Facts:
         width=whole("hidden_size", "n_embd", "d_model"),
         heads=whole("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
         context=_context(whole("max_position_embeddings", "n_positions", "n_ctx"), source.files),
+        image=_image(look) if source.task == "image-classification" else (),
     )
+
+
+def _image(look: Mapping[str, Any]) -> tuple[int, ...]:
+    """(C, H, W) as a config tells it; empty where it does not."""
+    size, channels = look.get("image_size"), look.get("num_channels", 3)
+    sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
+    return (channels, *sides) if all(isinstance(n, int) and n > 0 for n in (channels, *sides)) else ()
 
 
 def on_meta(build: Callable[[], nn.Module]) -> Any:

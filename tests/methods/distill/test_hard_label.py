@@ -340,8 +340,7 @@ def test_a_share_of_the_questions_is_asked_about_noise_before_the_first_step(
 
 def test_all_that_was_paid_for_is_kept_as_far_as_a_gib_holds_it(pair: tuple[Model, Model]) -> None:
     """Of 768 bytes 1.4 million fit; of 224 × 224 in three colours 1,783; a told number is taken as it is."""
-    bare = Model("bare", "module", {}, lambda: "")
-    small, large = (frame_of(bare, (3, side, side)) for side in (8, 224))
+    small, large = (3, 8, 8), (3, 224, 224)
     assert hard_label.room(hard_label.Config(queries=20000), small) == 20000
     assert hard_label.room(hard_label.Config(queries=20000), large) == 2**30 // (4 * 3 * 224**2) == 1783
     assert hard_label.room(hard_label.Config(queries=20000, bank=64), large) == 64

@@ -15,7 +15,7 @@ from case import Case
 from lfm import runs
 from lfm.core import Codec, Gradients, Inputs, Logits, Model, Text
 from lfm.core.config import configure
-from lfm.core.errors import AccessError, ConfigError, DataError, MismatchError
+from lfm.core.errors import AccessError, ConfigError, DataError, MismatchError, ModelError
 from lfm.core.interfaces import Top
 from lfm.core.method import RECORDS
 from lfm.data import records as data
@@ -86,6 +86,15 @@ def test_the_first_loss_is_the_divergence_over_the_samples(pair: tuple[Model, Mo
     batch = task.collate(records)
     p, q = (task.scored(m.ask(Logits).logits(batch), batch)[0].double().log_softmax(-1) for m in pair)
     assert run.notes["loss_before"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_a_cut_that_the_config_cannot_say_is_refused_before_anything_is_asked(
+    pair: tuple[Model, Model], tmp_path: Path
+) -> None:
+    script = Script(["never said"])
+    with pytest.raises(ModelError, match="cannot say what would be left"):
+        taught(script.model(Text), load(tiny.conv1d(tmp_path / "gpt2")), tmp_path / "a", heads=0.5, alpha=0.0)
+    assert not script.prompts
 
 
 def test_samples_are_the_teachers_distribution(pair: tuple[Model, Model]) -> None:

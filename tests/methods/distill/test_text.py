@@ -14,7 +14,7 @@ import tiny
 from case import Case
 from lfm import runs, serve
 from lfm.core import Codec, Gradients, Inputs, Model, Text
-from lfm.core.errors import BudgetError, ConfigError, DataError, MismatchError
+from lfm.core.errors import BudgetError, ConfigError, DataError, MismatchError, ModelError
 from lfm.core.interfaces import Logprobs, Said, Score, said_by
 from lfm.core.method import RECORDS
 from lfm.data import records as data
@@ -72,6 +72,13 @@ def taught(
     made = text.run(config, inputs, run)
     assert isinstance(made, Model)
     return made, run, list(read(work / "scratch" / RECORDS))  # type: ignore[arg-type]
+
+
+def test_a_cut_that_the_config_cannot_say_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    script = Script(lambda prompt, _: "the mat")
+    with pytest.raises(ModelError, match="cannot say what would be left"):
+        taught(script, load(tiny.conv1d(tmp_path / "gpt2")), tmp_path / "a", heads=0.5)
+    assert not script.asked
 
 
 def test_it_is_training_on_the_teachers_answers(student: Model, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 class Config(DataFree, frozen=True):
     temperature: Annotated[float, Meta(gt=0, description="T, of both models' answers")] = 1.0
     every: Annotated[int, Meta(ge=1, description="student's steps between two batches of new pictures")] = 40
-    pictures: Annotated[int, Meta(ge=2, description="new pictures a batch, a multiple of groups")] = 100
+    pictures: Annotated[int, Meta(ge=2, description="new pictures a batch, cut to whole groups")] = 100
     iterations: Annotated[int, Meta(ge=1, description="steps of SGD that move the pictures")] = 500
     groups: Annotated[int, Meta(ge=2, description="pictures that attract one another, each of its own class")] = 10
     picture_lr: Annotated[float, Meta(gt=0, description="ε of the first pictures")] = 0.1

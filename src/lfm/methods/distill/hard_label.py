@@ -112,14 +112,14 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         hard = F.cross_entropy(answered, rows[NAMED])
         return hard + gap(answered, rows, config.temperature, config.divergence) if TOLD in rows else hard
 
-    kept = msgspec.structs.replace(config, bank=room(config, scene.frame))
+    kept = msgspec.structs.replace(config, bank=room(config, scene.frame.shape))
     datafree.distil(scene, synthesise, kept, run, loss=loss, beside=beside, even=NAMED)
     return student.ask(Gradients).rewrap(scene.student)
 
 
-def room(config: Config, frame: Frame) -> int:
-    """How many pictures are kept: as told, or all that a GiB holds (a batch at least)."""
-    held = 2**30 // (4 * math.prod(frame.shape))
+def room(config: Config, shape: tuple[int, ...]) -> int:
+    """How many pictures (C, H, W) are kept: as told, or all that a GiB holds (a batch at least)."""
+    held = 2**30 // (4 * math.prod(shape))
     return config.bank or max(config.batch_size, min(config.queries, held))
 
 
@@ -139,7 +139,7 @@ def exploring(config: Config, scene: Scene, ask: Ask, run: Run) -> Made:
     place = scene.frame.low.device
     with seeded(run.seed_for("generator")):
         net = generator.generator(scene.frame.shape, config.latent, config.width).to(place).train()
-    first = min(noisy(config), room(config, scene.frame))  # what gives way before a step is learned by nobody
+    first = min(noisy(config), room(config, scene.frame.shape))  # what gives way before a step is learned by nobody
     left = config.queries - first
     rounds = min(config.rounds, left, config.steps)
     ends = [left * (i + 1) // rounds for i in range(rounds)]
@@ -276,7 +276,8 @@ def cost(config: Config, sizes: Sizes) -> Cost:
     asked = config.queries
     if config.kind == "boundary" and teacher.labels:
         asked -= asked % each(config, len(teacher.labels))
-    return datafree.costs(config, teacher, student, 0, 0, asked)
+    kept = room(config, datafree.size_of(config, teacher, student))
+    return datafree.costs(msgspec.structs.replace(config, bank=kept), teacher, student, 0, 0, asked)
 
 
 METHOD = Method(

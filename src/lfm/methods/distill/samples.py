@@ -58,6 +58,7 @@ class Config(Answering, frozen=True):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     teacher, student = inputs.model("teacher"), inputs.model("student")
+    students.tried(config, student, run, lessons.lesson([Text(text="Any text will do.")], student, student))
     texts = drawn(config, teacher, run)
     records = [Text(text=text) for text in texts]
     asking.leave(records, run)

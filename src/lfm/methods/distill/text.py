@@ -92,6 +92,8 @@ class Said(NamedTuple):
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
     student = inputs.model("student")
+    example = Completion(prompt="A question", completion=" and its answer")
+    students.tried(config, student, run, lessons.lesson([example], student, student))
     given = list(dict.fromkeys(map(asked_by, inputs.records("prompts"))))
     settings: Any = {"max_tokens": config.max_tokens}
     teacher = inputs.model("teacher").ask(Says)

@@ -2,11 +2,12 @@
 
 Beds: `lm`, zoo:lm into two blocks with new weights, on its stories (loss a token on others); `vit`, zoo:vit into one
 block with new weights, on 300 digits (accuracy); `stories`, stories3M into a Llama of stories260K's size with new
-weights, on a part of TinyStories that the teacher may have read (loss a token on another part); `resnet`, ResNet-56
-into a new ResNet-20, on CIFAR-10's JPEG images (accuracy). The last two need LFM_REAL_DATA. All train for --steps steps
-of one rate and batch; a method's further settings are its defaults, or stand in WAYS. What needs no data is given none.
-A row is one run in a process of its own: what it scored, its CPU seconds, how often the teacher was asked where that is
-counted. Rows already in --rows are not run again.
+weights, on a part of TinyStories that the teacher may have read (loss a token on another part); `tokens`, the same into
+a student of stories260K's 512 tokens (loss a token of its own); `resnet`, ResNet-56 into a new ResNet-20, on CIFAR-10's
+JPEG images (accuracy). The last three need LFM_REAL_DATA. All train for --steps steps of one rate and batch; a method's
+further settings are its defaults, or stand in WAYS. What needs no data is given none. A row is one run in a process of
+its own: what it scored, its CPU seconds, how often the teacher was asked where that is counted. Rows already in --rows
+are not run again.
 
     python benchmarks/distill_table.py [--beds lm vit] [--ways …] [--seeds 3] [--steps 300] [--rows FILE] [--show]
 """
@@ -62,6 +63,9 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "on_policy, speculative": ("distill.on_policy", {"kind": "speculative"}),
     "text": ("distill.text", {}),
     "samples": ("distill.samples", {}),
+    "cross_tokenizer, spans": ("distill.cross_tokenizer", {}),
+    "cross_tokenizer, sorted": ("distill.cross_tokenizer", {"kind": "sorted"}),
+    "cross_tokenizer, uld": ("distill.cross_tokenizer", {"kind": "uld"}),
     "deepinversion": ("distill.noise", {"kind": "deepinversion"}),
     "adi": ("distill.noise", {"kind": "adi"}),
     "cake": ("distill.cake", {}),
@@ -78,11 +82,13 @@ LANGUAGE = ("on_policy", "text", "samples")
 PICTURES = ("g2sd", "deepinversion", "adi", "cake", "dafl", "zskt", "dfq", "cmi", "fast", "adversarial", "hard_label")
 CLASSES = ("g2sd", "multi_teacher")
 """What only classifiers are asked for here."""
+APART = (ALONE, "text", "cross_tokenizer")
+"""What learns from a teacher of another vocabulary."""
 
 
 class Bed(NamedTuple):
     """teachers: the first is the teacher. student: (seed, directory) → what learns. lower: of its score, the better.
-    read: what was made, as it is asked for its score."""
+    read: what was made, as it is asked for its score. apart: teacher and student have other vocabularies."""
 
     teachers: Callable[[], list[Model]]
     student: Callable[[int, Path], Model]
@@ -93,19 +99,20 @@ class Bed(NamedTuple):
     settings: Mapping[str, Any]
     language: bool
     read: Callable[[Model], Model] = lambda made: made
+    apart: bool = False
 
 
 def real() -> Path:
     return Path(os.environ["LFM_REAL_DATA"])
 
 
-def small(seed: int, here: Path) -> Model:
-    """A Llama of stories260K's shape with stories3M's vocabulary, and new weights."""
+def small(seed: int, here: Path, words: str = "stories3M") -> Model:
+    """A Llama of stories260K's shape with the vocabulary of one of the two, and new weights."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(real() / "models" / words)
     config = transformers.LlamaConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
     )  # fmt: skip
-    tokenizer = transformers.AutoTokenizer.from_pretrained(real() / "models" / "stories3M")
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = pad_id(tokenizer)
     torch.manual_seed(seed)
@@ -144,6 +151,13 @@ BEDS: Mapping[str, Bed] = {
         lambda: told(slice(270, 320)),
         "loss", True, {"lr": 3e-3, "temperature": 1.0, "batch_size": 16}, True,
     ),
+    "tokens": Bed(
+        lambda: [runs.model(real() / "models" / "stories3M")],
+        lambda seed, here: small(seed, here, "stories260K"),
+        lambda: told(slice(0, 250)),
+        lambda: told(slice(270, 320)),
+        "loss", True, {"lr": 3e-3, "temperature": 1.0, "batch_size": 16}, True, apart=True,
+    ),
     "resnet": Bed(
         lambda: [cifar_resnet.reading(cifar_resnet.known(real(), depth)) for depth in (56, 20)],
         lambda seed, here: cifar_resnet.reading(cifar_resnet.new(20, seed, here)),
@@ -157,6 +171,8 @@ NORMALISED = {"image": cifar_resnet.SHAPE, "mean": cifar_resnet.MEAN, "std": cif
 
 def suits(way: str, bed: Bed) -> bool:
     name = way.split(",")[0]
+    if bed.apart or name == "cross_tokenizer":
+        return bed.apart and name in APART
     return name not in (PICTURES + CLASSES if bed.language else LANGUAGE)
 
 

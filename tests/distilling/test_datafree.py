@@ -265,6 +265,8 @@ def test_what_does_not_go_together_is_told_before_a_weight_is_read(tmp_path: Pat
         agree(DataFree(), big, load(tiny.classifier(tmp_path / "text")))
     with pytest.raises(ConfigError, match="no batch of 64"):
         agree(DataFree(bank=8), big, big)
+    with pytest.raises(ConfigError, match=r"image=\[1, 2\] describes no pictures"):
+        agree(DataFree(image=(1, 2)), big, big)
 
 
 def bare() -> torch.nn.Sequential:

@@ -282,6 +282,12 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 def agree(config: DataFree, teacher: Model, student: Model) -> None:
     """That both classify images, into the same classes, and that their pictures' size is known. Reads no weight."""
+    if len(config.image) not in (0, 3):
+        raise ConfigError(
+            f"image={list(config.image)} describes no pictures",
+            why="it is their channels, height and width",
+            fix="image=[3,32,32]",
+        )
     for model in (teacher, student):
         if model.facts.task not in ("", "image-classification"):
             raise MismatchError(

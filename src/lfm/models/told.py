@@ -84,9 +84,10 @@ def facts(source: Source) -> Facts:
 
 def _image(look: Mapping[str, Any]) -> tuple[int, ...]:
     """(C, H, W) as a config tells it; empty where it does not."""
-    size, channels = look.get("image_size"), look.get("num_channels", 3)
+    size = look.get("image_size")
     sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
-    return (channels, *sides) if all(isinstance(n, int) and n > 0 for n in (channels, *sides)) else ()
+    shape = tuple(n for n in (look.get("num_channels", 3), *sides) if isinstance(n, int) and n > 0)
+    return shape if len(shape) == 3 else ()
 
 
 def on_meta(build: Callable[[], nn.Module]) -> Any:

@@ -263,7 +263,7 @@ def test_a_torn_or_damaged_cache_is_told_of(root: Path, tmp_path: Path) -> None:
     for wrong, what in ((told.replace(b'"k": 8', b'"k": 9'), "no code for 9 of 400"), (b"{", "does not describe")):
         manifest.write_bytes(wrong)
         with pytest.raises(CorruptError, match=what):
-            learn(load(tmp_path / "answers"), student, TEXTS, tmp_path / f"w{len(wrong)}")
+            lessons.told(lessons.lesson(TEXTS, kept, student), load(tmp_path / "answers"), LocalRun(0, tmp_path))
     manifest.unlink()
     with pytest.raises(CorruptError, match="does not describe answers"):
         load(tmp_path / "answers")

@@ -158,8 +158,9 @@ def test_what_a_teacher_does_not_tell_is_said_before_anything_is_asked(
     tokenizer.add_tokens(["<new>"])
     longer = tiny.causal(tmp_path / "words", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(longer)
-    with pytest.raises(MismatchError, match="different vocabularies"):
+    with pytest.raises(MismatchError, match="different vocabularies") as other:
         taught(load(longer), pair[1], tmp_path / "a")
+    assert "alpha=0" in other.value.fix
     with pytest.raises(MismatchError, match="running text"):
         taught(pair[0], load(tiny.masked(tmp_path / "masked")), tmp_path / "a")
     assert not script.prompts

@@ -60,6 +60,8 @@ NAMED = "named"
 """In the bank: the class that the teacher named."""
 CHUNK = 256
 """Pictures that the teacher is given at a time."""
+AT_ONCE = 4
+"""Batches that the generator makes at a time."""
 
 
 class Config(DataFree, frozen=True):
@@ -156,7 +158,8 @@ def exploring(config: Config, scene: Scene, ask: Ask, run: Run) -> Made:
             return None
         number = begins[step]
         many = ends[number] - (ends[number - 1] if number else 0)
-        images = torch.cat([pictures(min(CHUNK, many - done)) for done in range(0, many, CHUNK)])
+        once = AT_ONCE * config.batch_size
+        images = torch.cat([pictures(min(once, many - done)) for done in range(0, many, once)])
         return {PIXELS: images, NAMED: ask(images, f"named {number}")}
 
     def pictures(many: int) -> Tensor:

@@ -141,7 +141,10 @@ def agree(config: Config, inputs: Inputs) -> None:
                 why=f"alpha={config.alpha} learns from its answers at each place",
                 fix="alpha=0 learns from its text alone",
             )
-        lessons.agree(teacher, student)
+        try:
+            lessons.agree(teacher, student)
+        except MismatchError as error:
+            raise MismatchError(error.what, why=error.why, fix=f"{error.fix}, or alpha=0 here") from None
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -70,6 +70,7 @@ class KeptAnswers:
 
     def find(self, questions: Sequence[bytes]) -> NDArray[Any]:
         numbers = self.shards.find(questions)
+        assert self.code.k == self.k  # read now, as what follows
         for number in np.unique(numbers[numbers >= 0]).tolist():
             self.shards.read(number)  # damage is told of now, and not in the middle of a training
         return numbers

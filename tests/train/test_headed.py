@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lfm.models.headless import Headless
-from lfm.train.headed import Best, headed, rowwise
+from lfm.train.headed import Best, headed, modules, rowwise
 from lfm.train.losses import Divergence, complete, kd, kd_topk
 
 KINDS: tuple[Divergence, ...] = ("forward", "reverse", "jsd")
@@ -77,8 +77,9 @@ def gradients(loss: torch.Tensor, of: Headless) -> tuple[Any, ...]:
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("alpha", [1.0, 0.7, 0.0])
 def test_loss_and_gradients_are_those_of_autograd_on_whole_logits(
-    of: str, kind: Divergence, temperature: float, alpha: float
+    of: str, kind: Divergence, temperature: float, alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(modules, "WORDS", 7)  # of 23: three products and a rest
     mine, theirs = student(), teacher(of)
     labels = torch.arange(7) * 3
     beta = 0.3
@@ -116,6 +117,19 @@ def test_an_answer_that_the_teacher_rules_out_costs_what_it_should(kind: Diverge
     found, near = headed(mine, theirs, kind=kind), headed(mine, theirs.clamp(min=-50.0), kind=kind)
     slopes = [gradients(loss, mine) for loss in (found, near)]
     torch.testing.assert_close((found, *slopes[0]), (near, *slopes[1]), rtol=1e-9, atol=1e-12)
+
+
+def test_an_answer_that_neither_can_give_costs_nothing() -> None:
+    mine, theirs = student(), teacher("logits")
+    bias = torch.zeros(23, dtype=torch.float64).index_fill(0, torch.tensor([5]), -math.inf)
+    barred = mine._replace(bias=bias.requires_grad_())
+    theirs[:, 5] = -math.inf
+    there = [i for i in range(23) if i != 5]
+    found = headed(barred, theirs)
+    fewer = Headless(barred.hidden, barred.weight[there], barred.bias[there])
+    expected = plain(fewer, theirs[:, there], None, 1.0, 1.0, "forward", 0.5)
+    slopes = [gradients(loss, barred) for loss in (found, expected)]
+    torch.testing.assert_close((found, *slopes[0]), (expected, *slopes[1]), rtol=1e-10, atol=1e-12)
 
 
 def test_a_sure_student_and_a_sure_teacher_have_finite_gradients() -> None:

@@ -17,6 +17,10 @@ BLOCK = 2**20
 """Bytes of logits that a processor works on at once: each is read and written several times. An accelerator takes a
 chunk whole."""
 
+WORDS = 512
+"""Words of the vocabulary that a processor multiplies at once. All 50 257 of them in one product took 1.5 to 2 times as
+long (80 to 192 rows of width 64 to 768, one thread, MKL)."""
+
 
 class Setting(NamedTuple):
     alpha: float
@@ -100,7 +104,9 @@ def swept(
 def _through(read: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """Logits (n, V) of hidden states (n, d), written into `out`."""
     if read.dtype == out.dtype:
-        torch.mm(read, weight.T, out=out)
+        step = WORDS if out.device.type == "cpu" else len(weight)
+        for at in range(0, len(weight), step):
+            torch.mm(read, weight[at : at + step].T, out=out[:, at : at + step])
     else:
         out.copy_(read @ weight.T)
     return out if bias is None else out.add_(bias)
@@ -164,7 +170,8 @@ def _slope(s: Tensor, t: Tensor, kind: Divergence, beta: float, out: Tensor) -> 
     """
     if kind == "forward":
         mass = t.exp()
-        t.sub_(s).mul_(mass).masked_fill_(mass == 0, 0)
+        least = torch.finfo(s.dtype).min / 4  # of a word that cannot be, 0 · (−∞) is to be 0
+        t.clamp_(min=least).sub_(s.clamp_(min=least)).mul_(mass)
         torch.sub(s.exp_(), mass, out=out)
         return t.sum(-1)
     mass = s.exp()

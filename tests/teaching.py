@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def supervised(model: Model, records: Any, work: Path, seed: int = 0, name: str 
     config = Fit(**{**QUICK, **settings})
     fit(module, numbers, collate, lambda m, b: task.loss(forward(m, b), b), config, LocalRun(seed, work), name=name)
     return model.ask(Gradients).rewrap(module)
+
+
+def mute(model: Model) -> Model:
+    """The same, which fails whoever asks for its logits."""
+
+    def asked() -> Any:
+        raise AssertionError("the teacher is asked")
+
+    return replace(model, gives={**model.gives, Logits: asked}, _opened={})
 
 
 def answers(model: Model, records: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from lfm.core import Logits, Meta, Model, Run
 from lfm.core.errors import AccessError
@@ -29,11 +29,30 @@ class Answering(Taught, frozen=True):
     ] = 0.9
 
 
+class Weighed(Protocol):
+    """Settings that say α and T, whatever their defaults."""
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+
 def answered(
-    config: Answering, lesson: Lesson, teacher: Model, module: nn.Module, run: Run, kind: Divergence = "forward"
+    config: Weighed,
+    lesson: Lesson,
+    teacher: Model,
+    module: nn.Module,
+    run: Run,
+    kind: Divergence = "forward",
+    name: str = "teacher",
 ) -> tuple[Callable[[nn.Module, Batch], Tensor], Callable[[Sequence[int]], Batch]]:
-    """(1 − α) CE(y, p) + α T² D(pᵗ_T ‖ p_T) (1503.02531) of the module on a batch; and what collates such batches."""
-    collate = behind(lesson, teacher, run) if config.alpha else lesson.collate
+    """(1 − α) CE(y, p) + α T² D(pᵗ_T ‖ p_T) (1503.02531) of the module on a batch; and what collates such batches.
+
+    name: of what is kept of the teacher, in the run. With α = 0 it is not asked.
+    """
+    collate = behind(lesson, teacher, run, name) if config.alpha else lesson.collate
     return taught(lesson, module, config.alpha, config.temperature, kind), collate
 
 

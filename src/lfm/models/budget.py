@@ -80,7 +80,9 @@ class Meter:
         raise BudgetError(
             what,
             why="a request goes out only if its worst case fits",
-            fix="answers so far are kept and cost nothing again: run it again with a larger budget to go on",
+            fix="answers so far are kept and cost nothing again: run it again with a larger budget to go on"
+            if spent.queries
+            else "a larger budget: nothing is spent of this one",
         )
 
     def give_back(self, queries: int, tokens: int) -> None:

@@ -110,7 +110,7 @@ def shallower(module: nn.Module, count: int) -> nn.Module:
     """
     held = len(countable(module))
     if not 1 <= count <= held:
-        raise ModelError(f"{count} blocks cannot be kept of {held}", fix=f"{held} or fewer")
+        raise ModelError(f"{count} blocks cannot be kept of {held}", fix=f"layers={held} or fewer")
     return with_blocks(module, [round(i * (held - 1) / max(count - 1, 1)) for i in range(count)])
 
 

@@ -20,7 +20,7 @@ from lfm.data import records as data
 from lfm.data.files import write
 from lfm.methods.distill import cross_modal, response
 from lfm.models import load
-from teaching import accuracy, answers, digits, made, means, reordered, still, supervised, written
+from teaching import accuracy, answers, digits, made, means, mute, reordered, still, supervised, written
 
 
 def images(count: int, seed: int = 0) -> list[data.Image]:
@@ -87,6 +87,17 @@ def test_a_sound_teaches_a_text_and_no_class_is_read(root: Path, tmp_path: Path)
     assert one.digest == other.digest and run.notes["loss_after"] < run.notes["loss_before"]
     with pytest.raises(DataError, match="is blank"):
         taught(teacher, student, nameless, words, tmp_path / "c", alpha=0.5)
+
+
+def test_labels_alone_need_no_teacher(root: Path, tmp_path: Path) -> None:
+    seen = images(4)
+    read = [written(image) for image in seen]
+    teacher, student = load(root / "sees"), load(root / "reads")
+    one, other = (
+        taught(asked, student, seen, read, tmp_path / name, alpha=0.0)[0]
+        for name, asked in (("a", teacher), ("b", mute(teacher)))
+    )
+    assert one.digest == other.digest
 
 
 def unnamed(record: Any) -> Any:

@@ -219,6 +219,20 @@ def test_what_cannot_be_is_said_before_a_weight_is_read(root: Path, tmp_path: Pa
         on_policy.agree(on_policy.Config(kind="minillm", heat=0.5), inputs)
 
 
+def test_records_tokens_alone_need_no_teacher(root: Path, tmp_path: Path) -> None:
+    teacher, student = load(root / "0"), load(root / "1")
+
+    class Silent:
+        def logits(self, batch: Any) -> torch.Tensor:
+            raise AssertionError("the teacher is asked")
+
+    silent = replace(teacher, gives={**teacher.gives, Logits: Silent}, _opened={})
+    alone: dict[str, Any] = {"own": 0.0, "alpha": 0.0, "steps": 4}
+    one, _ = distill(teacher, student, TEXTS, tmp_path / "a", **alone)
+    other, _ = distill(silent, student, TEXTS, tmp_path / "b", **alone)
+    assert one.digest == other.digest
+
+
 def test_what_is_made_is_saved_and_a_teacher_of_logits_alone_draws_the_same(root: Path, tmp_path: Path) -> None:
     """Keys and values kept, or all read again for each token: the same words, and so the same student."""
     teacher, student = load(root / "0"), load(root / "1")

@@ -20,7 +20,7 @@ from lfm.data.files import write
 from lfm.distilling import quantising
 from lfm.methods.distill import quantised
 from lfm.models import layers, load
-from teaching import accuracy, answers, made, means, still
+from teaching import accuracy, answers, made, means, mute, still
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -120,6 +120,14 @@ def test_the_same_integers_are_found_again(tmp_path: Path) -> None:
         again = ((weight / step).round() * step - weight).abs().amax(-1) < 1e-5
         found, every = found + int(again.sum()), every + len(again)
     assert found / every >= run.notes["largest_used"] > 0.5
+
+
+def test_labels_alone_need_no_teacher(tmp_path: Path) -> None:
+    model = load(tiny.classifier(tmp_path / "m"))
+    one, other = (
+        rounded(asked, LABELS, tmp_path / name, alpha=0.0)[0] for name, asked in (("a", model), ("b", mute(model)))
+    )
+    assert one.digest == other.digest
 
 
 def test_eight_bits_change_little_and_two_bits_much(tmp_path: Path) -> None:

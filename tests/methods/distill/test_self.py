@@ -20,7 +20,7 @@ from lfm.distilling.student import formed
 from lfm.methods.distill import response, self
 from lfm.models import load
 from lfm.runs.run import LocalRun
-from teaching import QUICK, accuracy, answers, digits, loss, made, means, still, supervised
+from teaching import QUICK, accuracy, answers, digits, loss, made, means, mute, still, supervised
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -82,6 +82,14 @@ def test_every_generation_begins_anew_and_learns_from_the_last(root: Path, tmp_p
 def test_a_generation_from_the_models_own_weights_has_no_more_to_hear(root: Path, tmp_path: Path) -> None:
     _, run = born(load(root / "classifier"), LABELS, tmp_path, start="weights", alpha=1.0, steps=1)
     assert run.notes["loss_1"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_without_weight_the_last_generation_is_not_asked(root: Path, tmp_path: Path) -> None:
+    model = load(root / "classifier")
+    one, other = (
+        born(asked, LABELS, tmp_path / name, alpha=0.0)[0] for name, asked in (("a", model), ("b", mute(model)))
+    )
+    assert one.digest == other.digest
 
 
 def test_a_nameless_net_cannot_be_born_again(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from lfm.core.errors import DataError, MismatchError
 from lfm.data import task as tasks
 from lfm.data.shares import classless
 from lfm.data.suited import fitting, worded
+from lfm.distilling import answering
 from lfm.distilling import lesson as lessons
 from lfm.distilling.student import Taught, formed, smaller
-from lfm.distilling.telling import taught
 from lfm.distilling.together import paired
 from lfm.train import fit, training
 
@@ -48,8 +48,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     lesson = paired(records, inputs.records("seen"), teacher, student)
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run, lesson=lesson)
-    loss = taught(lesson, module, config.alpha, config.temperature)
-    losses = fit(module, lesson.numbers, lessons.told(lesson, teacher, run), loss, config, run)
+    loss, collate = answering.answered(config, lesson, teacher, module, run)
+    losses = fit(module, lesson.numbers, collate, loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)
 
@@ -86,7 +86,7 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     teacher, student = sizes.model("teacher"), sizes.model("student")
     whole = training(config, smaller(config, student), sizes.data["train"])
-    asked = 2.0 * teacher.parameters * sizes.data["seen"].tokens
+    asked = 2.0 * teacher.parameters * sizes.data["seen"].tokens if config.alpha else 0.0
     return whole._replace(flops=whole.flops + asked, memory=whole.memory + 4 * teacher.parameters)
 
 

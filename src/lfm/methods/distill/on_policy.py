@@ -90,13 +90,13 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run, lesson=lesson)
     draw = drawer(config, teacher, student, module)
+    drawn = lessons.behind(lesson, teacher, run, collate=lambda numbers: draw(numbers, lesson.collate(numbers)))
+    plain = lessons.behind(lesson, teacher, run) if config.alpha else lesson.collate
 
-    def collate(numbers: Sequence[int]) -> Batch:
+    def told(numbers: Sequence[int]) -> Batch:
         own = bool(torch.rand(()) < config.own)  # of the step's own seed, as all that is drawn
-        batch = lesson.collate(numbers)
-        return draw(numbers, batch) if own else batch
+        return (drawn if own else plain)(numbers)
 
-    told = lessons.behind(lesson, teacher, run, collate=collate)
     kind = "reverse" if config.kind == "minillm" else ENDS.get(config.beta, "jsd")
     how: Any = {"temperature": config.temperature, "kind": kind, "beta": config.beta}
     on_records = taught(lesson, module, config.alpha, **how)

@@ -32,8 +32,8 @@ from typing import Annotated
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.data.shares import classless
+from lfm.distilling import answering
 from lfm.distilling import lesson as lessons
-from lfm.distilling.telling import taught
 from lfm.models import layers
 from lfm.train import Fit, fit, training
 
@@ -58,8 +58,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     module = gradients.module()
     names = layers.projections(module)
     count = quantising.put_on(module, names, config.bits, config.group)
-    loss = taught(lesson, module, config.alpha, config.temperature)
-    losses = fit(module, lesson.numbers, lessons.behind(lesson, teacher, run), loss, config, run)
+    loss, collate = answering.answered(config, lesson, teacher, module, run)
+    losses = fit(module, lesson.numbers, collate, loss, config, run)
     full, groups = quantising.settled(module, names)
     run.note(loss_before=losses[0], loss_after=losses[-1], rounded=count, largest_used=full / groups)
     return gradients.rewrap(module)
@@ -74,7 +74,8 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     model = sizes.model("model")
     teacher = next(iter(sizes.models.get("teacher", ())), model)
-    whole = training(config, model, sizes.data["train"], forwards=teacher.parameters, logits=0)
+    forwards = teacher.parameters if config.alpha else 0
+    whole = training(config, model, sizes.data["train"], forwards=forwards, logits=0)
     return whole._replace(memory=whole.memory + 8 * model.parameters)  # a copy, and its rounding, for the backward pass
 
 

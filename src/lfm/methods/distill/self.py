@@ -23,9 +23,9 @@ from typing import Annotated, Literal
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.data.shares import classless
+from lfm.distilling import answering
 from lfm.distilling import lesson as lessons
 from lfm.distilling.student import Taught, formed, smaller
-from lfm.distilling.telling import taught
 from lfm.train import fit, training
 
 
@@ -45,8 +45,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     for generation in range(1, config.generations + 1):
         lesson = lessons.lesson(records, teacher, model)
         module = formed(gradients.module(), config, run, generation, lesson=lesson)
-        loss = taught(lesson, module, config.alpha, config.temperature)
-        told = lessons.behind(lesson, teacher, run, f"teacher-{generation}")
+        loss, told = answering.answered(config, lesson, teacher, module, run, name=f"teacher-{generation}")
         losses = fit(module, lesson.numbers, told, loss, config, run, name=f"generation-{generation}")
         run.note(**{f"loss_{generation}": losses[-1]})
         teacher = gradients.rewrap(module)
@@ -59,7 +58,8 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 def cost(config: Config, sizes: Sizes) -> Cost:
     model = sizes.model("model")
-    whole = training(config, smaller(config, model), sizes.data["train"], forwards=model.parameters, logits=0)
+    forwards = model.parameters if config.alpha else 0
+    whole = training(config, smaller(config, model), sizes.data["train"], forwards=forwards, logits=0)
     return whole._replace(flops=whole.flops * config.generations, steps=whole.steps * config.generations)
 
 

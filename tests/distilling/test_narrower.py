@@ -121,6 +121,17 @@ def test_a_width_of_everything_by_half_is_read_by_plain_transformers(name: str, 
         assert set(tensor.flatten()[:50].tolist()) <= set(module.state_dict()[key].flatten().tolist()), key
 
 
+@pytest.mark.parametrize("shares", [Shares(channels=0.7), Shares(channels=0.3), Shares(0.001, 0.1, 0.01)])
+def test_of_any_share_what_is_left_can_be_read_again(shares: Shares, tmp_path: Path) -> None:
+    """Llama's config is only read with as many channels for each head."""
+    model = made(tmp_path, "causal")
+    small: Any = narrower.narrower(model.ask(Gradients).module(), shares, "magnitude", batches(model))
+    assert small.config.hidden_size % small.config.num_attention_heads == 0
+    assert small.config.hidden_size == pytest.approx(model.facts.width * shares.channels, abs=4)
+    again = saved(model, small, tmp_path / "out")
+    torch.testing.assert_close(forward(again, batches(model)[0]), forward(small, batches(model)[0]))
+
+
 def test_what_a_config_cannot_say_is_refused(tmp_path: Path) -> None:
     """BERT's heads are as wide as its channels over their number: fewer heads alone would be wider ones."""
     model = made(tmp_path, "masked")

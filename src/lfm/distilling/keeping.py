@@ -90,17 +90,27 @@ def keep(taught: lessons.Lesson, teacher: Model, facts: Facts, k: int, run: Run,
 def _before(kept: Model | None, teacher: Model, k: int) -> KeptAnswers | None:
     if kept is None:
         return None
-    found = kept.ask(Answers)
-    assert isinstance(found, KeptAnswers)
-    if found.manifest.teacher_digest != teacher.digest:
+    found = _kept(kept)
+    if (asked := teacher_of(kept)) != teacher.digest:
         raise MismatchError(
-            f"{kept.ref} holds another teacher's answers",
-            why=f"it asked {found.manifest.teacher_digest[:12]}, {teacher.ref} is {teacher.digest[:12]}",
-            fix="that teacher, or new answers (leave kept out)",
+            f"{kept.ref} holds answers of another teacher",
+            why=f"it asked {asked[:12]}, {teacher.ref} is {teacher.digest[:12]}",
+            fix="that one, or new answers (leave kept out)",
         )
     if found.k != min(k, found.manifest.vocabulary):
-        raise ConfigError(f"{kept.ref} holds {found.k} answers a place", fix=f"k={found.k}")
+        raise ConfigError(f"{kept.ref} holds {found.k} answers a place", fix=f"k={found.k} (-k {found.k})")
     return found
+
+
+def _kept(model: Model) -> KeptAnswers:
+    found = model.ask(Answers)
+    assert isinstance(found, KeptAnswers)
+    return found
+
+
+def teacher_of(kept: Model) -> str:
+    """The digest of the model that answered."""
+    return _kept(kept).manifest.teacher_digest
 
 
 def _code(taught: lessons.Lesson, ask: answers.Ask, run: Run) -> Code:

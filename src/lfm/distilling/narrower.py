@@ -106,7 +106,8 @@ def narrower(module: nn.Module, shares: Shares, importance: Importance, batches:
         if len(sizes) != 1:
             raise ModelError(f"blocks have {sorted(sizes)} {axis}", why="one config tells the number for all of them")
         held = sizes.pop()
-        kept = max(1, round(share * held))
+        step = _together(described, held) if axis == "channels" else 1
+        kept = step * max(1, round(share * held / step))
         for cut, score in zip(cuts, scores):
             out = torch.ones(held, dtype=torch.bool).scatter(0, score.topk(kept).indices, False)
             for place in cut.group.places:
@@ -171,6 +172,12 @@ def _watched(module: nn.Module, sites: Sequence[tuple[str, str]], batches: Seque
     return [torch.cat(parts) for parts in found]
 
 
+def _together(config: Any, held: int) -> int:
+    """Channels that can only be kept together: most configs of transformers want as many for each of their heads."""
+    heads = getattr(config, "num_attention_heads", 1)
+    return heads if isinstance(heads, int) and held % heads == 0 else 1
+
+
 def _describe(config: Any, axis: str, held: int, kept: int) -> None:
     """Write the new number into the config, under the names that it has for it."""
     told = config.to_dict()
@@ -191,6 +198,8 @@ def _describe(config: Any, axis: str, held: int, kept: int) -> None:
 
 def _built(module: nn.Module, config: Any, dropped: Mapping[tuple[str, int], set[int]]) -> nn.Module:
     """The class's own module by that config, with what is left of the weights."""
+    from huggingface_hub.errors import StrictDataclassError
+
     left: dict[str, Tensor] = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         value = tensor.detach()
@@ -200,9 +209,10 @@ def _built(module: nn.Module, config: Any, dropped: Mapping[tuple[str, int], set
                 value = value.index_select(dim, torch.tensor(rest, device=value.device))
         left[name] = value
     try:
+        config.validate()  # as it will be when it is read again
         made: Any = on_meta(lambda: type(module)(config))
-    except (ValueError, RuntimeError, ArithmeticError) as error:  # heads of no width, say
-        raise _unsayable(module, str(error).splitlines()[0]) from None
+    except (ValueError, RuntimeError, ArithmeticError, StrictDataclassError) as error:  # heads of no width, say
+        raise _unsayable(module, str(error.__cause__ or error).splitlines()[0]) from None
     stored = set(made.state_dict())
     for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
         if name in stored and (name not in left or left[name].shape != tensor.shape):

@@ -15,6 +15,7 @@ from lfm.core.interfaces import Answers, Batch, Classes, Codec, LazyTensor, Logi
 from lfm.core.model import Model
 from lfm.data.records import Label
 from lfm.models import load
+from lfm.models.answers import MANIFEST as ANSWERS
 from lfm.record import Verified
 from lfm.tensors import known
 from lfm.tensors.lazy import is_coded
@@ -179,7 +180,15 @@ def weight_distance(left: Mapping[str, LazyTensor], right: Mapping[str, LazyTens
 
 
 def verify(directory: Path, load_saved: Any = load) -> Verified:
-    """Hold a run directory against its own record: the digest, and the probe's values. VerifyError if they differ."""
+    """Hold a run directory against its own record: the digest, and the probe's values. VerifyError if they differ.
+
+    Kept answers are held against what they tell of themselves where no record lies with them.
+    """
+    if (directory / ANSWERS).is_file() and not (directory / record.RUN).is_file():
+        known.forget(directory)
+        kept = load_saved(directory)
+        assert kept.digest  # the files' sums are taken, and the answers' below
+        return compare(kept, kept)
     run = record.read(directory)
     if run.output.kind == "finding":
         now = finding.read(directory).digest

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -33,7 +34,7 @@ from lfm.distilling import lesson as lessons
 from lfm.distilling.telling import IDS, TOLD, gap
 from lfm.methods.distill import cache, response
 from lfm.models import load
-from lfm.models.answers import MANIFEST
+from lfm.models.answers import MANIFEST, manifest_of
 from lfm.models.answers.shards import bin_of, index_of
 from lfm.models.api import Budget, Meter, open_api
 from lfm.models.language import ids_by_text
@@ -189,10 +190,11 @@ def test_what_does_not_fit_is_refused_before_training(root: Path, tmp_path: Path
     with pytest.raises(MismatchError, match=r"different vocabularies(.|\n)*distill.cross_tokenizer"):
         learn(kept, load(longer), TEXTS, tmp_path / "other")
     manifest = tmp_path / "answers" / MANIFEST
-    digest = load(root / "causal0").facts.vocabulary_digest
+    facts = load(root / "causal0").facts
     shutil.copytree(manifest.parent, tmp_path / "respelled")
     respelled = tmp_path / "respelled" / MANIFEST
-    respelled.write_text(respelled.read_text().replace(digest, digest[::-1]))
+    others = facts._replace(vocabulary_digest=facts.vocabulary_digest[::-1])
+    respelled.write_bytes(msgspec.json.encode(manifest_of(respelled.parent, "other", "", others, 8, 400)))
     with pytest.raises(MismatchError, match=r"has 400 tokens, \S* as many, of which some are others"):
         learn(load(respelled.parent), student, TEXTS[:4], tmp_path / "equal")
     with pytest.raises(MismatchError, match=r"for causal-lm(.|\n)*give a student for causal-lm, or a teacher for text"):
@@ -223,7 +225,7 @@ def test_answers_are_added_to_those_of_the_same_teacher_alone(root: Path, tmp_pa
     before, after = first.ask(Answers), more.ask(Answers)
     for number in range(4):
         assert all(np.array_equal(a, b) for a, b in zip(before.told([number]), after.told([number]), strict=True))
-    with pytest.raises(MismatchError, match="another teacher's answers"):
+    with pytest.raises(MismatchError, match="answers of another teacher"):
         keep(load(root / "causal1"), TEXTS, tmp_path / "none", 8, kept=first)
     with pytest.raises(ConfigError, match="k=8"):
         keep(teacher, TEXTS, tmp_path / "neither", 9, kept=first)
@@ -232,8 +234,15 @@ def test_answers_are_added_to_those_of_the_same_teacher_alone(root: Path, tmp_pa
     longer = tiny.causal(tmp_path / "words", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(longer)
     given = Inputs({"teacher": (load(longer),), "kept": (first,)}, {"train": TEXTS})
-    with pytest.raises(MismatchError, match=r"holds another teacher's answers(.|\n)*words 401(.|\n)*leave kept out"):
+    with pytest.raises(MismatchError, match=r"holds answers of another teacher(.|\n)*words 401(.|\n)*leave kept out"):
         cache.agree(cache.Config(), given)
+    read = Inputs({"teacher": (teacher,), "reader": (load(longer),), "kept": (first,)}, {"train": TEXTS})
+    with pytest.raises(MismatchError, match="different vocabularies"):
+        cache.agree(cache.Config(), read)
+    spoken = replace(teacher, gives={Top: lambda: None}, _opened={})
+    read = Inputs({"teacher": (spoken,), "reader": (load(longer),), "kept": (first,)}, {"train": TEXTS})
+    with pytest.raises(MismatchError, match="holds answers to another reader"):
+        cache.agree(cache.Config(), read)
 
 
 def test_where_kept_answers_will_not_do_it_is_said_what_they_teach_by(root: Path, tmp_path: Path) -> None:
@@ -260,7 +269,7 @@ def test_a_torn_or_damaged_cache_is_told_of(root: Path, tmp_path: Path) -> None:
             lessons.told(lessons.lesson(TEXTS, kept, student), load(tmp_path / name), LocalRun(0, tmp_path))
     manifest = tmp_path / "answers" / MANIFEST
     told = manifest.read_bytes()
-    for wrong, what in ((told.replace(b'"k": 8', b'"k": 9'), "no code for 9 of 400"), (b"{", "does not describe")):
+    for wrong, what in ((told.replace(b'"k": 8', b'"k": 9'), "not as it was written"), (b"{", "does not describe")):
         manifest.write_bytes(wrong)
         with pytest.raises(CorruptError, match=what):
             lessons.told(lessons.lesson(TEXTS, kept, student), load(tmp_path / "answers"), LocalRun(0, tmp_path))
@@ -276,6 +285,23 @@ def test_a_torn_or_damaged_cache_is_told_of(root: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"answers.json says(.|\n)*there is no such file"):
         _ = load(tmp_path / "answers").digest
     assert kept.kind == "answers"
+
+
+def test_a_copy_of_answers_is_held_against_what_it_tells_of_itself(root: Path, tmp_path: Path) -> None:
+    keep(load(root / "classifier0"), LABELS, tmp_path / "answers", 2)
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "answers", copy)
+    assert "12 places" in str(runs.verify(copy))
+    told = (copy / MANIFEST).read_text()
+    first, second = load(copy).facts.labels[:2]
+    swapped = told.replace(first, "?").replace(second, first).replace("?", second)
+    (copy / MANIFEST).write_text(swapped)
+    with pytest.raises(CorruptError, match="not as it was written"):
+        runs.verify(copy)
+    (copy / MANIFEST).write_text(told)
+    bin_of(copy, 0).write_bytes(b"\xff" + bin_of(copy, 0).read_bytes()[1:])
+    with pytest.raises(CorruptError, match="is damaged"):
+        runs.verify(copy)
 
 
 def test_a_run_cut_off_within_a_chunk_goes_on_to_the_same_bytes(root: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lfm.distilling.telling import IDS, TOLD
 from lfm.methods.distill import cache, multi_teacher, response
 from lfm.models import load
 from lfm.runs.run import LocalRun
-from teaching import accuracy, answers, made, means, still, supervised
+from teaching import accuracy, answers, made, means, mute, still, supervised
 
 LABELS = [data.Label(text=f"the {w} sat on the mat", label=w) for w in ("cats", "dogs", "birds") * 4]
 TEXTS = [data.Text(text=line) for line in tiny.CORPUS]
@@ -177,6 +177,17 @@ def test_what_cannot_go_together_is_said_first(root: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match="is blank"):
         distill([one, two], student, nameless, tmp_path, alpha=1.0)
     distill([one, two], student, nameless, tmp_path, alpha=1.0, weighting="agreement", steps=1)
+
+
+def test_labels_alone_need_no_teacher(root: Path, tmp_path: Path) -> None:
+    one, two, student = (load(root / f"classifier{seed}") for seed in range(3))
+    made = [
+        distill(teachers, student, LABELS, tmp_path / name, alpha=0.0)[0]
+        for name, teachers in (("a", [one, two]), ("b", [mute(one), mute(two)]))
+    ]
+    assert made[0].digest == made[1].digest
+    expected = supervised(student, LABELS, tmp_path / "c")
+    torch.testing.assert_close(answers(made[0], LABELS)[0], answers(expected, LABELS)[0], rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.slow

@@ -52,8 +52,9 @@ def agree(config: Config, inputs: Inputs) -> None:
         try:
             lessons.agree(kept, next(iter(inputs.all("reader")), teacher))
         except MismatchError as error:
-            told = f"{kept.ref} holds another teacher's answers"
-            raise MismatchError(told, why=error.why, fix="that teacher, or new answers (leave kept out)") from None
+            whose = "to another reader" if keeping.teacher_of(kept) == teacher.digest else "of another teacher"
+            fix = "that one, or new answers (leave kept out)"
+            raise MismatchError(f"{kept.ref} holds answers {whose}", why=error.why, fix=fix) from None
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -180,7 +180,7 @@ def agree(config: Config, inputs: Inputs) -> None:
 def cost(config: Config, sizes: Sizes) -> Cost:
     teacher, student = sizes.model("teacher"), sizes.model("student")
     made, amount = smaller(config, student), sizes.data["train"]
-    second = training(config, made, amount, forwards=teacher.parameters)
+    second = training(config, made, amount, forwards=teacher.parameters if config.alpha else 0)
     how = msgspec.structs.replace(config, steps=config.generic_steps or config.steps)
     inner = config.decoder or made.width
     decoder = 12 * DEPTH * inner * inner  # it reads all patches, the student a few

@@ -58,7 +58,9 @@ class Config(Taught, frozen=True):
         tuple[float, ...], Meta(description="of fixed: one a teacher, in their order; none: all the same")
     ] = ()
     temperature: Annotated[float, Meta(gt=0, description="T, of all models' answers")] = 4.0
-    alpha: Annotated[float, Meta(ge=0, le=1, description="weight of the teachers' answers against the labels'")] = 0.9
+    alpha: Annotated[
+        float, Meta(ge=0, le=1, description="weight of the teachers' answers against the labels'; 0: not asked")
+    ] = 0.9
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
@@ -71,6 +73,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         logits, labels = task.scored(forward(module, batch), batch)
+        if config.alpha == 0:
+            return F.cross_entropy(logits, labels)
         answers = told([told_by(batch, k) for k in range(len(teachers))], logits.shape[-1])
         theirs = mixture(answers, weights(answers, labels, config), config.temperature)
         heard = gap(logits, {TOLD: theirs}, config.temperature)
@@ -78,7 +82,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
             return heard
         return (1 - config.alpha) * F.cross_entropy(logits, labels) + config.alpha * heard
 
-    losses = fit(module, taught[0].numbers, told_by_all(taught, teachers, run), loss, config, run)
+    collate = told_by_all(taught, teachers, run) if config.alpha else taught[0].collate
+    losses = fit(module, taught[0].numbers, collate, loss, config, run)
     run.note(loss_before=losses[0], loss_after=losses[-1])
     return gradients.rewrap(module)
 
@@ -131,10 +136,12 @@ def agree(config: Config, inputs: Inputs) -> None:
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:
-    student, beside = sizes.model("student"), sum(facts.parameters for facts in sizes.models["teacher"])
+    student = sizes.model("student")
+    teachers = sizes.models["teacher"] if config.alpha else ()
+    beside = sum(facts.parameters for facts in teachers)
     whole = training(config, smaller(config, student), sizes.data["train"], forwards=beside)
     given = sizes.gives.get("teacher", ())
-    asked = [queries(sizes._replace(gives={"teacher": (one,)})) for one in given]
+    asked = [queries(sizes._replace(gives={"teacher": (one,)})) for one in given] if teachers else []
     return whole._replace(
         memory=whole.memory + 4 * student.parameters,
         queries=sum(count for count, _ in asked),

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 MANIFEST = "answers.json"
 CODE = "code.bin"
 
-FORMAT = 1
+FORMAT = 2
 
 
 @final
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Whose answers these are, to how many questions, at how many places; k of V each. facts: of the teacher, those
-    that decide whom it can teach. sums: sha256 of the code and of each shard's index, which has its bytes' own sums."""
+    that decide whom it can teach. code, shards: sha256 of the code and of each shard's index, which has its bytes' own
+    sums. digest: sha256 of all of this but the teacher's name, by which the answers are known."""
 
     format: int = FORMAT
     teacher: str
@@ -44,6 +45,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     code: str
     shards: tuple[str, ...]
+    digest: str = ""
 
 
 @final
@@ -117,11 +119,11 @@ def manifest_of(directory: Path, teacher: str, digest: str, facts: Facts, k: int
         count += 1
     indices = [index_of(directory, number) for number in range(count)]
     found = [entries(file) for file in indices]
-    told = {"task": facts.task, "vocabulary": facts.vocabulary, "vocabulary_digest": facts.vocabulary_digest}
-    return Manifest(
+    decisive = {"task": facts.task, "vocabulary": facts.vocabulary, "vocabulary_digest": facts.vocabulary_digest}
+    told = Manifest(
         teacher=teacher,
         teacher_digest=digest,
-        facts={**told, "labels": list(facts.labels), "context": facts.context},
+        facts={**decisive, "labels": list(facts.labels), "context": facts.context},
         k=k,
         vocabulary=vocabulary,
         questions=sum(len(part) for part in found),
@@ -130,6 +132,7 @@ def manifest_of(directory: Path, teacher: str, digest: str, facts: Facts, k: int
         code=_sum(directory / CODE),
         shards=tuple(_sum(file) for file in indices),
     )
+    return msgspec.structs.replace(told, digest=_known_by(told))
 
 
 def model_of(directory: Path, manifest: Manifest, ref: str = "") -> Model:
@@ -147,7 +150,8 @@ def model_of(directory: Path, manifest: Manifest, ref: str = "") -> Model:
 
 
 def open_answers(directory: Path) -> Model:
-    """The answers in a directory. CorruptError where its manifest cannot be read, or is of another format."""
+    """The answers in a directory. CorruptError where its manifest cannot be read, is of another format, or not as
+    it was written."""
     path = directory / MANIFEST
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
@@ -159,10 +163,13 @@ def open_answers(directory: Path) -> Model:
             why=f"this lfm reads format {FORMAT}",
             fix="another version of lfm",
         )
-    try:
-        return model_of(directory, manifest)
-    except (KeyError, TypeError) as error:
-        raise CorruptError(f"{path} tells of other facts than answers have", why=str(error), fix=AGAIN) from None
+    if manifest.digest != _known_by(manifest):
+        raise CorruptError(
+            f"{path} is not as it was written",
+            why=f"its digest is {_known_by(manifest)[:12]}, and {manifest.digest[:12] or 'none'} is written there",
+            fix=AGAIN,
+        )
+    return model_of(directory, manifest)
 
 
 def files_of(directory: Path, manifest: Manifest) -> list[Path]:
@@ -182,14 +189,18 @@ def _write(directory: Path, manifest: Manifest, out: Path) -> None:
 
 
 def _digest(directory: Path, manifest: Manifest) -> str:
-    """sha256 over the manifest, less where the teacher lay. MismatchError where the files are not those it tells of."""
+    """The manifest's. MismatchError where the files are not those it tells of."""
     for file, wanted in zip((directory / CODE, *(index_of(directory, i) for i in range(len(manifest.shards)))),
                             (manifest.code, *manifest.shards), strict=True):  # fmt: skip
         if not file.is_file() or _sum(file) != wanted:
             why = "its sha256 is another" if file.is_file() else "there is no such file"
             raise MismatchError(f"{file} is not what {MANIFEST} says", why=why, fix=AGAIN)
-    whole = msgspec.json.encode(msgspec.structs.replace(manifest, teacher=""), order="deterministic")
-    return hashlib.sha256(whole).hexdigest()
+    return manifest.digest
+
+
+def _known_by(manifest: Manifest) -> str:
+    nameless = msgspec.structs.replace(manifest, teacher="", digest="")
+    return hashlib.sha256(msgspec.json.encode(nameless, order="deterministic")).hexdigest()
 
 
 def _sum(file: Path) -> str:

@@ -43,7 +43,13 @@ def test_new_is_what_is_far_from_everything_before_it() -> None:
         if all(filtering.rouge_l(filtering.words(text), filtering.words(other)) < 0.7 for other in pool):
             taken.append(i)
     assert filtering.new(texts[5:], known, 0.7) == taken and 0 < len(taken) < 55
-    assert filtering.new(["a b", "A b!"], [], 1.0) == [0]
+    assert filtering.new(["a b", "A  b", "A b!"], [], 0.7) == [0]
+
+
+def test_what_differs_in_signs_alone_is_another_text_unless_likeness_is_asked_about() -> None:
+    sums = ["What is 1+2?", "What is 1-2?", "what is  1+2?", "What is 1*2?", "!!!", "???"]
+    assert filtering.new(sums, [], 1.0) == [0, 1, 3, 4, 5]
+    assert filtering.new(sums, ["!!!"], 1.0) == [0, 1, 3, 5]
 
 
 def test_what_is_said_again() -> None:

@@ -50,19 +50,21 @@ def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
 def new(texts: Sequence[str], known: Sequence[str], alike: float) -> list[int]:
     """The places of texts whose ROUGE-L with all that is known, and with each one taken before, is below `alike`.
 
-    Of the same words one is taken. With alike below 1 time grows with the square of how many there are.
+    Texts that differ in capitals and spaces alone are one. With alike = 1 no others are left out: signs may be all that
+    tells 1 + 2 from 1 − 2. Below 1 time grows with the square of how many there are.
     """
     pool = [(told, Counter(told)) for told in map(words, known)]
-    seen = {told for told, _ in pool}
+    seen = {tuple(text.lower().split()) for text in known}
     taken: list[int] = []
     for place, text in enumerate(texts):
-        told = words(text)
-        if told in seen:
+        same = tuple(text.lower().split())
+        if same in seen:
             continue
-        seen.add(told)
+        seen.add(same)
         if alike >= 1:
             taken.append(place)
             continue
+        told = words(text)
         counts = Counter(told)
         # no subsequence is longer than what both have of each word, and most pairs have little
         near = (

@@ -37,6 +37,13 @@ def norms(module: nn.Module) -> list[str]:
     ]
 
 
+def channels(layer: nn.Module) -> int:
+    """Of how many channels a layer that normalises knows a mean and a variance; 0 where it does not say."""
+    told = getattr(layer, "num_features", 0) or getattr(layer, "num_channels", 0)
+    shape = getattr(layer, "normalized_shape", ()) or getattr(getattr(layer, "weight", None), "shape", ())
+    return told or (int(shape[-1]) if shape else 0)
+
+
 def stored(module: nn.Module) -> dict[str, Moments]:
     """What its batch norms remember of their inputs; empty for a network without."""
     return {
@@ -143,20 +150,39 @@ def write(records: Records, file: Path) -> None:
 
 
 def opened(file: str | Path) -> Records:
-    """What `write` wrote. DataError where there is no such file, or another."""
+    """What `write` wrote. DataError where there is no such file, or another, or where it holds no finite numbers."""
     try:
         tensors = safetensors_torch.load_file(str(file))
         found = [
             name.removesuffix(".mean") for name in tensors if name.startswith("layers.") and name.endswith(".mean")
         ]
         layers = {name[7:]: Moments(tensors[f"{name}.mean"], tensors[f"{name}.var"]) for name in found}
-        return Records(layers, tensors["logits.mean"], tensors["logits.cov"])
-    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        records = Records(layers, tensors["logits.mean"], tensors["logits.cov"])
+        why = _fault(records)
+    except KeyError as error:
+        why = f"{error.args[0]} is missing"
+    except (OSError, safetensors.SafetensorError) as error:
+        why = str(error)
+    if why:
         raise DataError(
             f"{file} holds no records of a model's activations",
-            why=str(error),
+            why=why,
             fix="whoever has the data makes them: lfm.distilling.statistics.recorded and write",
-        ) from None
+        )
+    return records
+
+
+def _fault(records: Records) -> str:
+    """What is wrong with numbers that were read; empty where nothing is."""
+    mean, cov = records.mean, records.cov
+    if mean.ndim != 2 or cov.shape != (*mean.shape, mean.shape[-1]):
+        return f"logits.mean is {list(mean.shape)} and logits.cov {list(cov.shape)}"
+    for name, (mean, var) in records.layers.items():
+        if mean.ndim != 1 or mean.shape != var.shape:
+            return f"layers.{name} has means {list(mean.shape)} and variances {list(var.shape)}"
+        if not bool(mean.isfinite().all() and var.isfinite().all()):
+            return f"layers.{name} holds what are no numbers"
+    return "" if bool(records.mean.isfinite().all() and cov.isfinite().all()) else "logits.* hold what are no numbers"
 
 
 def drawn(records: Records, classes: Tensor) -> Tensor:

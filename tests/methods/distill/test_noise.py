@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import torch as safetensors_torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -203,6 +204,43 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(tmp_path: Path) -> No
     for file in ("none", "text"):
         with pytest.raises(DataError, match="holds no records"):
             noise.agree(noise.Config(records=str(tmp_path / file)), inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "what"),
+    [
+        ("logits.cov", lambda t: t[:3], "logits.cov"),
+        ("logits.mean", lambda t: t * float("nan"), "no numbers"),
+        ("layers.vit.layernorm.var", lambda t: t / 0, "layernorm holds what are no numbers"),
+        ("layers.vit.layernorm.var", lambda t: t[:3], r"variances \[3\]"),
+        ("layers.vit.layernorm.var", None, "layers.vit.layernorm.var is missing"),
+    ],
+)
+def test_damaged_records_are_told_of(name: str, harm: Any, what: str, tmp_path: Path) -> None:
+    model = load(tiny.vit(tmp_path / "vit"))
+    module: Any = model.ask(Gradients).module()
+    shown = [lambda: module(torch.rand(40, 3, 8, 8)).logits]
+    statistics.write(statistics.recorded(module, shown), tmp_path / "records")
+    tensors = safetensors_torch.load_file(tmp_path / "records")
+    held = tensors.pop(name)
+    if harm:
+        tensors[name] = harm(held).contiguous()
+    safetensors_torch.save_file(tensors, tmp_path / "records")
+    with pytest.raises(DataError, match=f"holds no records(.|\n)*{what}"):
+        noise.agree(
+            noise.Config(records=str(tmp_path / "records")), Inputs({"teacher": (model,), "student": (model,)}, {})
+        )
+
+
+def test_records_of_a_narrower_model_are_refused(tmp_path: Path) -> None:
+    model, other = load(tiny.vit(tmp_path / "vit")), load(tiny.vit(tmp_path / "wide", hidden_size=64))
+    module: Any = model.ask(Gradients).module()
+    shown = [lambda: module(torch.rand(40, 3, 8, 8)).logits]
+    statistics.write(statistics.recorded(module, shown), tmp_path / "records")
+    config = noise.Config(records=str(tmp_path / "records"), steps=1)
+    inputs = Inputs({"teacher": (other,), "student": (other,)}, {})
+    with pytest.raises(MismatchError, match=r"another model(.|\n)*has 64 channels"):
+        noise.run(config, inputs, LocalRun(0, tmp_path / "run"))
 
 
 def test_another_models_records_are_refused(tmp_path: Path) -> None:

@@ -158,4 +158,6 @@ def test_a_batch_too_small_to_relate_anything_is_refused(settings: Any, what: st
     model = load(tiny.classifier(tmp_path / "big"))
     with pytest.raises(ConfigError, match=what):
         distill(model, model, LABELS, tmp_path, **settings)
+    with pytest.raises(ConfigError, match=r"a batch of 2 has no angles(.|\n)*3 records or more, or angle=0"):
+        distill(model, model, LABELS[:2], tmp_path)
     distill(model, model, LABELS, tmp_path, steps=1, batch_size=1, angle=0.0, distance=0.0)

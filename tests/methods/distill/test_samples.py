@@ -13,7 +13,7 @@ import pytest
 import tiny
 from case import Case
 from lfm import runs
-from lfm.core import Codec, Gradients, Inputs, Logits, Model, Text
+from lfm.core import Codec, Gradients, Inputs, Logits, Model, Sizes, Text
 from lfm.core.config import configure
 from lfm.core.errors import AccessError, ConfigError, DataError, MismatchError, ModelError
 from lfm.core.interfaces import Top
@@ -166,6 +166,41 @@ def test_what_a_teacher_does_not_tell_is_said_before_anything_is_asked(
     assert not script.prompts
     with pytest.raises(DataError, match="nothing to learn from"):
         taught(text_alone, pair[1], tmp_path / "b", alpha=0.0, repeats=0.2)
+
+
+def test_a_sample_is_judged_by_what_is_said_after_its_opening(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    again = "so it is, so it is, so it is, so it is:"
+    script = Script(["", " a new thing"])
+    _, _, texts = taught(script.model(Text), pair[1], tmp_path, alpha=0.0, openings=(again,), samples=1)
+    assert texts == [f"{again} a new thing"]
+
+
+@pytest.mark.parametrize("more", [{}, {"greedy": 2}, {"greedy": 2, "first": 3}, {"openings": ("the cats", "a")}])
+def test_a_plan_counts_no_fewer_questions_than_are_asked(
+    more: dict[str, Any], pair: tuple[Model, Model], tmp_path: Path
+) -> None:
+    """Nothing is left out of these samples but copies, so that both rounds are drawn."""
+    asked = Counter[str]()
+    teacher, student = pair
+
+    class Counting(Script):
+        def generate(self, prompts: Sequence[str], **how: Any) -> list[str]:
+            asked["queries"] += len(prompts)
+            tokenizer = teacher.ask(Codec).tokenizer
+            asked["tokens"] += sum(len(tokenizer(one)["input_ids"]) + how["max_tokens"] for one in prompts)
+            return super().generate(prompts, **how) if how.get("temperature") else [" a"] * len(prompts)
+
+        def top(self, prompts: Sequence[str], k: int, *_: Any) -> list[Any]:
+            asked["queries"] += len(prompts)
+            return super().top(prompts, k)
+
+    script = Counting(["the same"])
+    settings = SMALL | {"alpha": 0.0, "samples": 70} | more
+    taught(script.model(Text, Top), student, tmp_path, **settings)
+    sizes = Sizes({"teacher": (teacher.facts,), "student": (student.facts,)}, {}, {})
+    told = samples.cost(configure(samples.Config, settings), sizes)
+    assert told.queries == asked["queries"]
+    assert asked["tokens"] <= told.tokens <= 3 * asked["tokens"]
 
 
 def supervised(student: Model, records: Sequence[Any], config: Any, work: Path, seed: int) -> Model:

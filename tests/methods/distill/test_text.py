@@ -247,6 +247,17 @@ def test_a_student_that_writes_nothing_is_refused(tmp_path: Path) -> None:
         taught(Script(lambda *_: "x"), load(tiny.masked(tmp_path / "masked")), tmp_path / "a")
 
 
+def test_a_prompt_longer_than_the_teacher_reads_is_told_of_before_anybody_is_asked(
+    student: Model, tmp_path: Path
+) -> None:
+    teacher = load(tiny.causal(tmp_path / "big", max_position_embeddings=32))
+    prompts = [*PROMPTS, data.Text(text="the cats sat on the mat " * 9)]
+    write(prompts, tmp_path / "prompts.jsonl")
+    inputs = Inputs({"teacher": (teacher,), "student": (student,)}, {"prompts": read(tmp_path / "prompts.jsonl")})
+    with pytest.raises(DataError, match=r"prompts.jsonl:7: a prompt of \d+ tokens leaves no room(.|\n)*reads 32"):
+        text.agree(text.Config(), inputs)
+
+
 def test_a_blank_prompt_is_told_of_before_anybody_is_asked(student: Model, tmp_path: Path) -> None:
     teacher = Script(lambda *_: "x")
     with pytest.raises(DataError, match="2: there is nothing to ask"):

@@ -152,14 +152,16 @@ def prior(
 
 def _fits(records: Records, module: nn.Module, classes: int, file: str) -> None:
     known = dict(module.named_modules())
-    strange = [name for name in records.layers if name not in known]
-    if strange or len(records.mean) != classes:
-        raise MismatchError(
-            f"{file} holds the records of another model",
-            why=f"the teacher has no layer {strange[0]}"
-            if strange
-            else f"it has {classes} classes, not {len(records.mean)}",
-        )
+    why = (
+        "" if tuple(records.mean.shape) == (classes, classes) else f"it has {classes} classes, not {len(records.mean)}"
+    )
+    for name, (mean, _) in records.layers.items():
+        if name not in known:
+            why = f"the teacher has no layer {name}"
+        elif (held := statistics.channels(known[name])) not in (0, len(mean)):
+            why = f"the teacher's {name} has {held} channels, not {len(mean)}"
+    if why:
+        raise MismatchError(f"{file} holds the records of another model", why=why)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

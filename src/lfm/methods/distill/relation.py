@@ -104,11 +104,14 @@ def related(config: Config, s: Tensor, t: Tensor) -> Tensor:
 def agree(config: Config, inputs: Inputs) -> None:
     teacher, student = inputs.model("teacher"), inputs.model("student")
     least = 3 if config.angle else 2 if config.distance or config.similarity else 1
-    if config.batch_size < least:
+    given = len(inputs.records("train"))
+    held = min(config.batch_size, given)
+    if held < least:
         raise ConfigError(
-            f"a batch of {config.batch_size} has no {'angles' if least == 3 else 'pairs'}",
+            f"a batch of {held} has no {'angles' if least == 3 else 'pairs'}",
             why="how records lie to one another is compared within a batch",
-            fix=f"batch_size={least} or more" + (", or angle=0" if config.batch_size == 2 else ""),
+            fix=(f"batch_size={least} or more" if given >= least else f"{least} records or more")
+            + (", or angle=0" if held == 2 else ""),
         )
     lessons.agree(teacher, student)
     lessons.readable(inputs, learned=config.alpha < 1)

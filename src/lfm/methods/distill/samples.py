@@ -34,6 +34,7 @@ from lfm.distilling import answering, asking, filtering
 from lfm.distilling import lesson as lessons
 from lfm.distilling import student as students
 from lfm.distilling.answering import Answering
+from lfm.distilling.answers import finer
 from lfm.distilling.student import formed, smaller
 from lfm.train import fit, training
 
@@ -80,13 +81,13 @@ def drawn(config: Config, teacher: Model, run: Run) -> list[str]:
     kept: list[str] = []
 
     def say(prompts: Sequence[str], seed: int) -> list[str]:
-        start = {prompt: prompt for prompt in prompts}
+        """What is said after each."""
+        begun = dict.fromkeys(prompts, "")
         if config.greedy:
-            said = says.generate(list(start), max_tokens=config.greedy)
-            start = {prompt: prompt + more for prompt, more in zip(start, said, strict=True)}
-        asked = [start[prompt] for prompt in prompts]
+            begun = dict(zip(begun, says.generate(list(begun), max_tokens=config.greedy), strict=True))
+        asked = [prompt + begun[prompt] for prompt in prompts]
         said = says.generate(asked, max_tokens=config.max_tokens, temperature=config.sampling, seed=seed)
-        return [one + more for one, more in zip(asked, said, strict=True)]
+        return [begun[prompt] + more for prompt, more in zip(prompts, said, strict=True)]
 
     most = ROUNDS * config.samples
     each = min(asking.CHUNK, config.samples)
@@ -99,7 +100,7 @@ def drawn(config: Config, teacher: Model, run: Run) -> list[str]:
             f"samples {number}",
             lambda prompts=prompts, number=number: say(prompts, run.seed_for("samples", number)),
         )
-        good = [text for text in said if not filtering.fault(text, rules)]
+        good = [one + more for one, more in zip(prompts, said, strict=True) if not filtering.fault(more, rules)]
         kept += [good[i] for i in filtering.new(good, kept, config.alike)]
     if not kept:
         raise DataError(
@@ -151,16 +152,23 @@ def cost(config: Config, sizes: Sizes) -> Cost:
     """The most that it can take."""
     teacher, student = sizes.model("teacher"), sizes.model("student")
     asked = ROUNDS * config.samples
-    tokens = asked * (config.max_tokens + config.greedy)
+    batches = -(-asked // min(asking.CHUNK, config.samples))
+    begun = min(asked, batches * len(config.openings) * max(config.first, 1)) if config.greedy else 0
+    bare = len(config.openings) if config.first else 0
+    opening = (
+        2 + finer(teacher.vocabulary or student.vocabulary) * max(len(one.encode()) for one in config.openings) / 4
+    )
+    read = asked * (opening + config.greedy) + (begun + bare) * opening
+    written = asked * config.max_tokens + begun * config.greedy + bare
     learned = Amount(config.samples, config.samples * config.max_tokens)
     heard = teacher.parameters if config.alpha else 0
     whole = training(config, smaller(config, student), learned, forwards=heard)
     return whole._replace(
-        flops=whole.flops + 2.0 * tokens * teacher.parameters,
-        steps=whole.steps + -(-asked // asking.CHUNK) * (config.max_tokens + config.greedy),
+        flops=whole.flops + 2.0 * (read + written) * teacher.parameters,
+        steps=whole.steps + batches * (config.max_tokens + config.greedy),
         memory=whole.memory + 4 * (teacher.parameters - heard),
-        queries=asked * (1 + bool(config.greedy)) + len(config.openings) * bool(config.first),
-        tokens=tokens,
+        queries=asked + begun + bare,
+        tokens=int(read + written),
     )
 
 

@@ -104,7 +104,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         new = asking.synthesised(say, given, config.synthesise, run, shown=config.shown, alike=config.alike)
     prompts = [*given, *new]
     say = asking.saying(teacher, temperature=config.temperature, stop=config.stop, **settings)
-    wrapped = [filled(config.ask, Label(text=prompt, label="")).prompt for prompt in prompts]
+    wrapped = [asked(config, prompt) for prompt in prompts]
     said = judged(
         [
             one
@@ -145,6 +145,11 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 def asked_by(record: Record) -> str:
     """The prompt of a record: a text is one as a whole."""
     return record.text if isinstance(record, Text) else wording(record).prompt
+
+
+def asked(config: Config, prompt: str) -> str:
+    """As the teacher reads it."""
+    return filled(config.ask, Label(text=prompt, label="")).prompt
 
 
 def sifted(config: Config, prompt: str, answers: Sequence[Answer], student: Model) -> list[Said]:
@@ -207,7 +212,16 @@ def agree(config: Config, inputs: Inputs) -> None:
             fix=f"a student for {' or '.join(WRITERS)}",
         )
     prompts = inputs.records("prompts")
+    teacher = inputs.model("teacher")
+    heard = teacher.ask(Codec).tokenizer if teacher.can(Codec) else None
+    context = context_of(heard, teacher.facts) if heard else 0
     for place, record in enumerate(prompts):
+        if context and (count := len(heard(asked(config, asked_by(record)))["input_ids"])) >= context:
+            raise DataError(
+                f"{where(prompts, place)}: a prompt of {count} tokens leaves no room to answer",
+                why=f"{teacher.ref} reads {context} at most",
+                fix="a shorter prompt, or a teacher of longer context",
+            )
         if not asked_by(record).strip():
             raise DataError(
                 f"{where(prompts, place)}: there is nothing to ask",
@@ -241,7 +255,7 @@ METHOD = Method(
     paper="https://arxiv.org/abs/1606.07947",
     config=Config,
     models={
-        "teacher": Slot((Says,), help="the model whose answers are learned; an endpoint will do"),
+        "teacher": Slot((Says,), also=(Codec,), help="the model whose answers are learned; an endpoint will do"),
         "student": Slot((Gradients, Codec), help="the model that learns them"),
         "judge": Slot((Logprobs,), min=0, help="scores answers, of which the worst are left out"),
     },

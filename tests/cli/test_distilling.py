@@ -37,6 +37,16 @@ def test_a_plan_runs_nothing(files: None, capsys: pytest.CaptureFixture[str]) ->
     assert not Path("runs").exists()
 
 
+def test_an_endpoint_teaches_a_student_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["methods", "--have", "text,logprobs", "--data", "unlabeled", "--json"])
+    found = {entry["id"]: entry for entry in json.loads(capsys.readouterr().out)}
+    student = {"student": ["codec", "gradients"]}
+    for name in ("text", "samples", "response"):
+        assert found[f"distill.{name}"]["works"] and found[f"distill.{name}"]["beside"] == student
+    generative = found["distill.generative"]  # of which the teacher's gradients are wanted too
+    assert not generative["works"] and generative["missing"] == ["gradients"] and not generative["beside"]
+
+
 def test_what_was_kept_of_a_teacher_stands_for_it_beside_a_student(capsys: pytest.CaptureFixture[str]) -> None:
     """Each model in hand gives answers, and no student can be trained on that: so it came to no method at all."""
     assert run(["methods", "--have", "answers", "--json"]) == 0

@@ -54,6 +54,7 @@ def test_an_unlimited_budget_limits_nothing() -> None:
 def test_a_model_that_lies_here_takes_no_queries() -> None:
     plan = weigh("a.b", Cost(queries=10**9, tokens=10**9), SMALL, budget=(1, 1))
     assert plan.fits and plan.queries == 0 and plan.seconds == START_SECONDS
+    assert plan.here == 10**9 and weigh("a.b", Cost(queries=9), SMALL, asks=True).here == 0
 
 
 @given(st.floats(0, 1e18), st.integers(0, 10**6), st.integers(0, 10**5))

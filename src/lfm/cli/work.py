@@ -231,6 +231,8 @@ def _show_plan(found: Plan) -> None:
     grid.add_row("disk", Text(screen.size(found.disk)))
     if found.queries:
         grid.add_row("queries", Text(f"{found.queries}, about {screen.count(found.tokens)} tokens"))
+    if found.here:
+        grid.add_row("questions", Text(f"{found.here:,} to models here, of no budget"))
     console = screen.out()
     console.print(f"\n  [bold cyan]{found.method}[/]")
     console.print(Padding(grid, (1, 0, 1, 2)))
@@ -257,7 +259,8 @@ def _show_done(done: RunRecord, out: Path) -> None:
     if done.edited:
         console.print(Padding(_edited(done.edited), (1, 0, 0, 2)))
     console.print(Text.assemble("\n  ", ("✓ ", "green"), str(done.verified)), soft_wrap=True)
-    asked = f"; {done.queries:,} queries, {done.tokens:,} tokens" if done.queries else ""
+    tokens = f", {done.tokens:,} tokens" if done.tokens else ""
+    asked = f"; {done.queries:,} queries{tokens}" if done.queries else ""
     console.print(f"  [dim]{screen.duration(done.seconds)}{asked}; digest {done.output.digest[:12]}[/]")
     console.print(f"\n  [dim]the page[/]  {out / 'report.html'}\n", soft_wrap=True)
 

@@ -70,10 +70,15 @@ KEPT = frozenset({Answers})
 
 
 def standing(method: Method[Any], have: Collection[type]) -> list[str]:
-    """The roles that what was kept plays, where nothing else is in hand."""
-    if not KEPT.issuperset(have):
-        return []
-    return [role for role, slot in method.models.items() if set(have) & set(slot.declared)]
+    """The roles that models of this access play where others want a model of another kind; none where they play all.
+
+    What was kept plays those that name it.
+    """
+    if KEPT.issuperset(have):
+        return [role for role, slot in method.models.items() if set(have) & set(slot.declared)]
+    wanted = {role: slot for role, slot in method.models.items() if slot.min > 0}
+    roles = [role for role, slot in wanted.items() if not slot.missing(have)]
+    return roles if len(roles) < len(wanted) else []
 
 
 def lacking(method: Method[Any], have: Collection[type]) -> set[type]:
@@ -84,8 +89,8 @@ def lacking(method: Method[Any], have: Collection[type]) -> set[type]:
 def methods(area: str | None = None, *, have: Iterable[type] | None = None, data: Data | None = None) -> list[Listed]:
     """The methods of an area (of all areas), and of those only what works with this access and this much data.
 
-    have: the interfaces that *each* model in hand gives; a slot that may stay empty asks nothing. Of what was kept of a
-    model alone: the methods that take it in some role.
+    have: the interfaces that the models in hand give; a slot that may stay empty asks nothing. Methods of several roles
+    are among them where these models play some of them (`standing`).
     """
     listed = [get(id) for id in ids() if area is None or id.split(".")[0] == area]
     if have is not None:

@@ -23,10 +23,17 @@ if TYPE_CHECKING:
 class Answering(Taught, frozen=True):
     """Settings of a training in which answers are learned too."""
 
-    temperature: Annotated[float, Meta(gt=0, description="T, of both models' answers")] = 4.0
+    temperature: Annotated[float, Meta(ge=0, description="T, of both models' answers; 0: 1 of words, 4 of classes")] = (
+        0.0
+    )
     alpha: Annotated[
         float, Meta(ge=0, le=1, description="weight of the teacher's answers against the labels'; 0: it is not asked")
     ] = 0.9
+
+
+def softness(temperature: float, lesson: Lesson) -> float:
+    """T: as it is set, or, where that is 0, 4 of classes and 1 of a vocabulary's words, of which few are likely."""
+    return temperature or (4.0 if lesson.order else 1.0)
 
 
 class Weighed(Protocol):
@@ -53,7 +60,7 @@ def answered(
     name: of what is kept of the teacher, in the run. With α = 0 it is not asked.
     """
     collate = behind(lesson, teacher, run, name) if config.alpha else lesson.collate
-    return taught(lesson, module, config.alpha, config.temperature, kind), collate
+    return taught(lesson, module, config.alpha, softness(config.temperature, lesson), kind), collate
 
 
 def agree(config: Answering, teacher: Model) -> None:

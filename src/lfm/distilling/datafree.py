@@ -282,11 +282,17 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 def agree(config: DataFree, teacher: Model, student: Model) -> None:
     """That both classify images, into the same classes, and that their pictures' size is known. Reads no weight."""
-    if len(config.image) not in (0, 3):
+    if len(config.image) not in (0, 3) or min(config.image, default=1) < 1:
         raise ConfigError(
             f"image={list(config.image)} describes no pictures",
             why="it is their channels, height and width",
             fix="image=[3,32,32]",
+        )
+    if (config.mean or config.std) and teacher.can(Codec) and student.can(Codec):
+        raise ConfigError(
+            "mean and std would not be read",
+            why="both models have an image processor, which knows its own",
+            fix="leave them out",
         )
     for model in (teacher, student):
         if model.facts.task not in ("", "image-classification"):

@@ -66,10 +66,10 @@ def frame_of(
             why="it has no image processor",
             fix="image=[3,32,32] (channels, height, width), with mean and std of its inputs",
         )
-    if min(image) < 1 or {len(mean), len(std)} - {0, 1, image[0]} or min(std, default=1.0) <= 0:
+    if {len(mean), len(std)} - {0, 1, image[0]} or min(std, default=1.0) <= 0:
         raise ConfigError(
             f"image={list(image)}, mean={list(mean)}, std={list(std)} describe no pictures",
-            why="sizes are 1 or more; a mean and a std, above 0, of each channel, of all of them, or none",
+            why="a mean and a std, above 0, of each channel, of all of them, or none",
         )
     centre = torch.tensor(mean or (0.0,)).expand(image[0])[:, None, None]
     spread = torch.tensor(std or (1.0,)).expand(image[0])[:, None, None]

@@ -178,7 +178,10 @@ def open_codec(directory: Path, task: str = "") -> TextCodec | ImageCodec | Soun
             config = transformers.AutoConfig.from_pretrained(where, local_files_only=True)
             return SoundCodec(extractor, config.to_dict())
         if any((directory / name).exists() for name in TEXT_FILES):
-            return TextCodec(transformers.AutoTokenizer.from_pretrained(where, local_files_only=True))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True)
+            # what is too long is cut, split or refused by whoever reads it: the warning would be a false one
+            tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+            return TextCodec(tokenizer)
         return ImageCodec(transformers.AutoImageProcessor.from_pretrained(where, local_files_only=True, backend="pil"))
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ModelError(f"cannot read the tokenizer or processor of {directory}", why=str(error)) from None

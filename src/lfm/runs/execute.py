@@ -199,7 +199,8 @@ def made(order: Order, *, show: Show = silent, report: Callable[[Path], None] | 
             seconds=round(time.time() - began, 3),
             cpu_seconds=round(_cpu() - cpu, 3),
             planned_seconds=estimate.seconds,
-            queries=(spent if (spent := prepared.meter.spent()).queries else here).queries,
+            queries=(spent if (spent := prepared.meter.spent()).queries else here).queries
+            or int(run.notes.get("queries", 0)),
             tokens=(spent if spent.queries else here).tokens,
             undo=undoable,
             manifest=listed,

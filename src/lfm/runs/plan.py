@@ -61,7 +61,10 @@ PLAIN = ("float64", "float32", "bfloat16", "float16")
 
 @final
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run would take. seconds: from best to worst; lacks: what this machine or the budget cannot give."""
+    """What a run would take. seconds: from best to worst; lacks: what this machine or the budget cannot give.
+
+    queries, tokens: of endpoints. here: questions to models that lie here, which no budget is spent on.
+    """
 
     method: str
     access: dict[str, list[str]]
@@ -71,6 +74,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     disk: int
     queries: int
     tokens: int
+    here: int = 0
     lacks: tuple[str, ...] = ()
     threads: int = 0  # that merges may use; 0: all cores
 
@@ -157,6 +161,7 @@ def weigh(
     A model that lies here is asked nothing: its queries are part of the arithmetic. reads: bytes of the models.
     allowed: bytes of memory that may be used.
     """
+    here = 0 if asks else int(cost.queries)
     if not asks:
         cost = cost._replace(queries=0, tokens=0)
     passed = PASSES * (reads + cost.disk)
@@ -187,5 +192,6 @@ def weigh(
         disk=int(cost.disk),
         queries=int(cost.queries),
         tokens=int(cost.tokens),
+        here=here,
         lacks=tuple(lacks),
     )

@@ -115,6 +115,17 @@ def test_without_the_teacher_it_is_supervised_training(name: str, root: Path, tm
     assert (got - begun).abs().max() > 0.05
 
 
+@pytest.mark.parametrize(("name", "usual"), [("causal", 1.0), ("classifier", 4.0)])
+def test_the_temperature_is_that_of_words_or_of_classes(name: str, usual: float, root: Path, tmp_path: Path) -> None:
+    records = LABELS if name == "classifier" else TEXTS
+    teacher, student = load(root / f"{name}0"), load(root / f"{name}1")
+    first = [
+        distill(teacher, student, records, tmp_path / str(i), steps=1, **how)[1].notes["loss_before"]
+        for i, how in enumerate(({}, {"temperature": usual}, {"temperature": 5 - usual}))
+    ]
+    assert first[0] == first[1] != first[2]
+
+
 def test_a_plan_without_the_teacher_asks_nobody(root: Path) -> None:
     teacher, student = load(root / "causal0").facts, load(root / "causal1").facts
     sizes = Sizes({"teacher": (teacher,), "student": (student,)}, {"train": Amount(10, 100)}, {"teacher": ((Top,),)})

@@ -31,6 +31,7 @@ from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Meta, Metho
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import F, nn, torch
 from lfm.data.shares import classless
+from lfm.distilling import answering
 from lfm.distilling import lesson as lessons
 from lfm.distilling.answers import ACCESS, queries
 from lfm.distilling.student import Taught, formed, smaller
@@ -57,7 +58,9 @@ class Config(Taught, frozen=True):
     weights: Annotated[
         tuple[float, ...], Meta(description="of fixed: one a teacher, in their order; none: all the same")
     ] = ()
-    temperature: Annotated[float, Meta(gt=0, description="T, of all models' answers")] = 4.0
+    temperature: Annotated[float, Meta(ge=0, description="T, of all models' answers; 0: 1 of words, 4 of classes")] = (
+        0.0
+    )
     alpha: Annotated[
         float, Meta(ge=0, le=1, description="weight of the teachers' answers against the labels'; 0: not asked")
     ] = 0.9
@@ -70,14 +73,15 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     task = taught[0].task
     gradients = student.ask(Gradients)
     module = formed(gradients.module(), config, run, lesson=taught[0])
+    temperature = answering.softness(config.temperature, taught[0])
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         logits, labels = task.scored(forward(module, batch), batch)
         if config.alpha == 0:
             return F.cross_entropy(logits, labels)
         answers = told([told_by(batch, k) for k in range(len(teachers))], logits.shape[-1])
-        theirs = mixture(answers, weights(answers, labels, config), config.temperature)
-        heard = gap(logits, {TOLD: theirs}, config.temperature)
+        theirs = mixture(answers, weights(answers, labels, config), temperature)
+        heard = gap(logits, {TOLD: theirs}, temperature)
         if config.alpha == 1:
             return heard
         return (1 - config.alpha) * F.cross_entropy(logits, labels) + config.alpha * heard

@@ -103,6 +103,9 @@ def related(config: Config, s: Tensor, t: Tensor) -> Tensor:
 
 def agree(config: Config, inputs: Inputs) -> None:
     teacher, student = inputs.model("teacher"), inputs.model("student")
+    lessons.agree(teacher, student)
+    lessons.readable(inputs, learned=config.alpha < 1)
+    answering.agree(config, teacher)
     least = 3 if config.angle else 2 if config.distance or config.similarity else 1
     given = len(inputs.records("train"))
     held = min(config.batch_size, given)
@@ -113,9 +116,6 @@ def agree(config: Config, inputs: Inputs) -> None:
             fix=(f"batch_size={least} or more" if given >= least else f"{least} records or more")
             + (", or angle=0" if held == 2 else ""),
         )
-    lessons.agree(teacher, student)
-    lessons.readable(inputs, learned=config.alpha < 1)
-    answering.agree(config, teacher)
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

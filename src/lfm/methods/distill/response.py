@@ -8,9 +8,8 @@ are distilled, at every position that the task scores; and the student may begin
 fewer blocks (give one reference for both roles, and `layers`). Of language models neither's logits are ever whole where
 they are a linear function of hidden states: docs/distilling.md, "What it costs".
 
-The defaults (T = 4, α = .9) suit classifiers. For a language model begin with temperature=1: in one short trial (2 of
-the 5 blocks of a 0.26 M story model, 150 steps, seed 0) the loss on other stories was 2.59 by labels alone, 2.61 with
-T = 1, 2.80 with T = 4.
+T is 4 of classes and 1 of words where it is not set: in one short trial (2 of the 5 blocks of a 0.26 M story model, 150
+steps, seed 0) the loss on other stories was 2.59 by labels alone, 2.61 with T = 1, 2.80 with T = 4.
 
 Models: teacher (Logits and Codec; or answers kept by `lfm distill cache`; or classes; or, by an endpoint, its likeliest
 tokens: one query a place, paid once), student (Gradients, Codec). Of the k likeliest alone T = 1 is exact over k + 1
@@ -20,7 +19,7 @@ classes of records may be empty, with alpha=0 nobody is asked. A classifying tea
 (N, classes) are kept. Errors: MismatchError, and DataError naming a record that is blank, or of no class where alpha <
 1, before any weight is read; DivergedError.
 
-    lfm run distill.response teacher=big student=small train=texts.jsonl --set temperature=4 --out taught
+    lfm run distill.response teacher=big student=small train=texts.jsonl --out taught
 """
 
 from __future__ import annotations

@@ -51,7 +51,6 @@ class Config(Answering, frozen=True):
     openings: Annotated[tuple[str, ...], Meta(min_length=1, description="what texts begin with, as many each")] = ("",)
     alike: Annotated[float, Meta(gt=0, le=1, description="ROUGE-L with another sample that is too much")] = 1.0
     repeats: Annotated[float, Meta(ge=0, le=1, description="most of a text's spans of words said before")] = 0.5
-    temperature: Annotated[float, Meta(gt=0, description="T, of both models' answers")] = 1.0
     alpha: Annotated[
         float, Meta(ge=0, le=1, description="weight of the teacher's answers against its text; 0: text alone")
     ] = 1.0

@@ -338,7 +338,7 @@ def test_bare_modules_with_batch_norms_learn_too_and_reload(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="size of the pictures"):
         noise.agree(noise.Config(), inputs)
     for name, wrong in {"image": (3, 0, 8), "mean": (0.5, 0.5), "std": (0.5, 0.0, 0.5)}.items():
-        with pytest.raises(ConfigError, match="describes? no pictures"):
+        with pytest.raises(ConfigError, match=r"describes? no pictures"):
             noise.agree(replace(config, **{name: wrong}), inputs)
     with pytest.raises(ConfigError, match=r"does not read pictures of \[3, 9, 8\]"):
         noise.run(replace(config, image=(3, 9, 8)), inputs, LocalRun(0, tmp_path / "other"))

@@ -157,32 +157,30 @@ def opened(file: str | Path) -> Records:
             name.removesuffix(".mean") for name in tensors if name.startswith("layers.") and name.endswith(".mean")
         ]
         layers = {name[7:]: Moments(tensors[f"{name}.mean"], tensors[f"{name}.var"]) for name in found}
-        records = Records(layers, tensors["logits.mean"], tensors["logits.cov"])
-        why = _fault(records)
+        return _sound(Records(layers, tensors["logits.mean"], tensors["logits.cov"]))
     except KeyError as error:
         why = f"{error.args[0]} is missing"
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         why = str(error)
-    if why:
-        raise DataError(
-            f"{file} holds no records of a model's activations",
-            why=why,
-            fix="whoever has the data makes them: lfm.distilling.statistics.recorded and write",
-        )
-    return records
+    raise DataError(
+        f"{file} holds no records of a model's activations",
+        why=why,
+        fix="whoever has the data makes them: lfm.distilling.statistics.recorded and write",
+    )
 
 
-def _fault(records: Records) -> str:
-    """What is wrong with numbers that were read; empty where nothing is."""
+def _sound(records: Records) -> Records:
+    """The same. ValueError where they cannot be a model's."""
     mean, cov = records.mean, records.cov
     if mean.ndim != 2 or cov.shape != (*mean.shape, mean.shape[-1]):
-        return f"logits.mean is {list(mean.shape)} and logits.cov {list(cov.shape)}"
-    for name, (mean, var) in records.layers.items():
-        if mean.ndim != 1 or mean.shape != var.shape:
-            return f"layers.{name} has means {list(mean.shape)} and variances {list(var.shape)}"
-        if not bool(mean.isfinite().all() and var.isfinite().all()):
-            return f"layers.{name} holds what are no numbers"
-    return "" if bool(records.mean.isfinite().all() and cov.isfinite().all()) else "logits.* hold what are no numbers"
+        raise ValueError(f"logits.mean is {list(mean.shape)} and logits.cov {list(cov.shape)}")
+    for name, (means, variances) in records.layers.items():
+        if means.ndim != 1 or means.shape != variances.shape:
+            raise ValueError(f"layers.{name} has means {list(means.shape)} and variances {list(variances.shape)}")
+    for name, parts in {"logits": (mean, cov), **records.layers}.items():
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise ValueError(f"{name} holds what are no numbers")
+    return records
 
 
 def drawn(records: Records, classes: Tensor) -> Tensor:

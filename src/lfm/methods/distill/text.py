@@ -216,7 +216,7 @@ def agree(config: Config, inputs: Inputs) -> None:
     heard = teacher.ask(Codec).tokenizer if teacher.can(Codec) else None
     context = context_of(heard, teacher.facts) if heard else 0
     for place, record in enumerate(prompts):
-        if context and (count := len(heard(asked(config, asked_by(record)))["input_ids"])) >= context:
+        if heard and context and (count := len(heard(asked(config, asked_by(record)))["input_ids"])) >= context:
             raise DataError(
                 f"{where(prompts, place)}: a prompt of {count} tokens leaves no room to answer",
                 why=f"{teacher.ref} reads {context} at most",

@@ -5,7 +5,7 @@ block with new weights, on 300 digits (accuracy); `stories`, stories3M into a Ll
 weights, on a part of TinyStories that the teacher may have read (loss a token on another part); `tokens`, the same into
 a student of stories260K's 512 tokens (loss a token of its own); `resnet`, ResNet-56 into a new ResNet-20, on CIFAR-10's
 JPEG images (accuracy). The last three need LFM_REAL_DATA. All train for --steps steps of one rate and batch; a method's
-further settings are its defaults, or stand in WAYS. What needs no data is given none. A row is one run in a process of
+further settings are its defaults, or stand in WAYS (g2sd trains as long again before, `self` its first generation). What needs no data is given none. A row is one run in a process of
 its own: what it scored, its CPU seconds, how often the teacher was asked where that is counted. Rows already in --rows
 are not run again.
 
@@ -61,7 +61,7 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "on_policy, gkd": ("distill.on_policy", {"kind": "gkd"}),
     "on_policy, minillm": ("distill.on_policy", {"kind": "minillm"}),
     "on_policy, speculative": ("distill.on_policy", {"kind": "speculative"}),
-    "text": ("distill.text", {}),
+    "text": ("distill.text", {"temperature": 0.0}),  # of the answers: greedy, as by default
     "samples": ("distill.samples", {}),
     "cross_tokenizer, spans": ("distill.cross_tokenizer", {}),
     "cross_tokenizer, sorted": ("distill.cross_tokenizer", {"kind": "sorted"}),
@@ -176,7 +176,7 @@ def suits(way: str, bed: Bed) -> bool:
     return name not in (PICTURES + CLASSES if bed.language else LANGUAGE)
 
 
-def inputs_of(way: str, bed: Bed, seed: int, here: Path) -> Inputs:
+def inputs_of(way: str, bed: Bed, seed: int, steps: int, here: Path) -> Inputs:
     """The bed's models and records under the method's own roles."""
     method = registry.get(WAYS[way][0]).method
     student = bed.student(seed, here)
@@ -189,8 +189,9 @@ def inputs_of(way: str, bed: Bed, seed: int, here: Path) -> Inputs:
             given[role] = tuple(teachers[:1] if slot.max == 1 else teachers)
         elif role == "student":
             given[role] = (student,) if slot.min == 1 else (student, bed.student(seed + 1, here))
-        elif role == "model":
-            given[role] = (student,)
+        elif role == "model":  # a student that has learned alone teaches its like
+            (here / ALONE).mkdir()
+            given[role] = (made(ALONE, bed, seed, steps, here / ALONE)[0],)
     data = {role: bed.train() for role in ("train", "prompts") if role in method.data}
     return Inputs(given, data)
 
@@ -198,7 +199,7 @@ def inputs_of(way: str, bed: Bed, seed: int, here: Path) -> Inputs:
 def made(way: str, bed: Bed, seed: int, steps: int, here: Path) -> tuple[Model, Mapping[str, Any]]:
     id, own = WAYS[way]
     method = registry.get(id).method
-    inputs = inputs_of(way, bed, seed, here)
+    inputs = inputs_of(way, bed, seed, steps, here)
     normalised = NORMALISED if bed is BEDS["resnet"] else {}
     wanted = {**bed.settings, "steps": steps, **normalised, **own}
     known = method.config.__struct_fields__

@@ -55,6 +55,15 @@ def test_each_token_is_what_the_modules_own_probabilities_and_the_noise_give(mod
             assert below - 1e-5 <= wanted <= sums[place, token].item() + 1e-5
 
 
+@pytest.mark.parametrize("width", [512, 4096, 50257])
+def test_in_narrow_precision_the_same_tokens_are_drawn(width: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    told, noise = torch.randn(64, width, generator=draw).softmax(-1), torch.rand(64, generator=draw)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = drawing.pick(told, noise)
+    assert torch.equal(narrow, drawing.pick(told, noise)) and len(narrow.unique()) > 40
+
+
 def test_a_row_ends_where_it_says_so_and_has_at_most_its_room() -> None:
     says = iter(([7, 7, 3], [3, 8, 8], [9, 8, 8], [9, 8, 8]))
 

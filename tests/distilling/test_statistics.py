@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import tiny
@@ -63,6 +65,20 @@ def test_moments_over_batches_are_those_of_all_together() -> None:
     parts = statistics.measured(module, [lambda part=part: module(part) for part in x.split(2)], ["1"])["1"]
     assert torch.allclose(whole.mean, parts.mean, atol=1e-6) and torch.allclose(whole.var, parts.var, atol=1e-6)
     assert torch.allclose(whole.mean, module[0](x).mean((0, 1)), atol=1e-6)
+
+
+def test_of_a_network_that_lays_channels_both_ways_every_norm_is_known_by_its_own() -> None:
+    """ConvNeXt: norms between stages read (B, C, H, W), those of blocks (B, H, W, C), the last (B, C)."""
+    config = transformers.ConvNextConfig(
+        num_channels=3, hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=2, num_labels=4
+    )
+    torch.manual_seed(0)
+    module: Any = transformers.ConvNextForImageClassification(config).eval()
+    records = statistics.recorded(module, [lambda: module(torch.rand(40, 3, 12, 20)).logits])
+    layers = dict(module.named_modules())
+    assert {len(found.mean) for found in records.layers.values()} == {8, 12}
+    for name, (mean, var) in records.layers.items():
+        assert len(mean) == len(var) == statistics.channels(layers[name]), name
 
 
 def test_a_batch_norms_channels_are_the_second_axis() -> None:

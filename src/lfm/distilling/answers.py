@@ -112,6 +112,8 @@ def _by_logits(taught: Lesson, teacher: Model, k: int) -> Ask:
         if not taught.order:
             counts = (batch["labels"] != IGNORED).sum(1).tolist()
             logits = taught.task.scored(logits, batch)[0]
+            assert taught.codec is not None
+            logits = logits[:, : len(taught.codec.tokenizer)]  # rows beyond are padding, which a student may not have
         _numbers(taught, chosen, logits, counts, teacher)
         best = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
         return Told(best.indices.int().cpu().numpy(), best.values.cpu().numpy(), counts, logits.shape[-1])

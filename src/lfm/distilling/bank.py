@@ -38,17 +38,21 @@ class Bank:
         self.made += many
 
     def draw(self, many: int, even: str = "") -> Batch:
-        """So many rows, each once at most, drawn from torch's own generator, which the loop seeds by step.
+        """So many rows, as `chosen`."""
+        places = self.chosen(many, even)
+        return {name: kept[places] for name, kept in self.rows.items()}
+
+    def chosen(self, many: int, even: str = "") -> Tensor:
+        """Places of so many rows, each once at most, drawn from torch's own generator, which the loop seeds by step.
 
         even: the name of whole numbers (n,), such as classes, each of which is to be drawn as often; none: any row is.
         """
         if even:
             _, which, counts = self.rows[even][: len(self)].cpu().unique(return_inverse=True, return_counts=True)
-            chosen = torch.multinomial(1 / counts[which].double(), min(many, len(self)))
+            places = torch.multinomial(1 / counts[which].double(), min(many, len(self)))
         else:
-            chosen = torch.randperm(len(self))[:many]
-        chosen = chosen.to(self.device)
-        return {name: kept[chosen] for name, kept in self.rows.items()}
+            places = torch.randperm(len(self))[:many]
+        return places.to(self.device)
 
     def aids(self) -> dict[str, Tensor]:
         """All there is, for a checkpoint."""

@@ -15,7 +15,7 @@ from lfm.core import Run
 from lfm.core.heavy import F, nn, torch
 from lfm.distilling.generator import cropped, read_by
 from lfm.distilling.pictures import jittered
-from lfm.distilling.statistics import norms
+from lfm.distilling.statistics import laid, norms
 from lfm.train import seeded, state_of
 from lfm.train.state import State
 
@@ -61,14 +61,20 @@ def contrast(local: Tensor, whole: Tensor, temperature: float, new: int) -> Tens
 def contrasting(scene: Scene, lr: float, temperature: float, flip: bool, run: Run) -> Iterator[Contrast]:
     """A new head, beside the scene's teacher."""
     assert scene.module is not None
-    with read_by([scene.module.get_submodule(name) for name in norms(scene.module)]) as read:
-        yield _contrast(scene, read, lr, temperature, flip, run)
+    layers = [scene.module.get_submodule(name) for name in norms(scene.module)]
+    with read_by(layers) as read:
+
+        def seen() -> Tensor:
+            """Means (B, all channels) over all but the channels of what each layer read last."""
+            every = [laid(layer, x) for layer, x in zip(layers, read, strict=True)]
+            return torch.cat([x.reshape(len(x), -1, x.shape[-1]).mean(1) for x in every], 1)
+
+        yield _contrast(scene, seen, lr, temperature, flip, run)
 
 
-def _contrast(scene: Scene, read: list[Tensor], lr: float, temperature: float, flip: bool, run: Run) -> Contrast:
-    def seen() -> Tensor:
-        # channels come second in maps, and last in sequences
-        return torch.cat([x.flatten(2).mean(2) if x.ndim == 4 else x.flatten(1, -2).mean(1) for x in read], 1)
+def _contrast(
+    scene: Scene, seen: Callable[[], Tensor], lr: float, temperature: float, flip: bool, run: Run
+) -> Contrast:
 
     place = scene.frame.low.device
     with torch.no_grad():
@@ -83,7 +89,7 @@ def _contrast(scene: Scene, read: list[Tensor], lr: float, temperature: float, f
         scene.asked(jittered(cropped(images, PART), 0.0, flip))
         part = seen()
         views = torch.cat([part, whole], 1)
-        old = [bank.draw(OTHERS)[VIEWS]] if len(bank) else []
+        old = [bank.rows[VIEWS][bank.chosen(OTHERS)]] if len(bank) else []
         parts, wholes = torch.cat([views, *old]).chunk(2, 1)
         return contrast(F.normalize(head(parts)), F.normalize(head(wholes)), temperature, len(images)), views.detach()
 

@@ -114,12 +114,13 @@ def pick(probabilities: Tensor, noise: Tensor) -> Tensor:
 
 
 def _running(values: Tensor) -> Tensor:
-    """Running sums (B, V′ ≥ V), by products: a GPU's own running sum adds in another order each time."""
-    padded = F.pad(values, (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    inner = padded @ torch.ones(BLOCK, BLOCK, device=values.device).triu()
-    count = padded.shape[1]
-    before = inner[..., -1] @ torch.ones(count, count, device=values.device).triu(1)
-    return (inner + before[..., None]).flatten(1).contiguous()
+    """Running sums (B, V′ ≥ V) in fp32, by products: a GPU's own running sum adds in another order each time."""
+    with torch.autocast(values.device.type, enabled=False):  # near 1, bf16 tells few numbers apart
+        padded = F.pad(values.float(), (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+        inner = padded @ torch.ones(BLOCK, BLOCK, device=values.device).triu()
+        count = padded.shape[1]
+        before = inner[..., -1] @ torch.ones(count, count, device=values.device).triu(1)
+        return (inner + before[..., None]).flatten(1).contiguous()
 
 
 def noise(seed: int, numbers: Sequence[int], new: int) -> Tensor:

@@ -55,9 +55,16 @@ def stored(module: nn.Module) -> dict[str, Moments]:
     }
 
 
-def moments(activations: Tensor, last: bool) -> Moments:
-    """Over all but the channels, which are the last axis (B, …, C), or the second (B, C, …). Variances are biased."""
-    flat = (activations if last else activations.movedim(1, -1)).reshape(-1, activations.shape[-1 if last else 1])
+def laid(layer: nn.Module, activations: Tensor) -> Tensor:
+    """What a layer that normalises reads, its channels last (B, …, C): some read them second."""
+    second = isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
+    second = second or getattr(layer, "data_format", "") == "channels_first"  # ConvNeXt's, of transformers
+    return activations.movedim(1, -1) if second else activations
+
+
+def moments(activations: Tensor) -> Moments:
+    """Of (B, …, C) over all but the channels. Variances are biased."""
+    flat = activations.reshape(-1, activations.shape[-1])
     return Moments(flat.mean(0), flat.var(0, unbiased=False))
 
 
@@ -68,8 +75,7 @@ def read(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Moments]
     handles = []
 
     def keep(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        last = not isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
-        seen[name] = moments(given[0], last)
+        seen[name] = moments(laid(layer, given[0]))
 
     for name in names:
         handles.append(module.get_submodule(name).register_forward_pre_hook(partial(keep, name)))

@@ -48,7 +48,10 @@ def gap(
 def heard(batch: Batch, rows: slice = slice(None)) -> Tensor:
     """A teacher's logits (n, V) at some of the N places of which it tells more than its likeliest answers."""
     told = batch[TOLD][rows]
-    return F.linear(told, batch[HEAD], batch.get(BIAS)) if HEAD in batch else told
+    if HEAD not in batch:
+        return told
+    with torch.autocast(told.device.type, enabled=False):  # as precise as the teacher's own head is
+        return F.linear(told.to(batch[HEAD].dtype), batch[HEAD], batch.get(BIAS))
 
 
 def scoring(lesson: Lesson, module: nn.Module) -> Callable[[nn.Module, Batch], tuple[Headless | Tensor, Tensor]]:

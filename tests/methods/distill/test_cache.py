@@ -245,6 +245,15 @@ def test_answers_are_added_to_those_of_the_same_teacher_alone(root: Path, tmp_pa
         cache.agree(cache.Config(), read)
 
 
+def test_rows_that_pad_a_teachers_vocabulary_are_no_answers(root: Path, tmp_path: Path) -> None:
+    padded = load(tiny.causal(tmp_path / "padded", vocab_size=408))
+    for k in (399, 408):
+        kept = keep(padded, TEXTS, tmp_path / f"answers{k}", k)
+        ids, _ = kept.ask(Answers).told([0])
+        assert ids.max() < 400
+        learn(kept, load(root / "causal1"), TEXTS, tmp_path / f"w{k}", steps=1)
+
+
 def test_where_kept_answers_will_not_do_it_is_said_what_they_teach_by(root: Path, tmp_path: Path) -> None:
     keep(load(root / "causal0"), TEXTS, tmp_path / "answers", 8)
     write(TEXTS, tmp_path / "texts.jsonl")

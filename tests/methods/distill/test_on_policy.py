@@ -160,6 +160,15 @@ def test_what_is_to_come_is_a_mean_of_the_rest_less_the_others() -> None:
     torch.testing.assert_close(got, torch.tensor(expected))
 
 
+def test_in_narrow_precision_rewards_are_the_same() -> None:
+    draw = torch.Generator().manual_seed(0)
+    places = torch.rand(3, 400, generator=draw) > 0.2
+    rewards = torch.randn(int(places.sum()), generator=draw)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = on_policy.to_come(rewards, places)
+    assert torch.equal(narrow, on_policy.to_come(rewards, places))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("records", [TEXTS, ASKED], ids=["text", "completion"])
 def test_each_step_draws_anew_from_the_student_after_the_same_prompts(

@@ -5,8 +5,9 @@
 Paper: Deep classifier mimicry without data access (CAKE), arXiv 2306.02090; weights, ε and its decay are those of the
 authors' code. The classes y_g of a group are all different: each picture holds to its class while their logits attract
 one another, so that they end on either side of the boundaries between. Nothing inside the teacher is looked at: no
-batch norm is needed. ε falls from `picture_lr` by `decades` powers of ten from the first batch of pictures to the last,
-so that boundaries are neared from far and from close by. The student learns the teacher's own answers at T = 1.
+batch norm is needed. ε begins at `picture_lr` and falls by as much after each batch of pictures, which after the last
+makes `decades` powers of ten, so that boundaries are neared from far and from close by. The student learns the
+teacher's own answers at T = 1.
 
 Differs: the student learns while pictures are made, from those there are (there afterwards: 30 epochs of SGD over 256
 batches of pictures). The noise ζ is left out unless `noise` asks for it, as in the code's own settings. On the zoo's
@@ -48,7 +49,9 @@ class Config(DataFree, frozen=True):
     iterations: Annotated[int, Meta(ge=1, description="steps of SGD that move the pictures")] = 500
     groups: Annotated[int, Meta(ge=2, description="pictures that attract one another, each of its own class")] = 10
     picture_lr: Annotated[float, Meta(gt=0, description="ε of the first pictures")] = 0.1
-    decades: Annotated[float, Meta(ge=0, description="powers of ten that ε falls by until the last")] = 4.0
+    decades: Annotated[
+        float, Meta(ge=0, description="powers of ten that ε falls by, the step after the last among them")
+    ] = 4.0
     noise: Annotated[float, Meta(ge=0, description="Langevin noise, in units of √(2ε), after each of those steps")] = (
         0.0
     )

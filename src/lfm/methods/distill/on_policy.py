@@ -193,8 +193,9 @@ def to_come(rewards: Tensor, places: Tensor) -> Tensor:
     mean in the other rows. 0 where none are to come."""
     filled = rewards.new_zeros(places.shape).masked_scatter(places, rewards)
     later = rewards.new_ones(places.shape[1], places.shape[1]).tril(-1)
-    count = places.to(rewards.dtype) @ later
-    mean = filled @ later / count.clamp(min=1)
+    with torch.autocast(rewards.device.type, enabled=False):  # counts above 256 are no numbers of bf16
+        count = places.to(rewards.dtype) @ later
+        mean = filled @ later / count.clamp(min=1)
     real = (places & (count > 0)).to(rewards.dtype)
     each, many = (mean * real).sum(1), real.sum(1)
     others = (each.sum() - each) / (many.sum() - many).clamp(min=1)

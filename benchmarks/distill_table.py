@@ -4,10 +4,10 @@ Beds: `lm`, zoo:lm into two blocks with new weights, on its stories (loss a toke
 block with new weights, on 300 digits (accuracy); `stories`, stories3M into a Llama of stories260K's size with new
 weights, on a part of TinyStories that the teacher may have read (loss a token on another part); `tokens`, the same into
 a student of stories260K's 512 tokens (loss a token of its own); `resnet`, ResNet-56 into a new ResNet-20, on CIFAR-10's
-JPEG images (accuracy). The last three need LFM_REAL_DATA. All train for --steps steps of one rate and batch; a method's
-further settings are its defaults, or stand in WAYS (g2sd trains as long again before, `self` its first generation). What needs no data is given none. A row is one run in a process of
-its own: what it scored, its CPU seconds, how often the teacher was asked where that is counted. Rows already in --rows
-are not run again.
+JPEG images (accuracy). The last three need LFM_REAL_DATA. All train for --steps steps of one rate and batch (g2sd as
+long again before, `self` its first generation); a method's further settings are its defaults, or stand in WAYS. What
+needs no data is given none. A row is one run in a process of its own: what it scored, its CPU seconds, how often the
+teacher was asked where that is counted. Rows already in --rows are not run again.
 
     python benchmarks/distill_table.py [--beds lm vit] [--ways …] [--seeds 3] [--steps 300] [--rows FILE] [--show]
 """

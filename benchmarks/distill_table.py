@@ -61,7 +61,7 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "on_policy, gkd": ("distill.on_policy", {"kind": "gkd"}),
     "on_policy, minillm": ("distill.on_policy", {"kind": "minillm"}),
     "on_policy, speculative": ("distill.on_policy", {"kind": "speculative"}),
-    "text": ("distill.text", {"temperature": 0.0}),  # of the answers: greedy, as by default
+    "text": ("distill.text", {"temperature": 1.0}),  # of the answers; after a whole story a greedy one is empty
     "samples": ("distill.samples", {}),
     "cross_tokenizer, spans": ("distill.cross_tokenizer", {}),
     "cross_tokenizer, sorted": ("distill.cross_tokenizer", {"kind": "sorted"}),

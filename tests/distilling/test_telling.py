@@ -92,6 +92,20 @@ def child(here: Path) -> None:
         (here / f"{kind}.{launched.rank()}.json").write_text(json.dumps(told))
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_batch_in_which_nothing_is_scored_teaches_nothing(
+    alpha: float, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, module, _, told = lesson(models, "causal", tmp_path)
+    batch = told(list(given.numbers))
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100), TOLD: batch[TOLD][:0]}
+    for body in (telling.headless, lambda *_: None):
+        monkeypatch.setattr(telling, "headless", body)
+        loss = taught(given, module, alpha)(module, empty)
+        loss.backward()
+        assert loss.item() == 0
+
+
 @pytest.mark.slow
 def test_two_processes_that_share_or_shard_the_head_give_what_one_gives(models: Path, tmp_path: Path) -> None:
     with socket.socket() as free:

@@ -33,9 +33,11 @@ def gap(
     """T² · D between a student's logits (N, V) and what was told of the same places: a mean over them, a scalar.
 
     Of the k likeliest alone D is over k + 1 outcomes, or, with another temperature or divergence, over the answers that
-    spread what was left out evenly.
+    spread what was left out evenly. 0 where there are no places.
     """
     theirs = batch[TOLD]
+    if not len(logits):
+        return logits.float().sum()
     if IDS in batch:
         ids = batch[IDS]
         if temperature == 1 and kind == "forward":
@@ -43,6 +45,16 @@ def gap(
         return kd(logits, complete(ids, theirs, logits.shape[-1]), temperature, kind, beta)
     width = min(logits.shape[-1], theirs.shape[-1])  # a vocabulary may be padded to a round number
     return kd(logits[:, :width], theirs[:, :width], temperature, kind, beta)
+
+
+def hard(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (N, V) and what is right (N,), a mean over places, a scalar; 0 where there are none."""
+    return F.cross_entropy(logits, labels) if len(labels) else logits.float().sum()
+
+
+def weighed(logits: Tensor, labels: Tensor, alpha: float, soft: Tensor) -> Tensor:
+    """(1 − α) CE(y, p) + α · soft, a scalar. With α = 1 labels are not read."""
+    return soft if alpha == 1 else (1 - alpha) * hard(logits, labels) + alpha * soft
 
 
 def heard(batch: Batch, rows: slice = slice(None)) -> Tensor:
@@ -94,7 +106,7 @@ def taught(
         student, labels = answered(module, batch)
         if alpha == 0:
             if not isinstance(student, Headless):
-                return F.cross_entropy(student, labels)
+                return hard(student, labels)
             alone = labels[:, None]  # what has no weight
             return headed(student, Best(alone, torch.zeros_like(alone, dtype=torch.float32)), labels, alpha=0.0)
         theirs = batch[TOLD]
@@ -104,6 +116,6 @@ def taught(
             how: Any = {"alpha": alpha, "temperature": temperature, "kind": kind, "beta": beta}
             return headed(student, teacher, labels, **how)
         soft = gap(student, {**batch, TOLD: heard(batch)}, temperature, kind, beta)
-        return soft if alpha == 1 else (1 - alpha) * F.cross_entropy(student, labels) + alpha * soft
+        return weighed(student, labels, alpha, soft)
 
     return loss

@@ -26,14 +26,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
-from lfm.core.heavy import F, nn
+from lfm.core.heavy import nn
 from lfm.data import task as tasks
 from lfm.data.records import Record
 from lfm.data.shares import by_group
 from lfm.data.suited import classed, fitting, worded
 from lfm.distilling import lesson as lessons
 from lfm.distilling.classes import widened
-from lfm.distilling.telling import gap
+from lfm.distilling.telling import gap, hard
 from lfm.distilling.together import paired
 from lfm.models import forward
 from lfm.train import Fit, fit, training
@@ -68,7 +68,7 @@ def learned(config: Config, before: Model, records: Sequence[Record], run: Run, 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         logits, labels = lesson.task.scored(forward(module, batch), batch)
         # of a wider head, what was told is of the first rows, which are its own
-        return F.cross_entropy(logits, labels) + config.keep * gap(logits, batch, config.temperature)
+        return hard(logits, labels) + config.keep * gap(logits, batch, config.temperature)
 
     module = after.ask(Gradients).module()
     told = lessons.told(lesson, before, run, f"before-{place}")

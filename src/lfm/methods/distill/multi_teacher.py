@@ -35,7 +35,7 @@ from lfm.distilling import answering
 from lfm.distilling import lesson as lessons
 from lfm.distilling.answers import ACCESS, queries
 from lfm.distilling.student import Taught, formed, smaller
-from lfm.distilling.telling import IDS, TOLD, gap
+from lfm.distilling.telling import IDS, TOLD, gap, hard, weighed
 from lfm.distilling.together import told_by, told_by_all
 from lfm.models import forward
 from lfm.train import fit, training
@@ -78,13 +78,10 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         logits, labels = task.scored(forward(module, batch), batch)
         if config.alpha == 0:
-            return F.cross_entropy(logits, labels)
+            return hard(logits, labels)
         answers = told([told_by(batch, k) for k in range(len(teachers))], logits.shape[-1])
         theirs = mixture(answers, weights(answers, labels, config), temperature)
-        heard = gap(logits, {TOLD: theirs}, temperature)
-        if config.alpha == 1:
-            return heard
-        return (1 - config.alpha) * F.cross_entropy(logits, labels) + config.alpha * heard
+        return weighed(logits, labels, config.alpha, gap(logits, {TOLD: theirs}, temperature))
 
     collate = told_by_all(taught, teachers, run) if config.alpha else taught[0].collate
     losses = fit(module, taught[0].numbers, collate, loss, config, run)

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from lfm.core import Codec, Cost, Data, DataSlot, Gradients, Inputs, Logits, Meta, Method, Model, Run, Sizes, Slot
 from lfm.core.errors import ConfigError
-from lfm.core.heavy import F, nn
+from lfm.core.heavy import nn
 from lfm.data import task as tasks
 from lfm.distilling import lesson as lessons
 from lfm.distilling.student import Taught, formed, smaller
-from lfm.distilling.telling import TOLD, gap
+from lfm.distilling.telling import TOLD, gap, hard
 from lfm.distilling.together import answer, read_by, read_by_all
 from lfm.models import forward
 from lfm.train import fit, suited, training
@@ -62,7 +62,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         each_of = [module.get_submodule(str(k)) for k in range(len(peers))]
         told = [answer(forward(peer, read_by(batch, k, read)), read[k]) for k, peer in enumerate(each_of)]
         scored = [task.scored(logits, batch) for logits in told]
-        each = [F.cross_entropy(*one) for one in scored]
+        each = [hard(*one) for one in scored]
         total = sum(each[1:], each[0])
         if module.training and config.beta:
             for k, (mine, _) in enumerate(scored):

@@ -169,6 +169,22 @@ def test_padding_does_not_count_for_importance(tmp_path: Path) -> None:
     assert narrower.influences(module, [more]) == pytest.approx(narrower.influences(module, [given]), rel=1e-4)
 
 
+def test_what_is_asked_is_padded_otherwise_than_what_is_answered(tmp_path: Path) -> None:
+    """Of an encoder-decoder: places that pad questions say nothing of the encoder, those of answers of the decoder."""
+    module: Any = load(tiny.seq2seq(tmp_path / "m")).ask(Gradients).module()
+    draw = torch.Generator().manual_seed(0)
+    given = {name: torch.randint(3, 20, (4, 7), generator=draw) for name in ("input_ids", "labels")}
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    more = {name: torch.cat([value, value.new_full((4, 9), fill[name])], 1) for name, value in given.items()}
+    blocks = structure.all_blocks(module)
+    sites = [("ffn_key", blocks[0]), ("ffn_key", blocks[-1])]
+    bare, padded = (narrower._watched(module, sites, [batch]) for batch in (given, more))
+    for own, other in zip(bare, padded, strict=True):
+        assert len(own) == 28
+        torch.testing.assert_close(other, own, atol=1e-4, rtol=1e-4)
+
+
 def test_the_settings_make_such_a_student(tmp_path: Path) -> None:
     model = made(tmp_path, "causal", num_hidden_layers=3)
     lesson, run = lesson_of(model), LocalRun(0, tmp_path / "w")

@@ -114,10 +114,18 @@ def _grid(x: Tensor) -> Tensor:
 
 
 def counted(batch: Batch, places: int, task: str) -> Tensor | None:
-    """(B, N) which places are no padding, where the batch tells; of an encoder-decoder, those of its answer."""
+    """(B, N) which places are no padding, where the batch tells; of an encoder-decoder, those of its answer.
+
+    Of sounds the mask is over samples, and a place stands for as many of them as any other.
+    """
     name = "labels" if task == "seq2seq-lm" else "attention_mask"
     mask = batch.get(name)
-    if mask is None or mask.ndim != 2 or mask.shape[1] != places:
+    if mask is None or mask.ndim != 2:
+        return None
+    if task.startswith("audio") and mask.shape[1] > places:
+        real = (mask.sum(1) * places // mask.shape[1]).clamp(min=1)
+        return torch.arange(places, device=mask.device) < real[:, None]
+    if mask.shape[1] != places:
         return None
     return mask != (UNSCORED if name == "labels" else 0)
 

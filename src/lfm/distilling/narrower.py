@@ -159,14 +159,15 @@ def _watched(module: nn.Module, sites: Sequence[tuple[str, str]], batches: Seque
     found: list[list[Tensor]] = [[] for _ in sites]
     mode = module.training
     module.to(device()).eval()
-    task = "seq2seq-lm" if getattr(getattr(module, "config", None), "is_encoder_decoder", False) else ""
+    answers = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
     for batch in batches:
         rows = len(next(iter(batch.values())))
         with torch.no_grad(), structure.watch(module, sites) as seen:
             forward(module, batch)
         for place, value in enumerate(seen):
             x = mapped(value, rows).float().cpu()
-            mask = counted(batch, x.shape[1], task)
+            reads = ".encoder." in f".{sites[place][1]}."  # what is asked; the decoder's places are the answer's
+            mask = counted(batch, x.shape[1], "seq2seq-lm" if answers and not reads else "")
             found[place].append(x.flatten(0, 1) if mask is None else x[mask.cpu()])
     module.train(mode)
     return [torch.cat(parts) for parts in found]

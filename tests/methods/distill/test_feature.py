@@ -47,6 +47,19 @@ def case(here: Path) -> Case:
     return Case({"teacher": ("big",), "student": ("small",)}, {"train": "texts.jsonl"}, settings)
 
 
+@pytest.mark.parametrize("real", [400, 1000, 3100, 6400])
+def test_of_sounds_the_places_that_count_are_those_of_samples_that_are_there(real: int, tmp_path: Path) -> None:
+    """Within one of those that the model itself takes for sound."""
+    module: Any = load(tiny.hearer(tmp_path / "hears")).ask(Gradients).module()
+    mask = torch.zeros(2, 6400, dtype=torch.long)
+    mask[0], mask[1, :real] = 1, 1
+    places = int(module._get_feat_extract_output_lengths(6400))
+    own = module._get_feature_vector_attention_mask(places, mask).sum(1)
+    found = inside.counted({"attention_mask": mask}, places, "audio-classification")
+    assert found is not None and found[0].all()
+    assert abs(int(found[1].sum()) - int(own[1])) <= 1 and not found[1, int(own[1]) + 1 :].any()
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")

@@ -40,6 +40,7 @@ from lfm.core import (
     Run,
     Sizes,
     Slot,
+    launched,
 )
 from lfm.core.errors import ConfigError
 from lfm.core.heavy import nn, torch
@@ -108,12 +109,12 @@ def agree(config: Config, inputs: Inputs) -> None:
     answering.agree(config, teacher)
     least = 3 if config.angle else 2 if config.distance or config.similarity else 1
     given = len(inputs.records("train"))
-    held = min(config.batch_size, given)
+    held = min(config.batch_size, given) // launched.size()  # each process relates its own share
     if held < least:
         raise ConfigError(
             f"a batch of {held} has no {'angles' if least == 3 else 'pairs'}",
             why="how records lie to one another is compared within a batch",
-            fix=(f"batch_size={least} or more" if given >= least else f"{least} records or more")
+            fix=(f"batch_size={least * launched.size()} or more" if given >= least else f"{least} records or more")
             + (", or angle=0" if held == 2 else ""),
         )
 

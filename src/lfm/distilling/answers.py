@@ -15,6 +15,7 @@ from lfm.core.heavy import np, torch
 from lfm.core.interfaces import Classes, Top
 from lfm.data import files
 from lfm.data.language import IGNORED
+from lfm.models.answers import KEY
 from lfm.models.language import ids_by_text
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ ASKED: tuple[type, ...] = (Top, Logprobs, Classes, Logits)
 
 CHUNK = 64
 """Records that are asked about at once, and kept at once."""
-
-KEY = 16
-"""Bytes of a question's digest."""
 
 
 class Told(NamedTuple):

@@ -1,16 +1,27 @@
-"""A classifier with more classes than it had."""
+"""Classes by name: whether two classifiers tell the same, and a classifier with more of them than it had."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lfm.core.errors import ModelError
+from lfm.core.errors import MismatchError, ModelError
 from lfm.core.heavy import nn, torch
 from lfm.models import layers
 
 if TYPE_CHECKING:
     from torch import Generator
+
+
+def same(teacher: Sequence[str], student: Sequence[str]) -> None:
+    """MismatchError where they are not the same classes, in any order, or are none."""
+    if set(teacher) != set(student) or not student:
+        shown = ["; ".join(labels[:5]) or "none" for labels in (teacher, student)]
+        raise MismatchError(
+            "teacher and student have different classes",
+            why=f"the teacher's: {shown[0]}; the student's: {shown[1]}",
+            fix="rename the classes in one config (id2label)",
+        )
 
 
 def widened(module: nn.Module, labels: Sequence[str], more: Sequence[str], random: Generator) -> nn.Module:

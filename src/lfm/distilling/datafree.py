@@ -21,6 +21,7 @@ from lfm.core import Codec, Cost, Gradients, Logits, Meta, Model, Run
 from lfm.core.errors import ConfigError, MismatchError
 from lfm.core.heavy import nn, torch
 from lfm.core.interfaces import Classes
+from lfm.distilling import classes as named
 from lfm.distilling.bank import Bank
 from lfm.distilling.pictures import Frame, frame_of, same, seen
 from lfm.distilling.student import Taught, formed, smaller
@@ -280,6 +281,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
         module.train(mode)
 
 
+def unread(config: DataFree, names: Sequence[str], why: str) -> None:
+    """ConfigError where one of these settings, which nothing reads here, is another than by default."""
+    usual = type(config)()
+    for name in names:
+        if getattr(config, name) != getattr(usual, name):
+            raise ConfigError(f"{name} changes nothing here", why=why, fix=f"leave {name} out")
+
+
 def agree(config: DataFree, teacher: Model, student: Model) -> None:
     """That both classify images, into the same classes, and that their pictures' size is known. Reads no weight."""
     if len(config.image) not in (0, 3) or min(config.image, default=1) < 1:
@@ -304,13 +313,8 @@ def agree(config: DataFree, teacher: Model, student: Model) -> None:
         if not model.can(Codec) and _seeing(config, model, student) is model:
             frame_of(model, config.image, config.mean, config.std)
     t, s = labels_of(teacher), student.facts.labels
-    if t and s and set(t) != set(s):
-        shown = ["; ".join(labels[:5]) for labels in (t, s)]
-        raise MismatchError(
-            "teacher and student have different classes",
-            why=f"the teacher's: {shown[0]}; the student's: {shown[1]}",
-            fix="rename the classes in one config (id2label)",
-        )
+    if t and s:
+        named.same(t, s)
     if 0 < config.bank < config.batch_size:
         raise ConfigError(
             f"a bank of {config.bank} pictures gives no batch of {config.batch_size}", fix=f"bank={config.batch_size}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lfm.core import Features, Gradients, Model, Run
 from lfm.core.errors import MismatchError, ModelError
 from lfm.core.heavy import F, torch
+from lfm.data.language import IGNORED
 from lfm.distilling.lesson import LIMIT, Lesson
 from lfm.models import structure
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 INSIDE = "teacher.inside."
 """What the names of a batch's maps of the teacher begin with; their number follows."""
-UNSCORED = -100
 
 # ---------------------------------------------------------------------------------------------- where
 
@@ -127,7 +127,7 @@ def counted(batch: Batch, places: int, task: str) -> Tensor | None:
         return torch.arange(places, device=mask.device) < real[:, None]
     if mask.shape[1] != places:
         return None
-    return mask != (UNSCORED if name == "labels" else 0)
+    return mask != (IGNORED if name == "labels" else 0)
 
 
 def shown(

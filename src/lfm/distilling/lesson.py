@@ -12,7 +12,7 @@ from lfm.core.heavy import np, torch
 from lfm.data import task as tasks
 from lfm.data.records import Record
 from lfm.data.suited import CLASSED, suited
-from lfm.distilling import answers
+from lfm.distilling import answers, classes
 from lfm.distilling.telling import BIAS, HEAD, IDS, TOLD
 from lfm.train import once
 
@@ -189,13 +189,8 @@ def agree(teacher: Model, student: Model) -> None:
                 fix="give a student that was made with the teacher's tokenizer"
                 + (", or use distill.cross_tokenizer, or distill.text" if s.task == "causal-lm" else ""),
             )
-    elif set(t.labels) != set(s.labels) or not s.labels:
-        shown = ["; ".join(labels[:5]) or "none" for labels in (t.labels, s.labels)]
-        raise MismatchError(
-            "teacher and student have different classes",
-            why=f"the teacher's: {shown[0]}; the student's: {shown[1]}",
-            fix="rename the classes in one config (id2label)",
-        )
+    else:
+        classes.same(t.labels, s.labels)
 
 
 def _vocabulary(model: Model) -> dict[str, int]:

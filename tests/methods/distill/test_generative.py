@@ -266,6 +266,8 @@ def test_what_is_moved_is_moved_before_it_is_judged_and_each_time_it_is_learned_
 
 
 def test_contrast_needs_pictures_that_are_kept(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="jitter changes nothing here"):
+        distill(*pair, tmp_path, kind="zskt", jitter=0.1)
     with pytest.raises(ConfigError, match="keeps no pictures"):
         distill(*pair, tmp_path, kind="dafl", contrast=0.8)
 

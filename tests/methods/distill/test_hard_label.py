@@ -415,3 +415,8 @@ def test_a_student_reads_digits_of_which_it_was_told_the_classes_of_noise(tmp_pa
         assert run.notes["queries"] == 5000
     print(f"noise first {rates[0]:.4f}, without {rates[1]:.4f}")
     assert rates[0] > rates[1] + 0.05 and rates[0] > 0.3, rates
+
+
+def test_a_setting_that_changes_nothing_is_told_of(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="temperature changes nothing here"):
+        distill(*pair, tmp_path, **ENTROPY | {"temperature": 2.0})

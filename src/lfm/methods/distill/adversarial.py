@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from lfm.core import Codec, Cost, Gradients, Inputs, Meta, Method, Model, Run, Sizes, Slot
-from lfm.core.errors import ConfigError
 from lfm.core.heavy import F, torch
 from lfm.distilling import datafree, generator
 from lfm.distilling.bank import Bank
@@ -163,9 +162,7 @@ def seeking(
 
 def agree(config: Config, inputs: Inputs) -> None:
     datafree.agree(config, inputs.model("teacher"), inputs.model("student"))
-    for name in ("temperature", "divergence"):
-        if getattr(config, name) != getattr(Config(), name):
-            raise ConfigError(f"{name} changes nothing here", why="what is learned is mean |t − s| of logits")
+    datafree.unread(config, ("temperature", "divergence"), "what is learned is mean |t − s| of logits")
 
 
 def cost(config: Config, sizes: Sizes) -> Cost:

@@ -28,7 +28,7 @@ from lfm.core.errors import DataError, MismatchError
 from lfm.data import task as tasks
 from lfm.data.shares import classless
 from lfm.data.suited import fitting, worded
-from lfm.distilling import answering
+from lfm.distilling import answering, classes
 from lfm.distilling import lesson as lessons
 from lfm.distilling.student import Taught, formed, smaller
 from lfm.distilling.together import paired
@@ -68,13 +68,7 @@ def agree(config: Config, inputs: Inputs) -> None:
     tasks.suits(seen, teacher.facts)
     fitting(seen, teacher, teacher.facts._replace(labels=()))  # classes are read of the student's records alone
     lessons.readable(Inputs({"student": (student,)}, {"train": read}), learned=config.alpha < 1)
-    if set(teacher.facts.labels) != set(student.facts.labels):
-        shown = ["; ".join(model.facts.labels[:5]) or "none" for model in (teacher, student)]
-        raise MismatchError(
-            "teacher and student have different classes",
-            why=f"the teacher's: {shown[0]}; the student's: {shown[1]}",
-            fix="rename the classes in one config (id2label)",
-        )
+    classes.same(teacher.facts.labels, student.facts.labels)
     if len(seen) != len(read):
         raise DataError(
             f"{len(seen)} records for the teacher (seen), {len(read)} for the student (train)",

@@ -220,6 +220,8 @@ def roomy(config: Config) -> Config:
 
 def agree(config: Config, inputs: Inputs) -> None:
     datafree.agree(roomy(config), inputs.model("teacher"), inputs.model("student"))
+    if config.kind not in KEPT:
+        datafree.unread(config, ("jitter", "flip", "nearness"), f"{config.kind} keeps no pictures")
     if config.contrast and config.kind not in KEPT:
         raise ConfigError(f"{config.kind} keeps no pictures to hold new ones against", fix="contrast of cmi or fast")
 

@@ -251,6 +251,8 @@ def measured(config: Config, scene: Scene, ask: Ask, bank: Bank, run: Run) -> Ba
 def agree(config: Config, inputs: Inputs) -> None:
     teacher, student = inputs.model("teacher"), inputs.model("student")
     datafree.agree(config, teacher, student)
+    if config.kind == "entropy":
+        datafree.unread(config, ("temperature", "divergence"), "what kind=entropy learns is the class that was named")
     if datafree.names(teacher) and config.image and config.image[0] not in (1, 3):
         raise ConfigError(
             f"pictures of {config.image[0]} channels cannot be shown",

@@ -68,7 +68,8 @@ def swept(
     exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
     kind = hidden.device.type
     narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    narrow = exact if exact == torch.float64 else narrow
+    # a scaler comes after these products, and fp16 loses what is below 6e-8
+    narrow = exact if exact == torch.float64 or narrow == torch.float16 else narrow
     rows = min(max(1, setting.room // (exact.itemsize * vocabulary)), max(count, 1))
     rows = math.ceil(count / math.ceil(count / rows)) if count else 1  # chunks of one size, or nearly
     block = max(1, BLOCK // (exact.itemsize * vocabulary)) if kind == "cpu" else rows

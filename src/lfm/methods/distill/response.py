@@ -16,8 +16,8 @@ tokens: one query a place, paid once), student (Gradients, Codec). Of the k like
 outcomes; else what they leave is spread evenly. Two language models must share kind and vocabulary; two classifiers the
 names of their classes, in any order; each then reads the records its own way. Data: every kind; with alpha=1 the
 classes of records may be empty, with alpha=0 nobody is asked. A classifying teacher is asked once a record; its answers
-(N, classes) are kept. Errors: MismatchError, and DataError naming a record that is blank, or of no class where alpha <
-1, before any weight is read; DivergedError.
+(N, classes) are kept, up to 256 MB. Errors: MismatchError, and DataError naming a record that is blank, or of no class
+where alpha < 1, before any weight is read; DivergedError.
 
     lfm run distill.response teacher=big student=small train=texts.jsonl --out taught
 """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Best", "headed", "rowwise"]
 
 ROOM = {"cpu": 2**24, "cuda": 2**28}
-"""Bytes of the logits that there are at once, by kind of device."""
+"""Bytes of a chunk's logits, by kind of device; a CPU works on `BLOCK` of them at once, a GPU on all."""
 
 
 class Best(NamedTuple):

@@ -238,7 +238,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     print("| bed | steps | from | score | gained on alone | CPU s | seeds |\n|---|---|---|---|---|---|---|")
     for name, steps in sorted({(r["bed"], r["steps"]) for r in rows}):
         here = [r for r in rows if (r["bed"], r["steps"]) == (name, steps)]
-        alone = {r["seed"]: r["score"] for r in here if r["way"] == ALONE}
+        alone = {r["seed"]: r["score"] for r in here if r["way"] == ALONE and "score" in r}
         for way in WAYS:
             some = [r for r in here if r["way"] == way]
             if errors := [r["error"] for r in some if "error" in r]:
@@ -269,12 +269,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beds", nargs="+", default=["lm", "vit"], choices=list(BEDS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, max(T) + 1))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=Path, default=Path("distill_rows.jsonl"))
     parser.add_argument("--show", action="store_true", help="only print what is in --rows")
     given = parser.parse_args()
     rows = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
+    rows = [r for r in rows if given.show or "error" not in r]  # what failed is tried again
     known = {(r["bed"], r["way"], r["seed"], r["steps"]) for r in rows}
     asked = [
         (name, way, seed, given.steps)

@@ -13,7 +13,9 @@ ID = "distill.cache"
 Words = Annotated[
     list[str], typer.Argument(help="teacher=REF train=FILE [kept=ANSWERS] [reader=REF]", metavar="ROLE=REF")
 ]
-Likeliest = Annotated[int | None, typer.Option("-k", min=1, help="Answers of each place.", show_default="64")]
+Likeliest = Annotated[
+    int | None, typer.Option("-k", min=1, help="Answers of each place.", show_default="64, or as kept")
+]
 Plan = Annotated[bool, typer.Option("--plan", help="Say what it would take, and do nothing.")]
 
 

@@ -229,6 +229,8 @@ def test_answers_are_added_to_those_of_the_same_teacher_alone(root: Path, tmp_pa
         keep(load(root / "causal1"), TEXTS, tmp_path / "none", 8, kept=first)
     with pytest.raises(ConfigError, match="k=8"):
         keep(teacher, TEXTS, tmp_path / "neither", 9, kept=first)
+    assert keep(teacher, TEXTS, tmp_path / "usual", 0, kept=first).ask(Answers).k == 8
+    assert keep(teacher, TEXTS[:1], tmp_path / "bare", 0).ask(Answers).k == cache.USUAL
     tokenizer = tiny.byte_bpe()
     tokenizer.add_tokens(["<new>"])
     longer = tiny.causal(tmp_path / "words", vocab_size=len(tokenizer))

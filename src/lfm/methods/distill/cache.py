@@ -28,11 +28,17 @@ from lfm.data.suited import worded
 from lfm.distilling import answers, keeping
 from lfm.distilling import lesson as lessons
 
+USUAL = 64
+"""Likeliest answers of each place, where nothing tells otherwise."""
+
 
 class Config(lfm.core.Config, frozen=True):
     k: Annotated[
-        int, Meta(ge=1, description="likeliest answers of each place; as many as there are: all, unrounded")
-    ] = 64
+        int,
+        Meta(
+            ge=0, description="likeliest answers of each place; as many as there are: all, unrounded; 0: 64, or as kept"
+        ),
+    ] = 0
 
 
 def run(config: Config, inputs: Inputs, run: Run) -> Model:
@@ -41,7 +47,8 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
     records = classless(inputs.records("train"), reader)
     lesson = keeping.lesson(records, teacher, reader)
     kept = next(iter(inputs.all("kept")), None)
-    return keeping.keep(lesson, teacher, reader.facts, config.k, run, kept)
+    k = config.k or (kept.ask(Answers).k if kept else USUAL)
+    return keeping.keep(lesson, teacher, reader.facts, k, run, kept)
 
 
 def agree(config: Config, inputs: Inputs) -> None:
@@ -65,7 +72,7 @@ def cost(config: Config, sizes: Sizes) -> Cost:
         flops=2.0 * teacher.parameters * amount.tokens,
         steps=-(-amount.records // answers.CHUNK),
         memory=4 * teacher.parameters,
-        disk=int(places * keeping.bytes_a_place(config.k, teacher.vocabulary or len(teacher.labels))),
+        disk=int(places * keeping.bytes_a_place(config.k or USUAL, teacher.vocabulary or len(teacher.labels))),
         queries=queries,
         tokens=tokens,
     )

@@ -5,9 +5,9 @@ block with new weights, on 300 digits (accuracy); `stories`, stories3M into a Ll
 weights, on a part of TinyStories that the teacher may have read (loss a token on another part); `tokens`, the same into
 a student of stories260K's 512 tokens (loss a token of its own); `resnet`, ResNet-56 into a new ResNet-20, on CIFAR-10's
 JPEG images (accuracy). The last three need LFM_REAL_DATA. All train for --steps steps of one rate and batch (g2sd as
-long again before, `self` its first generation); a method's further settings are its defaults, or stand in WAYS. What
-needs no data is given none. A row is one run in a process of its own: what it scored, its CPU seconds, how often the
-teacher was asked where that is counted. Rows already in --rows are not run again.
+long again before, and `self` and `quantised` what they begin with); a method's further settings are its defaults, or
+stand in WAYS. What needs no data is given none. A row is one run in a process of its own: what it scored, its CPU
+seconds, how often the teacher was asked where that is counted. Rows already in --rows are not run again.
 
     python benchmarks/distill_table.py [--beds lm vit] [--ways …] [--seeds 3] [--steps 300] [--rows FILE] [--show]
 """
@@ -56,6 +56,8 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "relation, weak": ("distill.relation", {"distance": 1.0, "angle": 2.0}),
     "online": ("distill.online", {}),
     "self": ("distill.self", {}),
+    "quantised": ("distill.quantised", {"bits": 2}),
+    "quantised, labels": ("distill.quantised", {"bits": 2, "alpha": 0.0}),
     "multi_teacher": ("distill.multi_teacher", {}),
     "g2sd": ("distill.g2sd", {}),
     "on_policy, gkd": ("distill.on_policy", {"kind": "gkd"}),
@@ -78,6 +80,8 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "hard_label, entropy": ("distill.hard_label", {"kind": "entropy"}),
     "hard_label, boundary": ("distill.hard_label", {"kind": "boundary"}),
 }
+AGAINST: Mapping[str, str] = {"quantised": "quantised, labels"}
+"""What a way is held against where that is not the student alone: weights of two bits, by records and no teacher."""
 LANGUAGE = ("on_policy", "text", "samples")
 PICTURES = ("g2sd", "deepinversion", "adi", "cake", "dafl", "zskt", "dfq", "cmi", "fast", "adversarial", "hard_label")
 CLASSES = ("g2sd", "multi_teacher")
@@ -234,12 +238,13 @@ def scored(model: Model, bed: Bed) -> float:
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Means ± half of a 95 % interval over seeds, and of what is gained on the student alone, seed by seed."""
+    """Means ± half of a 95 % interval over seeds, and of what is gained on alone (or AGAINST), seed by seed."""
     print("| bed | steps | from | score | gained on alone | CPU s | seeds |\n|---|---|---|---|---|---|---|")
     for name, steps in sorted({(r["bed"], r["steps"]) for r in rows}):
         here = [r for r in rows if (r["bed"], r["steps"]) == (name, steps)]
-        alone = {r["seed"]: r["score"] for r in here if r["way"] == ALONE and "score" in r}
+        found = {(r["way"], r["seed"]): r["score"] for r in here if "score" in r}
         for way in WAYS:
+            other = AGAINST.get(way, ALONE)
             some = [r for r in here if r["way"] == way]
             if errors := [r["error"] for r in some if "error" in r]:
                 print(f"| {name} | {steps} | {way} | {errors[0]} | – | – | {len(some)} |")
@@ -247,10 +252,11 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
             if not some:
                 continue
             sign = -1 if BEDS[name].lower else 1
-            gains = [sign * (r["score"] - alone[r["seed"]]) for r in some if r["seed"] in alone]
+            held = [(r["score"], found[other, r["seed"]]) for r in some if (other, r["seed"]) in found]
+            gains = [sign * (score - alone) for score, alone in held]
             cpu = statistics.mean(r["cpu"] for r in some)
             scores = said([r["score"] for r in some])
-            gained = "–" if way == ALONE or not gains else said(gains)
+            gained = "–" if way in (ALONE, *AGAINST.values()) or not gains else said(gains)
             print(f"| {name} | {steps} | {way} | {scores} | {gained} | {cpu:.0f} | {len(some)} |")
 
 

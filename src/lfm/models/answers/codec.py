@@ -110,7 +110,7 @@ def encode(code: Code, ids: NDArray[Any], logprobs: NDArray[Any]) -> bytes:
         "pack", raw=ids, stride=len(made), out=made, codes=code._for_packing, params=params, keys=told,
         scratch=room, flags=flags, width=k, count=n,
     )  # fmt: skip
-    return made.tobytes()[: (int(flags[0]) + 7) // 8]
+    return made.view(np.uint8)[: (int(flags[0]) + 7) // 8].tobytes()
 
 
 def decode(code: Code, packed: bytes | memoryview, n: int) -> tuple[NDArray[Any], NDArray[Any]]:

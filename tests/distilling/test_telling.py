@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 
 import tiny
+from launching import both
 from lfm.core import Gradients, launched
 from lfm.data.records import Text
 from lfm.distilling import lesson as lessons
@@ -23,7 +21,6 @@ from lfm.models import load
 from lfm.runs.run import LocalRun
 from lfm.train import Fit, fit, world
 
-ROOT = Path(__file__).parents[2]
 TEXTS = [Text(text=text) for text in tiny.CORPUS[:6]]
 
 
@@ -108,28 +105,7 @@ def test_a_batch_in_which_nothing_is_scored_teaches_nothing(
 
 @pytest.mark.slow
 def test_two_processes_that_share_or_shard_the_head_give_what_one_gives(models: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = (
-        "import sys; sys.path[:0] = ['tests', 'tests/distilling', 'src']\n"
-        f"import test_telling as t; t.child(t.Path({str(models)!r}))\n"
-    )
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", "LFM_DEVICE": "cpu"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            cwd=ROOT,
-            env=os.environ | common | quiet | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=280)[0] for process in children]
-    assert [process.returncode for process in children] == [0, 0], "\n".join(said)
+    both(child, models, seconds=280)
     losses, weights = trained(models, tmp_path)
     sizes = {name: float(p.double().norm()) for name, p in weights.items()}
     for kind in ("shared", "sharded"):

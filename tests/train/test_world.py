@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from launching import both
 from lfm import runs
 from lfm.core import Codec, Gradients, launched
 from lfm.core.errors import ConfigError, OutputError
@@ -25,7 +23,6 @@ from lfm.models import forward, load
 from lfm.runs.run import LocalRun
 from lfm.train import Fit, fit, world
 
-ROOT = Path(__file__).parents[2]
 TEXTS = [
     Text(text=text)
     for text in (
@@ -83,28 +80,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("world")
     tiny.causal(place / "base")
     write(TEXTS, place / "train.jsonl")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = (
-        "import sys; sys.path[:0] = ['tests', 'tests/train', 'src']\n"
-        f"import test_world as t; t.child(t.Path({str(place)!r}))\n"
-    )
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", "LFM_DEVICE": "cpu"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            cwd=ROOT,
-            env=os.environ | common | quiet | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=200)[0] for process in children]
-    assert [process.returncode for process in children] == [0, 0], "\n".join(said)
+    both(child, place)
     return place
 
 

@@ -164,6 +164,10 @@ class Run(Protocol):
         """
         ...
 
+    def once(self, name: str, fn: Callable[[], T]) -> T:
+        """As step, for what one process can do alone (asking, drawing): of several one does it, and all read it."""
+        ...
+
     def track(
         self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str
     ) -> Iterator[T]:

@@ -45,7 +45,7 @@ def answered(say: Say, prompts: Sequence[str], run: Run, name: str, count: int =
     said: list[Said] = []
     for first in run.track(range(0, len(asked), CHUNK), name):
         part = asked[first : first + CHUNK]
-        kept = run.step(f"{name} {first}", lambda part=part, first=first: say(part, run.seed_for(name, first)))
+        kept = run.once(f"{name} {first}", lambda part=part, first=first: say(part, run.seed_for(name, first)))
         said += [Said(*one) for one in kept]
     return [said[i : i + count] for i in range(0, len(said), count)]
 
@@ -61,7 +61,7 @@ def synthesised(say: Say, given: Sequence[str], want: int, run: Run, *, shown: i
         if len(found) >= want:
             break
         asked = [request(_shown(given, found, shown, run.seed_for("shown", number + i))) for i in range(ROUND)]
-        said = run.step(
+        said = run.once(
             f"new prompts {number}",
             lambda asked=asked, number=number: [one.text for one in say(asked, run.seed_for("new prompts", number))],
         )

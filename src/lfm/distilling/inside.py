@@ -156,7 +156,7 @@ def shown(
     if whole > LIMIT or not teacher.facts.task.startswith("image"):
         return lambda chosen: beside(chosen, asked(chosen))
     parts = [lesson.numbers[i : i + 64] for i in range(0, len(lesson.numbers), 64)]
-    kept = run.step(
+    kept = run.once(
         "inside", lambda: [torch.cat(each) for each in zip(*[asked(part) for part in run.track(parts, "inside")])]
     )
     return lambda chosen: beside(chosen, [value[list(chosen)] for value in kept])

@@ -59,24 +59,29 @@ def keep(taught: lessons.Lesson, teacher: Model, facts: Facts, k: int, run: Run,
     known = before.find([keys[n] for n in asked]) if before else np.full(len(asked), -1)
     fresh = [n for n, where in zip(asked, known, strict=True) if where < 0]
     old = [int(where) for where in known if where >= 0]
-    writer = Writer(place)
-    for begin in range(writer.count, len(old), answers.CHUNK):  # the disk is waited for once a chunk
-        assert before is not None
-        some = old[begin : begin + answers.CHUNK]
-        entries = [before.shards.entries[number] for number in some]
-        packed = [bytes(before.shards.read(number)) for number in some]
-        writer.add([e["key"].tobytes() for e in entries], packed, [int(e["places"]) for e in entries])
-    parts = range(0, len(fresh), answers.CHUNK)
-    for begin in run.track(parts, "asking the teacher", len(parts)):
-        chosen = fresh[begin : begin + answers.CHUNK]
-        done = min(max(writer.count - len(old) - begin, 0), len(chosen))
-        if done == len(chosen):
-            continue
-        ids, told, counts, _ = ask(chosen)  # the whole chunk, as if it had not been interrupted: padding changes sums
-        ends = np.cumsum([0, *counts]).tolist()
-        packed = [encode(code, ids[a:b], told[a:b]) for a, b in pairwise(ends)]
-        writer.add([keys[n] for n in chosen[done:]], packed[done:], counts[done:])
-    write_code(code, place / CODE)
+
+    def written() -> None:
+        """Chunk by chunk, after those that lie there."""
+        writer = Writer(place)
+        for begin in range(writer.count, len(old), answers.CHUNK):  # the disk is waited for once a chunk
+            assert before is not None
+            some = old[begin : begin + answers.CHUNK]
+            entries = [before.shards.entries[number] for number in some]
+            packed = [bytes(before.shards.read(number)) for number in some]
+            writer.add([e["key"].tobytes() for e in entries], packed, [int(e["places"]) for e in entries])
+        parts = range(0, len(fresh), answers.CHUNK)
+        for begin in run.track(parts, "asking the teacher", len(parts)):
+            chosen = fresh[begin : begin + answers.CHUNK]
+            done = min(max(writer.count - len(old) - begin, 0), len(chosen))
+            if done == len(chosen):
+                continue
+            ids, told, counts, _ = ask(chosen)  # the whole chunk, as if never interrupted: padding changes sums
+            ends = np.cumsum([0, *counts]).tolist()
+            packed = [encode(code, ids[a:b], told[a:b]) for a, b in pairwise(ends)]
+            writer.add([keys[n] for n in chosen[done:]], packed[done:], counts[done:])
+        write_code(code, place / CODE)
+
+    run.once("answers", written)
     manifest = manifest_of(place, teacher.ref, teacher.digest, facts, code.k, code.vocabulary)
     if not manifest.places:
         raise DataError(
@@ -126,7 +131,7 @@ def _code(taught: lessons.Lesson, ask: answers.Ask, run: Run) -> Code:
             weights, k = (counts if not len(weights) else weights + counts), ids.shape[1]
         return [torch.from_numpy(weights), k]
 
-    weights, k = run.step("weights", weighed)
+    weights, k = run.once("weights", weighed)
     if len(weights) > LONGEST:
         raise ConfigError(f"{len(weights)} ids are more than answers are kept of", why=f"{LONGEST} are the most")
     return code_for(k, weights.numpy())

@@ -84,7 +84,7 @@ def told(taught: Lesson, teacher: Model, run: Run, name: str = "teacher") -> Cal
     if 4 * len(taught.records) * len(taught.order) > LIMIT:
         return lambda chosen: {**taught.collate(chosen), TOLD: asked(chosen)}
     parts = [taught.numbers[i : i + 64] for i in range(0, len(taught.records), 64)]
-    kept = run.step(name, lambda: torch.cat([asked(part) for part in run.track(parts, name)]))
+    kept = run.once(name, lambda: torch.cat([asked(part) for part in run.track(parts, name)]))
     return lambda chosen: {**taught.collate(chosen), TOLD: kept[list(chosen)]}
 
 
@@ -134,7 +134,7 @@ def _likeliest(taught: Lesson, teacher: Model, run: Run, name: str) -> Callable[
             ids, told, counts, many = ask(chosen)
             return [torch.from_numpy(ids), torch.from_numpy(told), counts, many]
 
-        ids, told, counts, many = run.step(f"{name} {first}", part)
+        ids, told, counts, many = run.once(f"{name} {first}", part)
         rows += zip(ids.split(counts), told.split(counts), strict=True)
 
     def again(chosen: Sequence[int]) -> Batch:

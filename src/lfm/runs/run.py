@@ -39,12 +39,21 @@ class LocalRun:
     _named: set[str] = field(default_factory=set)
 
     def step(self, name: str, fn: Callable[[], T]) -> T:
+        keep = self._keeping(name, fn)
+        return keep() if launched.size() == 1 else together.step(name, journal.kept(self._steps, name), fn, keep)
+
+    def once(self, name: str, fn: Callable[[], T]) -> T:
+        keep = self._keeping(name, fn)
+        return keep() if launched.size() == 1 else together.once(name, keep)
+
+    @property
+    def _steps(self) -> Path:
+        return self.work / "steps"
+
+    def _keeping(self, name: str, fn: Callable[[], T]) -> Callable[[], T]:
         assert name not in self._named, f"two steps are named {name!r}"
         self._named.add(name)
-        where = self.work / "steps"
-        if launched.size() == 1:
-            return journal.step(where, name, fn)
-        return together.step(name, journal.kept(where, name), fn, partial(journal.step, where, name, fn))
+        return partial(journal.step, self._steps, name, fn)
 
     def track(
         self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str

@@ -78,6 +78,21 @@ def step(name: str, kept: bool, fn: Callable[[], T], keep: Callable[[], T]) -> T
     return keep() if _told(f"step/{name}")["kept"] else fn()
 
 
+def once(name: str, keep: Callable[[], T]) -> T:
+    """A journalled step that the leader does, while the others wait for what it keeps; all fail as it fails."""
+    key = f"step/{name}"
+    if not launched.leads():
+        _told(key)
+        return keep()
+    try:
+        done = keep()
+    except BaseException as error:
+        _tell(key, _failed(error))
+        raise
+    _tell(key, {"kept": True})
+    return done
+
+
 def alone(what: str) -> None:
     """ConfigError where several processes were launched for what one does."""
     if launched.size() > 1:
@@ -111,5 +126,6 @@ def _told(key: str) -> dict[str, Any]:
 
 def _failed(error: BaseException) -> dict[str, Any]:
     if isinstance(error, LfmError):
-        return {"error": type(error).__name__, "what": error.what, "why": error.why, "fix": error.fix}
+        known = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        return {"error": known, "what": error.what, "why": error.why, "fix": error.fix}
     return {"error": "", "what": f"{type(error).__name__}: {error}"}

@@ -55,6 +55,9 @@ class Making:
     def step(self, name: str, fn: Callable[[], T]) -> T:
         return fn()
 
+    def once(self, name: str, fn: Callable[[], T]) -> T:
+        return fn()
+
     def track(
         self, items: Iterable[T], label: str, total: int | None = None, beside: Callable[[], str] = str
     ) -> Iterator[T]:

@@ -101,7 +101,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
         """What was answered under that name, or is now; kept as it comes. Counted either way: it is one question."""
         before = scene.asked.queries
         parts = [
-            run.step(f"{name} {i * CHUNK}", lambda part=part: scene.asked(part).cpu())
+            run.once(f"{name} {i * CHUNK}", lambda part=part: scene.asked(part).cpu())
             for i, part in enumerate(images.split(CHUNK))
         ]
         scene.asked.queries = before + len(images)

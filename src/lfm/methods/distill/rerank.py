@@ -78,7 +78,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 
 def chosen(config: Config, small: Classes, large: Chooser, dev: Sequence[Label | Pair], run: Run) -> float:
     """θ, by what is right on dev when the k least sure are asked about, for every k."""
-    told = np.array(run.step("small", lambda: small.tell(dev).tolist()))
+    told = np.array(run.once("small", lambda: small.tell(dev).tolist()))
     sure = np.exp(told.max(1))
     order = np.argsort(sure, kind="stable")
     least = order[: int(config.most * len(dev))]
@@ -90,7 +90,7 @@ def chosen(config: Config, small: Classes, large: Chooser, dev: Sequence[Label |
         return reranked(told[some], shares).argmax(1).tolist()
 
     for first in run.track(range(0, len(least), CHUNK), "unsure"):
-        seconds += run.step(f"unsure {first}", lambda first=first: second(least[first : first + CHUNK]))
+        seconds += run.once(f"unsure {first}", lambda first=first: second(least[first : first + CHUNK]))
     alone = told.argmax(1) == right
     better = (np.array(seconds, dtype=int) == right[least]).astype(int) - alone[least]
     gained = np.concatenate([[0], np.cumsum(better)])

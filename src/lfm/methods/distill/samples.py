@@ -75,7 +75,7 @@ def run(config: Config, inputs: Inputs, run: Run) -> Model:
 def drawn(config: Config, teacher: Model, run: Run) -> list[str]:
     """The samples. Every 64 questions are a step of the run. DataError where there are none."""
     says = teacher.ask(Says)
-    openings = run.step("openings", lambda: begun(config, teacher))
+    openings = run.once("openings", lambda: begun(config, teacher))
     rules = filtering.Rules(repeats=config.repeats)
     kept: list[str] = []
 
@@ -95,7 +95,7 @@ def drawn(config: Config, teacher: Model, run: Run) -> list[str]:
             break
         size = min(each, most - number)
         prompts = [openings[(number + i) % len(openings)] for i in range(size)]
-        said = run.step(
+        said = run.once(
             f"samples {number}",
             lambda prompts=prompts, number=number: say(prompts, run.seed_for("samples", number)),
         )

@@ -190,7 +190,7 @@ def judged(said: list[Said], judges: Sequence[Model], worst: float, run: Run) ->
         scores = judges[0].ask(Logprobs).score([r.prompt for r in records], [r.completion for r in records])
         return [score.total / max(len(score.logprobs), 1) for score in scores]
 
-    order = np.argsort(run.step("judged", scored), kind="stable")
+    order = np.argsort(run.once("judged", scored), kind="stable")
     poor = {good[i] for i in order[: int(worst * len(good))].tolist()}
     return [one._replace(fault="unlikely") if i in poor else one for i, one in enumerate(said)]
 

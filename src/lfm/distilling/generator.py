@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lfm.core.heavy import F, nn, torch
 from lfm.distilling import statistics
 from lfm.models.layers import last_linear
+from lfm.train import seeded, state_of
 from lfm.train.losses import balance, kl
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from lfm.core.interfaces import Batch
     from lfm.distilling.datafree import Scene
+    from lfm.train.state import State
 
 SMALLEST = 8
 """Pixels a side, at most, of what a generator's first layer makes."""
@@ -121,6 +123,34 @@ def wanted(
         assert features is not None
         loss = loss - terms.act * features.abs().mean()
     return loss
+
+
+class Going(NamedTuple):
+    """One generator that goes on. made: pictures of it as it is; stepped: it takes a step down what judges them."""
+
+    made: Callable[[], Tensor]
+    stepped: Callable[[], None]
+    state: State
+
+
+def going(
+    scene: Scene, judged: Callable[[Tensor], Tensor], lr: float, batch_size: int, latent: int, width: int, seed: int
+) -> Going:
+    """A new generator, in training mode: its batch norms go by the batch. latent, width: as of `generator`."""
+    place = scene.frame.low.device
+    with seeded(seed):
+        net = generator(scene.frame.shape, latent, width).to(place).train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=MOMENTS)
+
+    def made() -> Tensor:
+        return scene.frame.scaled(net(torch.randn(batch_size, latent).to(place)))
+
+    def stepped() -> None:
+        optimizer.zero_grad()
+        judged(made()).backward()
+        optimizer.step()
+
+    return Going(made, stepped, state_of(net, "", optimizer))
 
 
 def found(

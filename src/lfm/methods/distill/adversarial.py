@@ -37,10 +37,9 @@ from lfm.core.heavy import F, torch
 from lfm.distilling import datafree, generator
 from lfm.distilling.bank import Bank
 from lfm.distilling.datafree import PIXELS, DataFree, Scene
-from lfm.distilling.generator import MOMENTS, Terms
+from lfm.distilling.generator import Terms
 from lfm.distilling.telling import TOLD
 from lfm.models import forward
-from lfm.train import seeded, state_of
 from lfm.train.called import called
 from lfm.train.losses import jsd
 from lfm.train.state import State
@@ -132,32 +131,23 @@ def seeking(
     config: Config, scene: Scene, memory: Bank, run: Run, stack: ExitStack
 ) -> tuple[Callable[[int, Bank], Batch], Mapping[str, State]]:
     """What makes new pictures, and puts some into memory; its generator and the memory as they change."""
-    with seeded(run.seed_for("generator")):
-        net = generator.generator(scene.frame.shape, config.latent, config.width).to(scene.frame.low.device).train()
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.generator_lr, betas=MOMENTS)
     terms = Terms(config.adv, config.bn, config.oh, config.bal, config.act)
     judged = stack.enter_context(generator.judge(scene, terms, gap=unlike))
-
-    def made() -> Tensor:
-        return scene.frame.scaled(net(torch.randn(config.batch_size, config.latent).to(scene.frame.low.device)))
+    seed = run.seed_for("generator")
+    net = generator.going(scene, judged, config.generator_lr, config.batch_size, config.latent, config.width, seed)
 
     def synthesise(step: int, bank: Bank) -> Batch:
         if step % config.every == 0:
-            optimizer.zero_grad()
-            judged(made()).backward()
-            optimizer.step()
+            net.stepped()
         with torch.no_grad():
-            images = made()
+            images = net.made()
             rows = {PIXELS: images, TOLD: scene.asked(images)}
         if step % config.memorise == 0:
             some = math.ceil(config.share * config.batch_size)
             memory.add({name: tensor[:some] for name, tensor in rows.items()})
         return rows
 
-    return synthesise, {
-        "generator": state_of(net, "", optimizer),
-        "memory": State(dict, memory.aids, memory.load, ""),
-    }
+    return synthesise, {"generator": net.state, "memory": State(dict, memory.aids, memory.load, "")}
 
 
 def agree(config: Config, inputs: Inputs) -> None:

@@ -134,20 +134,18 @@ def drawn(config: Config, scene: Scene) -> Tensor:
 
 
 def trained(config: Config, kind: Kind, scene: Scene, run: Run, stack: ExitStack) -> Made:
-    """One generator, trained a little every so often; what it makes is used once. Batch norm goes by the batch."""
-    net = network(config, scene, run.seed_for("generator")).train()
-    optimizer = torch.optim.Adam(net.parameters(), lr=kind.pace.lr, betas=MOMENTS)
+    """One generator, trained a little every so often; what it makes is used once."""
     judged = stack.enter_context(generator.judge(scene, kind.terms))
+    seed = run.seed_for("generator")
+    net = generator.going(scene, judged, kind.pace.lr, config.batch_size, config.latent, config.width, seed)
 
     def synthesise(step: int, bank: Bank) -> Batch:
         for _ in range(kind.pace.steps if step % kind.every == 0 else 0):
-            optimizer.zero_grad()
-            judged(scene.frame.scaled(net(drawn(config, scene))), None).backward()
-            optimizer.step()
+            net.stepped()
         with torch.no_grad():
-            return {PIXELS: scene.frame.scaled(net(drawn(config, scene)))}
+            return {PIXELS: net.made()}
 
-    return synthesise, {"generator": state_of(net, "", optimizer)}
+    return synthesise, {"generator": net.state}
 
 
 def inverted(config: Config, kind: Kind, scene: Scene, run: Run, stack: ExitStack) -> Made:

@@ -81,13 +81,13 @@ def test_one_asks_and_all_learn_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     with scripted(moody()) as server, scripted(tired) as refusing:
         (tmp_path / "url").write_text(server.url)
         (tmp_path / "refusing").write_text(refusing.url)
-        for way in WAYS:
-            runs.execute(order(tmp_path, server.url, way, f"{way}.one"))
+        runs.execute(order(tmp_path, server.url, "distill.cache", "one"))
         before = len(server.seen)
         both(child, tmp_path)
-    assert asked(server.seen[before:]) == asked(server.seen[:before])
+    alone = asked(server.seen[:before])  # distill.response asks the same, and finds it answered
+    assert asked(server.seen[before:]) == alone + Counter(prompt.text for prompt in PROMPTS)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1]
     assert found[0]["failed"] and not (tmp_path / "failed").exists()
-    assert found[0]["distill.cache"] == runs.model(tmp_path / "distill.cache.one").digest
+    assert found[0]["distill.cache"] == runs.model(tmp_path / "one").digest
     assert len(read(tmp_path / "distill.text.both" / RECORDS)) == len(PROMPTS)

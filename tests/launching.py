@@ -41,5 +41,9 @@ def both(child: Callable[[Path], None], place: Path, seconds: float = 200) -> No
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=seconds)[0] for process in children]
+    try:
+        said = [process.communicate(timeout=seconds)[0] for process in children]
+    finally:
+        for process in children:
+            process.kill()
     assert [process.returncode for process in children] == [0, 0], "\n".join(said)

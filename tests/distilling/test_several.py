@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 import tiny
 from launching import both
 from lfm import runs
-from lfm.core import launched
+from lfm.core import Run, launched
 from lfm.core.errors import EndpointError
 from lfm.core.method import RECORDS
 from lfm.data import records as data
-from lfm.data.files import read, write
+from lfm.data.files import write
+from lfm.distilling import asking
 from scripted import Handler, Reply, Seen, parrot, scripted
 
 PROMPTS = [data.Text(text=f"the {word} sat on") for word in ("cats", "dogs", "birds", "mat")]
@@ -37,6 +39,13 @@ def order(here: Path, url: str, way: str, out: str) -> runs.Order:
 
 
 def child(here: Path) -> None:
+    """What each of the two does; what it learned from, and how it ended, go into files by its rank."""
+
+    def learn(records: Sequence[data.Record], run: Run) -> None:
+        write(records, here / f"learned.{launched.rank()}.jsonl")
+        leave(records, run)
+
+    leave, asking.leave = asking.leave, learn
     url, refusing = ((here / name).read_text() for name in ("url", "refusing"))
     found = {way: runs.execute(order(here, url, way, f"{way}.both")).output.digest for way in WAYS}
     try:
@@ -88,6 +97,7 @@ def test_one_asks_and_all_learn_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked(server.seen[before:]) == alone + Counter(prompt.text for prompt in PROMPTS)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1]
+    learned = [(tmp_path / f"learned.{rank}.jsonl").read_text() for rank in range(2)]
+    assert learned[0] == learned[1] == (tmp_path / "distill.text.both" / RECORDS).read_text()
     assert found[0]["failed"] and not (tmp_path / "failed").exists()
     assert found[0]["distill.cache"] == runs.model(tmp_path / "one").digest
-    assert len(read(tmp_path / "distill.text.both" / RECORDS)) == len(PROMPTS)

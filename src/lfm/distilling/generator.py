@@ -125,6 +125,12 @@ def wanted(
     return loss
 
 
+def new(scene: Scene, latent: int, width: int, seed: int) -> nn.Sequential:
+    """A generator of the scene's pictures, on its device, with weights of that seed."""
+    with seeded(seed):
+        return generator(scene.frame.shape, latent, width).to(scene.frame.low.device)
+
+
 class Going(NamedTuple):
     """One generator that goes on. made: pictures of it as it is; stepped: it takes a step down what judges them."""
 
@@ -137,13 +143,11 @@ def going(
     scene: Scene, judged: Callable[[Tensor], Tensor], lr: float, batch_size: int, latent: int, width: int, seed: int
 ) -> Going:
     """A new generator, in training mode: its batch norms go by the batch. latent, width: as of `generator`."""
-    place = scene.frame.low.device
-    with seeded(seed):
-        net = generator(scene.frame.shape, latent, width).to(place).train()
+    net = new(scene, latent, width, seed).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=MOMENTS)
 
     def made() -> Tensor:
-        return scene.frame.scaled(net(torch.randn(batch_size, latent).to(place)))
+        return scene.frame.scaled(net(torch.randn(batch_size, latent).to(scene.frame.low.device)))
 
     def stepped() -> None:
         optimizer.zero_grad()

@@ -170,7 +170,7 @@ def test_one_generator_steps_down_every_so_often_and_normalises_by_its_batch(
     synthesise, _ = generative.trained(config, kind, stage, run, ExitStack())
     with seeded(1):
         made = [synthesise(step, Bank(4, torch.device("cpu")))[PIXELS] for step in range(3)]
-    net = generative.network(config, stage, run.seed_for("generator")).train()
+    net = generative.generator.new(stage, config.latent, config.width, run.seed_for("generator")).train()
     adam = torch.optim.Adam(net.parameters(), lr=0.1, betas=(0.5, 0.999))
     with seeded(1):
         for step, pictures in enumerate(made):

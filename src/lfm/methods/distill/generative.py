@@ -44,7 +44,7 @@ from lfm.distilling.datafree import PIXELS, DataFree, Scene
 from lfm.distilling.generator import MOMENTS, Pace, Terms
 from lfm.distilling.pictures import jittered
 from lfm.distilling.telling import TOLD
-from lfm.train import seeded, state_of
+from lfm.train import state_of
 from lfm.train.state import State
 
 if TYPE_CHECKING:
@@ -124,11 +124,6 @@ def settled(config: Config) -> Kind:
     )
 
 
-def network(config: Config, scene: Scene, seed: int) -> nn.Sequential:
-    with seeded(seed):
-        return generator.generator(scene.frame.shape, config.latent, config.width).to(scene.frame.low.device)
-
-
 def drawn(config: Config, scene: Scene) -> Tensor:
     return torch.randn(config.batch_size, config.latent).to(scene.frame.low.device)
 
@@ -155,7 +150,7 @@ def inverted(config: Config, kind: Kind, scene: Scene, run: Run, stack: ExitStac
     shared: nn.Sequential | None = None
     meta: torch.optim.Adam | None = None
     if config.kind == "fast":
-        shared = network(config, scene, run.seed_for("generator"))
+        shared = generator.new(scene, config.latent, config.width, run.seed_for("generator"))
         meta = torch.optim.Adam(shared.parameters(), lr=kind.pace.lr * kind.pace.steps, betas=MOMENTS)
         kept["generator"] = state_of(shared, "", meta)
     unlike: Contrast | None = None
@@ -164,7 +159,10 @@ def inverted(config: Config, kind: Kind, scene: Scene, run: Run, stack: ExitStac
         kept["head"] = unlike.state
 
     def round(bank: Bank, adversarial: bool) -> Batch:
-        net = copy.deepcopy(shared) if shared is not None else network(config, scene, int(torch.randint(2**62, ())))
+        if shared is None:
+            net = generator.new(scene, config.latent, config.width, int(torch.randint(2**62, ())))
+        else:
+            net = copy.deepcopy(shared)
         classes = torch.randint(scene.classes, (config.batch_size,)).to(scene.frame.low.device)
         z = drawn(config, scene).requires_grad_()
 

@@ -45,7 +45,7 @@ from lfm.distilling import datafree, deciding, generator
 from lfm.distilling.datafree import PIXELS, DataFree, Scene, Teacher
 from lfm.distilling.generator import Pace
 from lfm.distilling.telling import TOLD, gap
-from lfm.train import seeded, state_of
+from lfm.train import state_of
 from lfm.train.losses import balance, entropy
 from lfm.train.state import State
 
@@ -139,8 +139,7 @@ Made = tuple[Callable[[int, "Bank"], "Batch | None"], Mapping[str, State]]
 def exploring(config: Config, scene: Scene, ask: Ask, run: Run) -> Made:
     """Rounds of pictures about which the student is least sure; the last one's number is what is left of the budget."""
     place = scene.frame.low.device
-    with seeded(run.seed_for("generator")):
-        net = generator.generator(scene.frame.shape, config.latent, config.width).to(place).train()
+    net = generator.new(scene, config.latent, config.width, run.seed_for("generator")).train()
     first = min(noisy(config), room(config, scene.frame.shape))  # what gives way before a step is learned by nobody
     left = config.queries - first
     rounds = min(config.rounds, left, config.steps)
